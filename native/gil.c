@@ -1,0 +1,138 @@
+/* The only file that knows Python: who holds the GIL, and giving it away.
+ *
+ * The limited API cannot say which thread state holds the GIL, so the module is
+ * built for one Python version.
+ *
+ *  - From 3.12 on the current thread state is a thread-local variable: not NULL
+ *    means that this thread holds its interpreter's GIL.  PyGILState_Check is of no
+ *    use: it answers 1 everywhere once a sub-interpreter exists.
+ *  - On 3.11 the variable is one for the process: the state of whoever holds the GIL.
+ *    It is ours if it is this thread's own state; or, for an interpreter that is run
+ *    off the thread that made it, if it says so or its C frame lies on our stack.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "gil.h"
+
+#include "sentry.h"
+#include "sys.h"
+
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+static _Atomic uint32_t taking;
+
+#if PY_VERSION_HEX >= 0x030D0000
+bool au_gil_mine(void)
+{
+	return PyThreadState_GetUnchecked() != NULL;
+}
+#elif PY_VERSION_HEX >= 0x030C0000
+bool au_gil_mine(void)
+{
+	return _PyThreadState_UncheckedGet() != NULL;
+}
+#else
+/* Does [low, high] lie in one mapping?  Stacks of different threads are parted by
+ * guard pages.  Reads /proc in small pieces: the stack may have 32 KiB. */
+static bool one_mapping(uintptr_t low, uintptr_t high)
+{
+	char buffer[512];
+	uintptr_t start = 0, end = 0;
+	int field = 0, fd = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
+	bool found = false;
+	ssize_t size, index;
+
+	if (fd < 0)
+		return false;
+	while (!found && (size = read(fd, buffer, sizeof buffer)) > 0) {
+		for (index = 0; index < size && !found; index++) {
+			char c = buffer[index];
+			uintptr_t digit;
+
+			if (c == '\n') {
+				start = end = 0;
+				field = 0;
+				continue;
+			}
+			if (field == 2)
+				continue;
+			if (c == '-' || c == ' ') {
+				field++;
+				if (field == 2)
+					found = low >= start && low < end && high < end;
+				continue;
+			}
+			digit = (uintptr_t)(c <= '9' ? c - '0' : c - 'a' + 10);
+			if (field == 0)
+				start = start * 16 + digit;
+			else
+				end = end * 16 + digit;
+		}
+	}
+	close(fd);
+	return found;
+}
+
+bool au_gil_mine(void)
+{
+	PyThreadState *holder = _PyThreadState_UncheckedGet();
+	PyInterpreterState *interpreter;
+	uintptr_t frame, here = (uintptr_t)&holder;
+
+	if (!holder)
+		return false;
+	if (holder == PyGILState_GetThisThreadState())
+		return true;
+	/* Without sub-interpreters that was the whole answer, and the holder's state,
+	 * which may go at any moment if it is not ours, need not be looked into. */
+	interpreter = PyInterpreterState_Head();
+	if (!interpreter || !PyInterpreterState_Next(interpreter))
+		return false;
+	if (holder->thread_id == (unsigned long)pthread_self())
+		return true;
+	frame = (uintptr_t)holder->cframe;
+	if (frame < here || frame - here > (64U << 20))
+		return false;
+	return one_mapping(here, frame);
+}
+#endif
+
+void *au_gil_release(void)
+{
+	return PyEval_SaveThread();
+}
+
+static void park_for_ever(void)
+{
+	for (;;)
+		pause();
+}
+
+void au_gil_take(void *token)
+{
+	/* At finalization PyEval_RestoreThread ends the thread by unwinding its stack,
+	 * through frames of the interrupted code that may not be unwound. */
+	atomic_fetch_add(&taking, 1);
+	if (__atomic_load_n(&au_shared.exiting, __ATOMIC_SEQ_CST) &&
+	    (pid_t)au_gettid() != getpid()) {
+		atomic_fetch_sub(&taking, 1);
+		park_for_ever();
+	}
+	PyEval_RestoreThread((PyThreadState *)token);
+	atomic_fetch_sub(&taking, 1);
+}
+
+void au_gil_exit(void)
+{
+	int tries;
+
+	__atomic_store_n(&au_shared.exiting, 1, __ATOMIC_SEQ_CST);
+	for (tries = 0; tries < 1000 && atomic_load(&taking); tries++)
+		au_sleep_ns(AU_NS_PER_MS);
+}

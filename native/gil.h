@@ -1,0 +1,18 @@
+/* What the plain C core asks of Python about the GIL.  gil.c answers with
+ * Python.h; the C tests answer with a mutex. */
+#ifndef AU_GIL_H
+#define AU_GIL_H
+
+#include <stdbool.h>
+
+/* Does the calling thread hold the GIL?  Async-signal-safe, also on threads that
+ * Python never saw. */
+bool au_gil_mine(void);
+/* Release it, as a C function would around a blocking call; take it back. */
+void *au_gil_release(void);
+void au_gil_take(void *token);
+/* Interpreter exit, from an early exit hook with the GIL released: threads that
+ * wait in au_gil_take are let through, later ones park.  Bounded. */
+void au_gil_exit(void);
+
+#endif

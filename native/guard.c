@@ -1,0 +1,166 @@
+#include "guard.h"
+
+#include "counters.h"
+#include "region.h"
+#include "sentry.h"
+#include "sys.h"
+
+#include <pthread.h>
+#include <setjmp.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+
+/* Initial-exec: the handler must not make glibc allocate the variable. */
+static __thread sigjmp_buf *volatile way_back __attribute__((tls_model("initial-exec")));
+static __thread volatile uint64_t fault_address __attribute__((tls_model("initial-exec")));
+
+/* The frame and the context of the chained call under way, to notice circles.  The
+ * one we chain to may leave by a jump, so they may be old. */
+static __thread volatile uintptr_t chain_frame __attribute__((tls_model("initial-exec")));
+static __thread void *volatile chain_context __attribute__((tls_model("initial-exec")));
+
+static struct sigaction previous;
+static pthread_mutex_t start_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static void say(const char *text, uint64_t address, uint64_t offset)
+{
+	/* snprintf of integers is safe enough here: the process is about to end. */
+	char line[256];
+	int size = snprintf(line, sizeof line,
+			    "aiouffd: thread %u touched %#llx, byte %llu of a lazy region: %s\n",
+			    au_gettid(), (unsigned long long)address, (unsigned long long)offset, text);
+
+	if (size > 0 && write(STDERR_FILENO, line, (size_t)size) < 0)
+		return;
+}
+
+/* Whoever had the signal before us.  A crash reporter among them restores what it
+ * found (us) and raises again: the second time it is the default's turn. */
+static void chain(int number, siginfo_t *info, void *context)
+{
+	bool callable = (previous.sa_flags & SA_SIGINFO) ||
+			(previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN);
+	uintptr_t frame = (uintptr_t)__builtin_frame_address(0);
+	/* Called back by our own callee, or raised again by it. */
+	bool circle = chain_frame && (info->si_code <= 0 ||
+				      (chain_context == context && frame < chain_frame));
+
+	if (!callable || circle) {
+		signal(SIGBUS, SIG_DFL);
+		if (info->si_code <= 0)
+			raise(SIGBUS);
+		return; /* the repeated access ends the process */
+	}
+	chain_frame = frame;
+	chain_context = context;
+	if (previous.sa_flags & SA_SIGINFO)
+		previous.sa_sigaction(number, info, context);
+	else
+		previous.sa_handler(number);
+	chain_frame = 0;
+}
+
+static void on_bus_error(int number, siginfo_t *info, void *context)
+{
+	uint64_t address = (uint64_t)(uintptr_t)info->si_addr, offset = 0;
+	bool ours = info->si_code > 0 && au_regions_find(address, &offset);
+
+	if (ours && way_back) {
+		au_count(AU_COUNT_guarded_faults, 1);
+		fault_address = address;
+		siglongjmp(*way_back, 1);
+	}
+	if (ours) {
+		if (__atomic_load_n(&au_shared.exiting, __ATOMIC_SEQ_CST) &&
+		    (pid_t)au_gettid() != getpid())
+			for (;;)
+				pause();
+		say("its source failed or it was closed; "
+		    "use await buf.read(), buf[...] or buf.pin() to get an exception instead",
+		    address, offset);
+	}
+	chain(number, info, context);
+}
+
+int au_guard_start(void)
+{
+	struct sigaction present, action;
+	int result = 0;
+
+	pthread_mutex_lock(&start_lock);
+	if (sigaction(SIGBUS, NULL, &present)) {
+		result = -errno;
+	} else if (!((present.sa_flags & SA_SIGINFO) && present.sa_sigaction == on_bus_error)) {
+		memset(&action, 0, sizeof action);
+		action.sa_sigaction = on_bus_error;
+		/* Not deferred, so that a jump out leaves the signal usable. */
+		action.sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK;
+		sigemptyset(&action.sa_mask);
+		previous = present;
+		if (sigaction(SIGBUS, &action, NULL))
+			result = -errno;
+	}
+	pthread_mutex_unlock(&start_lock);
+	return result;
+}
+
+int au_guard_copy(void *destination, const void *source, uint64_t length, uint64_t *address)
+{
+	sigjmp_buf here, *volatile outer = way_back;
+
+	if (sigsetjmp(here, 0)) {
+		way_back = outer;
+		*address = fault_address;
+		return -EIO;
+	}
+	way_back = &here;
+	atomic_signal_fence(memory_order_seq_cst);
+	memcpy(destination, source, length);
+	atomic_signal_fence(memory_order_seq_cst);
+	way_back = outer;
+	return 0;
+}
+
+int au_guard_touch(const void *start, uint64_t length, uint64_t page_size, uint64_t *address)
+{
+	sigjmp_buf here, *volatile outer = way_back;
+	const volatile uint8_t *volatile byte = start;
+	const uint8_t *end = (const uint8_t *)start + length;
+
+	if (sigsetjmp(here, 0)) {
+		way_back = outer;
+		*address = fault_address;
+		return -EIO;
+	}
+	way_back = &here;
+	atomic_signal_fence(memory_order_seq_cst);
+	while (byte < end) {
+		(void)*byte;
+		byte = (const volatile uint8_t *)(((uintptr_t)byte & ~(page_size - 1)) + page_size);
+	}
+	atomic_signal_fence(memory_order_seq_cst);
+	way_back = outer;
+	return 0;
+}
+
+int64_t au_guard_find(const void *start, uint64_t length, const void *needle, uint64_t needle_length,
+		      uint64_t *address)
+{
+	sigjmp_buf here, *volatile outer = way_back;
+	const void *found;
+
+	if (sigsetjmp(here, 0)) {
+		way_back = outer;
+		*address = fault_address;
+		return -EIO;
+	}
+	way_back = &here;
+	atomic_signal_fence(memory_order_seq_cst);
+	found = memmem(start, length, needle, needle_length);
+	atomic_signal_fence(memory_order_seq_cst);
+	way_back = outer;
+	return found ? (const uint8_t *)found - (const uint8_t *)start : -1;
+}

@@ -1,0 +1,17 @@
+/* All of the native core, for the module that Python imports. */
+#ifndef AU_NATIVE_H
+#define AU_NATIVE_H
+
+#include "abi.h"
+#include "counters.h"
+#include "engine.h"
+#include "gil.h"
+#include "guard.h"
+#include "handler.h"
+#include "region.h"
+#include "sentry.h"
+#include "slots.h"
+#include "sys.h"
+#include "uapi.h"
+
+#endif

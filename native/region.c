@@ -1,0 +1,712 @@
+#include "region.h"
+
+#include "abi.h"
+#include "counters.h"
+#include "engine.h"
+#include "guard.h"
+#include "slots.h"
+#include "sys.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#ifndef MFD_CLOEXEC
+#define MFD_CLOEXEC 1U
+#endif
+#ifndef MFD_HUGETLB
+#define MFD_HUGETLB 4U
+#endif
+#define HUGE_SHIFT 21
+#define MFD_HUGE_2MB (21U << 26)
+
+/* Poisoning writes a marker into each page table entry, so what was never touched
+ * costs page tables: above this a closed region is replaced by no-access memory. */
+#define POISON_LIMIT (8ULL << 30)
+#define POISON_STEP (64ULL << 20)
+
+/* -------------------------------------------------------------- registry */
+
+/* Where regions are, for the SIGBUS handler: read without a lock, never freed. */
+#define REGISTRY_CHUNK 128U
+#define REGISTRY_CHUNKS 1024U
+struct range {
+	_Atomic uint64_t start;
+	_Atomic uint64_t length; /* 0: free */
+};
+static struct range first_ranges[REGISTRY_CHUNK];
+static _Atomic(struct range *) ranges[REGISTRY_CHUNKS] = { first_ranges };
+static _Atomic uint32_t range_high;
+static pthread_mutex_t registry_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static struct range *range_at(uint32_t index)
+{
+	return &atomic_load(&ranges[index / REGISTRY_CHUNK])[index % REGISTRY_CHUNK];
+}
+
+static int registry_add(uint64_t start, uint64_t length)
+{
+	uint32_t index, high;
+
+	pthread_mutex_lock(&registry_lock);
+	high = atomic_load(&range_high);
+	for (index = 0; index < high; index++)
+		if (!atomic_load(&range_at(index)->length))
+			break;
+	if (index == REGISTRY_CHUNK * REGISTRY_CHUNKS) {
+		pthread_mutex_unlock(&registry_lock);
+		return -ENOSPC;
+	}
+	if (!atomic_load(&ranges[index / REGISTRY_CHUNK])) {
+		struct range *chunk = mmap(NULL, sizeof *chunk * REGISTRY_CHUNK,
+					   PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+		if (chunk == MAP_FAILED) {
+			pthread_mutex_unlock(&registry_lock);
+			return -ENOMEM;
+		}
+		atomic_store(&ranges[index / REGISTRY_CHUNK], chunk);
+	}
+	atomic_store(&range_at(index)->start, start);
+	atomic_store(&range_at(index)->length, length);
+	if (index == high)
+		atomic_store(&range_high, high + 1);
+	pthread_mutex_unlock(&registry_lock);
+	return 0;
+}
+
+static void registry_remove(uint64_t start)
+{
+	uint32_t index;
+
+	pthread_mutex_lock(&registry_lock);
+	for (index = 0; index < atomic_load(&range_high); index++)
+		if (atomic_load(&range_at(index)->length) &&
+		    atomic_load(&range_at(index)->start) == start)
+			atomic_store(&range_at(index)->length, 0);
+	pthread_mutex_unlock(&registry_lock);
+}
+
+bool au_regions_overlap(uint64_t address, uint64_t length)
+{
+	uint32_t index, high = atomic_load(&range_high);
+
+	for (index = 0; index < high; index++) {
+		struct range *range = range_at(index);
+		uint64_t size = atomic_load(&range->length), start = atomic_load(&range->start);
+
+		if (size && address < start + size && start < address + length)
+			return true;
+	}
+	return false;
+}
+
+bool au_regions_find(uint64_t address, uint64_t *offset)
+{
+	uint32_t index, high = atomic_load(&range_high);
+
+	for (index = 0; index < high; index++) {
+		struct range *range = range_at(index);
+		uint64_t size = atomic_load(&range->length), start = atomic_load(&range->start);
+
+		if (size && address >= start && address < start + size) {
+			*offset = address - start;
+			return true;
+		}
+	}
+	return false;
+}
+
+/* -------------------------------------------------------------- creation */
+
+static void *map_sparse(uint64_t length)
+{
+	void *memory = mmap(NULL, length, PROT_READ | PROT_WRITE,
+			    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+	return memory == MAP_FAILED ? NULL : memory;
+}
+
+static uint64_t round_up(uint64_t value, uint64_t step)
+{
+	return (value + step - 1) & ~(step - 1);
+}
+
+/* Private memory of at least one huge page starts at a huge page and is open to them, so
+ * that whole ones can be moved in; a touch then leaves no page table behind, into
+ * which only small pages could be moved.  Moving needs writable memory on both sides,
+ * so read-only is a matter of the views that are handed out. */
+static void *map_for_huge(uint64_t length)
+{
+	uint64_t huge = 1ULL << HUGE_SHIFT, start, skip, tail;
+	uint8_t *memory = mmap(NULL, length + huge, PROT_READ | PROT_WRITE,
+			       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+	if (memory == MAP_FAILED)
+		return MAP_FAILED;
+	start = round_up((uint64_t)(uintptr_t)memory, huge);
+	skip = start - (uint64_t)(uintptr_t)memory;
+	tail = huge - skip;
+	if (skip)
+		munmap(memory, skip);
+	if (tail)
+		munmap(memory + skip + length, tail);
+	/* Fails where the kernel has no huge pages; then there is nothing to move. */
+	madvise(memory + skip, length, MADV_HUGEPAGE);
+	return memory + skip;
+}
+
+static int map_memory(struct au_region *region)
+{
+	int protection = region->options & AU_REGION_WRITABLE ? PROT_READ | PROT_WRITE : PROT_READ;
+	int flags = MAP_NORESERVE;
+	void *memory;
+
+	switch (region->kind) {
+	case AU_KIND_ANONYMOUS:
+		flags |= MAP_PRIVATE | MAP_ANONYMOUS;
+		break;
+	case AU_KIND_HUGETLB:
+		flags |= MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | (HUGE_SHIFT << MAP_HUGE_SHIFT);
+		break;
+	default:
+		flags |= MAP_SHARED;
+		region->memfd = (int)syscall(SYS_memfd_create, "aiouffd",
+					     region->kind == AU_KIND_MEMFD ?
+						     MFD_CLOEXEC :
+						     MFD_CLOEXEC | MFD_HUGETLB | MFD_HUGE_2MB);
+		if (region->memfd < 0 || ftruncate(region->memfd, (off_t)region->length))
+			return -errno;
+	}
+	if (region->kind == AU_KIND_ANONYMOUS && region->length >= 1ULL << HUGE_SHIFT)
+		memory = map_for_huge(region->length);
+	else
+		memory = mmap(NULL, region->length, protection, flags, region->memfd, 0);
+	if (memory == MAP_FAILED)
+		return -errno;
+	region->start = (uint64_t)(uintptr_t)memory;
+	region->mapped = true;
+	if (!(region->options & AU_REGION_FORK) && madvise(memory, region->length, MADV_DONTFORK))
+		return -errno;
+	return 0;
+}
+
+struct au_region *au_region_create(struct au_engine *engine, uint64_t length, int kind, int options,
+				   uint64_t block_size, int *error)
+{
+	struct au_region *region;
+	bool huge = kind == AU_KIND_HUGETLB || kind == AU_KIND_HUGETLB_MEMFD;
+	bool shared = kind == AU_KIND_MEMFD || kind == AU_KIND_HUGETLB_MEMFD;
+	uint64_t page_size = huge ? 1ULL << HUGE_SHIFT : engine->page_size;
+	uint64_t ioctls;
+	int result;
+
+	*error = EINVAL;
+	if (!block_size)
+		block_size = page_size;
+	if (!length || block_size < page_size || (block_size & (block_size - 1)) ||
+	    length > (1ULL << 46) || kind < AU_KIND_ANONYMOUS || kind > AU_KIND_HUGETLB_MEMFD)
+		return NULL;
+	*error = ENOMEM;
+	region = calloc(1, sizeof *region);
+	if (!region)
+		return NULL;
+	region->engine = engine;
+	region->kind = (uint32_t)kind;
+	region->options = (uint32_t)options;
+	region->memfd = -1;
+	region->object_length = length;
+	region->page_size = page_size;
+	region->block_size = block_size;
+	region->page_shift = (uint32_t)__builtin_ctzll(page_size);
+	region->block_shift = (uint32_t)__builtin_ctzll(block_size);
+	region->length = round_up(length, page_size);
+	region->pages = region->length >> region->page_shift;
+	region->blocks = round_up(length, block_size) >> region->block_shift;
+	pthread_mutex_init(&region->tail_lock, NULL);
+	region->states = map_sparse(region->pages);
+	region->flags = map_sparse(region->blocks);
+	region->generations = map_sparse(region->blocks * sizeof *region->generations);
+	region->tail = mmap(NULL, page_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
+			    -1, 0);
+	if (region->tail == MAP_FAILED)
+		region->tail = NULL;
+	au_count(AU_COUNT_live_regions, 1);
+	if (!region->states || !region->flags || !region->generations || !region->tail)
+		goto fail;
+	result = map_memory(region);
+	if (!result)
+		result = registry_add(region->start, region->length);
+	if (!result)
+		result = au_abi_register(engine->fd, region->start, region->length,
+					 AU_REGISTER_MODE_MISSING |
+						 (shared ? AU_REGISTER_MODE_MINOR : 0),
+					 &ioctls);
+	if (!result)
+		do
+			result = au_engine_add_region(engine, region);
+		while (result == -EAGAIN);
+	if (result) {
+		*error = -result;
+		goto fail;
+	}
+	*error = 0;
+	return region;
+fail:
+	au_region_free(region);
+	return NULL;
+}
+
+int au_region_set_backing(struct au_region *region, const void *data, uint64_t length)
+{
+	if (length < region->object_length ||
+	    au_regions_overlap((uint64_t)(uintptr_t)data, length))
+		return -EINVAL;
+	if (!region->backing)
+		__atomic_fetch_add(&region->engine->urgent, 1, __ATOMIC_SEQ_CST);
+	__atomic_store_n(&region->backing, data, __ATOMIC_RELEASE);
+	return 0;
+}
+
+/* ---------------------------------------------------------------- blocks */
+
+bool au_region_enter(struct au_region *region)
+{
+	atomic_fetch_add(&region->users, 1);
+	if (atomic_load(&region->closing)) {
+		atomic_fetch_sub(&region->users, 1);
+		return false;
+	}
+	return true;
+}
+
+void au_region_leave(struct au_region *region)
+{
+	atomic_fetch_sub(&region->users, 1);
+}
+
+static bool block_settled(struct au_region *region, uint64_t block, int heal)
+{
+	uint32_t shift = region->block_shift - region->page_shift;
+	uint64_t page = block << shift, end = (block + 1) << shift;
+
+	if (end > region->pages)
+		end = region->pages;
+	for (; page < end; page++) {
+		uint8_t state = atomic_load(&region->states[page]) & AU_PAGE_STATE;
+
+		if (state != AU_PAGE_PRESENT && (heal || state != AU_PAGE_POISONED))
+			return false;
+	}
+	return true;
+}
+
+int64_t au_region_begin(struct au_region *region, uint64_t first, uint64_t count, int heal,
+			uint8_t *taken)
+{
+	uint64_t index;
+	int64_t owned = 0;
+
+	if (first > region->blocks || count > region->blocks - first)
+		return -EINVAL;
+	for (index = 0; index < count; index++) {
+		uint8_t before;
+
+		taken[index] = 0;
+		if (block_settled(region, first + index, heal))
+			continue;
+		before = atomic_fetch_or(&region->flags[first + index], AU_BLOCK_IN_FLIGHT);
+		if (before & AU_BLOCK_IN_FLIGHT)
+			continue;
+		taken[index] = 1;
+		owned++;
+	}
+	return owned;
+}
+
+int64_t au_region_end(struct au_region *region, uint64_t first, uint64_t count, int keep_wanted,
+		      uint8_t *wanted)
+{
+	uint64_t index;
+	int64_t total = 0;
+
+	if (first > region->blocks || count > region->blocks - first)
+		return -EINVAL;
+	for (index = 0; index < count; index++) {
+		uint64_t block = first + index, start;
+		uint8_t flags = atomic_load(&region->flags[block]), next;
+
+		do
+			next = keep_wanted && (flags & AU_BLOCK_WANTED) ?
+				       (uint8_t)(flags & ~AU_BLOCK_REPORTED) :
+				       0;
+		while (!atomic_compare_exchange_strong(&region->flags[block], &flags, next));
+		wanted[index] = (flags & AU_BLOCK_WANTED) != 0;
+		total += wanted[index];
+		if (wanted[index] && !next && au_region_enter(region)) {
+			uint64_t length;
+
+			start = block << region->block_shift;
+			length = region->length - start < region->block_size ? region->length - start :
+									       region->block_size;
+			/* Those who wait in the kernel, and those who gave the GIL away. */
+			au_slots_end(region->engine, region->start + start,
+				     region->start + start + length);
+			au_abi_wake(region->engine->fd, region->start + start, length);
+			au_region_leave(region);
+		}
+	}
+	return total;
+}
+
+int au_region_check(struct au_region *region, uint64_t offset, uint64_t length, uint64_t *where)
+{
+	uint64_t page = offset >> region->page_shift, end;
+
+	if (offset > region->length || length > region->length - offset)
+		return -EINVAL;
+	end = round_up(offset + length, region->page_size) >> region->page_shift;
+	for (; page < end; page++) {
+		uint8_t state = atomic_load(&region->states[page]) & AU_PAGE_STATE;
+
+		if (state == AU_PAGE_PRESENT)
+			continue;
+		*where = page << region->page_shift;
+		return state == AU_PAGE_POISONED ? -EIO : 0;
+	}
+	return 1;
+}
+
+int64_t au_region_runs(struct au_region *region, uint64_t offset, uint64_t length, uint64_t *starts,
+		       uint64_t *lengths, uint8_t *states, int64_t max, uint64_t *next)
+{
+	uint64_t page = offset >> region->page_shift, end;
+	int64_t count = 0;
+
+	if (offset > region->length || length > region->length - offset)
+		return -EINVAL;
+	end = round_up(offset + length, region->page_size) >> region->page_shift;
+	while (page < end) {
+		uint8_t state = atomic_load(&region->states[page]) & AU_PAGE_STATE;
+
+		if (state == AU_PAGE_INSTALLING)
+			state = AU_PAGE_MISSING;
+		if (count && states[count - 1] == state) {
+			lengths[count - 1] += region->page_size;
+		} else {
+			if (count == max)
+				break;
+			starts[count] = page << region->page_shift;
+			lengths[count] = region->page_size;
+			states[count++] = state;
+		}
+		page++;
+	}
+	*next = page << region->page_shift;
+	return count;
+}
+
+uint32_t au_region_generation(struct au_region *region, uint64_t block)
+{
+	return block < region->blocks ? (uint32_t)atomic_load(&region->generations[block]) : 0;
+}
+
+static int read_begin(struct au_region *region, uint64_t offset, uint64_t length)
+{
+	if (offset > region->length || length > region->length - offset)
+		return -EINVAL;
+	atomic_fetch_add(&region->readers, 1);
+	if (!atomic_load(&region->closing))
+		return 0;
+	atomic_fetch_sub(&region->readers, 1);
+	return -EBADF;
+}
+
+/* Poison that a close put there is the close's word, not the source's. */
+static int read_end(struct au_region *region, int result, uint64_t *where)
+{
+	*where -= region->start;
+	if (result == -EIO && atomic_load(&region->closing))
+		result = -EBADF;
+	atomic_fetch_sub(&region->readers, 1);
+	return result;
+}
+
+int au_region_read(struct au_region *region, uint64_t offset, void *destination, uint64_t length,
+		   uint64_t *where)
+{
+	int result = read_begin(region, offset, length);
+
+	if (result)
+		return result;
+	result = au_guard_copy(destination, (const void *)(uintptr_t)(region->start + offset),
+			       length, where);
+	return read_end(region, result, where);
+}
+
+int au_region_touch(struct au_region *region, uint64_t offset, uint64_t length, uint64_t *where)
+{
+	int result = read_begin(region, offset, length);
+
+	if (result)
+		return result;
+	result = au_guard_touch((const void *)(uintptr_t)(region->start + offset), length,
+				region->page_size, where);
+	return read_end(region, result, where);
+}
+
+int au_region_find(struct au_region *region, uint64_t offset, uint64_t length, const void *needle,
+		   uint64_t needle_length, uint64_t *where, int64_t *found)
+{
+	int result = read_begin(region, offset, length);
+
+	if (result)
+		return result;
+	*found = au_guard_find((const void *)(uintptr_t)(region->start + offset), length, needle,
+			       needle_length, where);
+	if (*found >= 0)
+		*found += (int64_t)offset;
+	return read_end(region, *found == -EIO ? -EIO : 0, where);
+}
+
+uint64_t au_region_present(struct au_region *region)
+{
+	return atomic_load(&region->present_pages);
+}
+
+uint64_t au_region_poisoned(struct au_region *region)
+{
+	return atomic_load(&region->poisoned_pages);
+}
+
+uint64_t au_region_touched(struct au_region *region)
+{
+	return atomic_load(&region->touched_blocks);
+}
+
+/* --------------------------------------------------------------- removal */
+
+void au_region_removed(struct au_region *region, uint64_t start, uint64_t end)
+{
+	uint64_t page, last, epoch;
+
+	if (end <= region->start || start >= region->start + region->length)
+		return;
+	start = start > region->start ? start - region->start : 0;
+	end = end < region->start + region->length ? end - region->start : region->length;
+	epoch = atomic_fetch_add(&region->engine->epoch, 1) + 1;
+	last = end >> region->page_shift;
+	for (page = start >> region->page_shift; page < last; page++) {
+		uint8_t state = atomic_load(&region->states[page]);
+
+		atomic_store(&region->generations[page >> (region->block_shift - region->page_shift)],
+			     epoch);
+		/* An install under way sees the new generation; its page is settled by it. */
+		if (((state & AU_PAGE_STATE) != AU_PAGE_PRESENT &&
+		     (state & AU_PAGE_STATE) != AU_PAGE_POISONED) ||
+		    !atomic_compare_exchange_strong(&region->states[page], &state,
+						    AU_PAGE_MISSING))
+			continue;
+		if ((state & AU_PAGE_STATE) == AU_PAGE_PRESENT)
+			atomic_fetch_sub(&region->present_pages, 1);
+		else
+			atomic_fetch_sub(&region->poisoned_pages, 1);
+	}
+}
+
+int au_region_drop(struct au_region *region, uint64_t offset, uint64_t length)
+{
+	uint64_t page, first, last;
+	int result = 0;
+
+	if ((offset | length) & (region->page_size - 1) || offset > region->length ||
+	    length > region->length - offset)
+		return -EINVAL;
+	if (!au_region_enter(region))
+		return -EBADF;
+	first = offset >> region->page_shift;
+	last = (offset + length) >> region->page_shift;
+	for (page = first; page < last && !result; page++) {
+		uint64_t address = region->start + (page << region->page_shift);
+		uint8_t state = atomic_load(&region->states[page]), before;
+
+		if ((state & AU_PAGE_STATE) != AU_PAGE_PRESENT)
+			continue;
+		/* INSTALLING keeps everybody else off while the page goes. */
+		if (!atomic_compare_exchange_strong(&region->states[page], &state,
+						    AU_PAGE_INSTALLING))
+			continue;
+		if (madvise((void *)(uintptr_t)address, region->page_size,
+			    region->memfd >= 0 ? MADV_REMOVE : MADV_DONTNEED))
+			result = -errno;
+		atomic_store(&region->generations[page >> (region->block_shift - region->page_shift)],
+			     atomic_fetch_add(&region->engine->epoch, 1) + 1);
+		before = atomic_exchange(&region->states[page],
+					 result ? AU_PAGE_PRESENT : AU_PAGE_MISSING);
+		if (!result)
+			atomic_fetch_sub(&region->present_pages, 1);
+		if (before & AU_PAGE_TOUCHED)
+			au_abi_wake(region->engine->fd, address, region->page_size);
+	}
+	au_region_leave(region);
+	return result;
+}
+
+/* ----------------------------------------------------------------- close */
+
+/* No access instead of poison: for what is too large, and kernels before 6.6. */
+static void seal_by_mapping(struct au_region *region, uint64_t address, uint64_t length)
+{
+	void *sealed = mmap((void *)(uintptr_t)address, length, PROT_NONE,
+			    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+
+	if (sealed != MAP_FAILED)
+		madvise(sealed, length, MADV_DONTFORK);
+	au_abi_wake(region->engine->fd, address, length);
+}
+
+static void seal_run(struct au_region *region, uint64_t offset, uint64_t length)
+{
+	uint64_t address = region->start + offset;
+
+	if (length > POISON_LIMIT) {
+		seal_by_mapping(region, address, length);
+		return;
+	}
+	while (length) {
+		uint64_t step = length < POISON_STEP ? length : POISON_STEP;
+		int64_t done = 0;
+		int tries, result = 0;
+
+		for (tries = 0; tries < 2000; tries++) {
+			result = au_abi_poison(region->engine->fd, address, step, 0, &done);
+			if (result == 0)
+				done = (int64_t)step;
+			if (done > 0 || result != -EAGAIN)
+				break;
+			au_engine_pump(region->engine);
+			au_sleep_ns(20000 + 1000ULL * (uint64_t)tries);
+		}
+		if (done <= 0 && (result == -EINVAL || result == -ENOTTY)) {
+			seal_by_mapping(region, address, length);
+			return;
+		}
+		if (done <= 0)
+			done = (int64_t)region->page_size; /* present after all, or unmapped */
+		au_abi_wake(region->engine->fd, address, (uint64_t)done);
+		au_count(AU_COUNT_poisoned_bytes, (uint64_t)done);
+		address += (uint64_t)done;
+		length -= (uint64_t)done;
+	}
+}
+
+static void seal_missing(struct au_region *region, bool only_wanted)
+{
+	uint32_t shift = region->block_shift - region->page_shift;
+	uint64_t page = 0, start;
+
+	while (page < region->pages) {
+		if (only_wanted && !(atomic_load(&region->flags[page >> shift]) & AU_BLOCK_WANTED)) {
+			page = ((page >> shift) + 1) << shift;
+			continue;
+		}
+		if ((atomic_load(&region->states[page]) & AU_PAGE_STATE) != AU_PAGE_MISSING) {
+			page++;
+			continue;
+		}
+		start = page;
+		while (page < region->pages &&
+		       (atomic_load(&region->states[page]) & AU_PAGE_STATE) == AU_PAGE_MISSING &&
+		       (!only_wanted ||
+			(atomic_load(&region->flags[page >> shift]) & AU_BLOCK_WANTED)))
+			page++;
+		seal_run(region, start << region->page_shift, (page - start) << region->page_shift);
+	}
+}
+
+int au_region_close(struct au_region *region, int unmap)
+{
+	struct au_engine *engine = region->engine;
+	bool entered;
+
+	if (atomic_exchange(&region->closing, 1))
+		return -EALREADY;
+	/* From here on a message for the region is answered with poison. */
+	if (region->backing && !atomic_load(&engine->closing))
+		__atomic_fetch_sub(&engine->urgent, 1, __ATOMIC_SEQ_CST);
+	entered = au_engine_enter(engine);
+	/* Messages that wait get their answer; and a reader of messages that saw the region
+	 * open has done with it afterwards, for both hold the engine's lock. */
+	if (entered)
+		au_engine_pump(engine);
+	while (atomic_load(&region->users))
+		au_sleep_ns(20000);
+	if (entered) {
+		seal_missing(region, true);
+		while ((unmap || region->length > POISON_LIMIT) && atomic_load(&region->readers)) {
+			/* They fault on what was not wanted before; the answer is poison. */
+			au_engine_pump(engine);
+			au_sleep_ns(20000);
+		}
+		if (!unmap)
+			seal_missing(region, false);
+		au_engine_remove_region(engine, region);
+		if (au_slots_end(engine, region->start, region->start + region->length))
+			au_abi_wake(engine->fd, region->start, region->length);
+		if (!unmap) {
+			/* Nothing is missing any more, so this makes no zeros. */
+			au_abi_unregister(engine->fd, region->start, region->length);
+			au_abi_wake(engine->fd, region->start, region->length);
+		}
+		if (unmap && region->mapped) {
+			registry_remove(region->start);
+			munmap((void *)(uintptr_t)region->start, region->length);
+			region->mapped = false;
+			au_abi_wake(engine->fd, region->start, region->length);
+		}
+		au_engine_leave(engine);
+	}
+	return 0;
+}
+
+void au_region_free(struct au_region *region)
+{
+	if (region->mapped) {
+		registry_remove(region->start);
+		munmap((void *)(uintptr_t)region->start, region->length);
+	}
+	if (region->memfd >= 0)
+		close(region->memfd);
+	if (region->states)
+		munmap((void *)region->states, region->pages);
+	if (region->flags)
+		munmap((void *)region->flags, region->blocks);
+	if (region->generations)
+		munmap((void *)region->generations, region->blocks * sizeof *region->generations);
+	if (region->tail)
+		munmap(region->tail, region->page_size);
+	pthread_mutex_destroy(&region->tail_lock);
+	free(region);
+	atomic_fetch_sub(&au_counters[AU_COUNT_live_regions], 1);
+}
+
+void au_region_forked(struct au_region *region)
+{
+	atomic_store(&region->closing, 1);
+	atomic_store(&region->users, 0);
+	atomic_store(&region->readers, 0);
+	if (!(region->options & AU_REGION_FORK))
+		region->mapped = false;
+}
+
+void au_regions_forked(void)
+{
+	uint32_t index;
+
+	pthread_mutex_init(&registry_lock, NULL);
+	/* The mappings are gone (MADV_DONTFORK), but the addresses may be used again. */
+	for (index = 0; index < atomic_load(&range_high); index++)
+		atomic_store(&range_at(index)->length, 0);
+}

@@ -1,0 +1,68 @@
+/* The sentry: one native thread that looks after threads which wait too long.
+ *
+ * It needs no GIL, has every signal blocked, and uses neither malloc nor stdio, so
+ * whatever a waiting thread holds, the sentry can move.  It blocks in epoll on all
+ * engines; after a wake-up it sleeps for a grace and then acts on what is still
+ * undecided:
+ *
+ *  - messages that no loop has read are read, their slots made, the loop notified;
+ *  - a thread that waits in user mode and may hold the GIL gets the yield signal;
+ *  - a loop that does not answer is given up for the rescue loop;
+ *  - when even that does not move, the page is poisoned: an error, not a hang.
+ *
+ * While loops keep up it only counts their drains and stretches its grace.
+ */
+#ifndef AU_SENTRY_H
+#define AU_SENTRY_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+struct au_engine;
+
+/* What Python and the sentry tell each other.  Python writes `proof` while it holds
+ * the GIL: any thread whose slot is not newer waits without the GIL, for the writer has it. */
+struct au_shared {
+	uint64_t proof;
+	uint64_t sequence; /* of the newest slot, refreshed by each drain */
+	uint32_t exiting;  /* the interpreter ends */
+	uint32_t stalled;  /* stalls so far */
+};
+extern struct au_shared au_shared;
+
+/* What the sentry wants logged, by somebody who can. */
+enum au_note_kind {
+	AU_NOTE_STALL_POISON = 1, /* a toucher got an error because nothing moved */
+	AU_NOTE_MASKED = 2,       /* our signal is blocked in a waiting thread */
+	AU_NOTE_LOOP_STUCK = 3,   /* a loop did not answer; the rescue loop serves */
+	AU_NOTE_SELF_TOUCH = 4,   /* the loop's own thread touched */
+};
+struct au_note {
+	uint32_t kind;
+	uint32_t tid;
+	uint64_t address;
+	uint64_t waited_ns;
+};
+
+/* Start the sentry thread and the signal handlers; once per process.  0 or -errno. */
+int au_sentry_start(void);
+int au_sentry_add(struct au_engine *engine);
+void au_sentry_remove(struct au_engine *engine);
+/* A slot was made: make sure the sentry looks. */
+void au_sentry_kick(void);
+/* 1 if the sentry can see where threads of this process wait.  It cannot in a process that is
+ * not dumpable because it has changed its user. */
+int au_sentry_sees(void);
+/* Take one note; 0 when there is none. */
+int au_sentry_take_note(struct au_note *note);
+
+/* Wait, without the GIL, until the rescue loop is wanted; 1 wanted, 0 timeout. */
+int au_rescue_wait(int timeout_ms);
+int au_rescue_fd(void);
+/* Engines wanting rescue: returns 1 and clears the wish if this one does. */
+int au_rescue_take(struct au_engine *engine);
+void au_rescue_wake(void);
+
+void au_sentry_forked(void);
+
+#endif

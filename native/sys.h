@@ -1,0 +1,82 @@
+/* The few system calls that glibc does not wrap, and time in nanoseconds.
+ *
+ * Everything here is safe in signal handlers and allocates nothing.
+ */
+#ifndef AU_SYS_H
+#define AU_SYS_H
+
+#include <errno.h>
+#include <linux/futex.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#define AU_NS_PER_MS 1000000ULL
+#define AU_NS_PER_S 1000000000ULL
+
+/* The places between two steps of the protocol where another thread may come in: the C tests
+ * wait there on purpose.  Nothing in the module. */
+enum au_gap {
+	AU_GAP_NONE,
+	AU_GAP_EPOCH_READ,   /* the reader: epoch taken, messages not read */
+	AU_GAP_READ_CLAIM,   /* messages read, no slot yet */
+	AU_GAP_CLAIM_PENDING, /* slot claimed, not published */
+	AU_GAP_PENDING_LOOK, /* slot published, page not looked at */
+	AU_GAP_LOOK_TELL,    /* page looked at, block not flagged */
+	AU_GAP_TAKE_MARK,    /* the installer: pages taken, slots not marked */
+	AU_GAP_MARK_IOCTL,   /* slots marked, ioctl not issued */
+	AU_GAP_IOCTL_SETTLE, /* ioctl done, pages not settled */
+	AU_GAP_SETTLE_FREE,  /* pages settled, slots not freed */
+	AU_GAP_FREE_WAKE,    /* slots freed, late ones not woken */
+	AU_GAP_LOOK_SIGNAL,  /* the sentry: thread looked at, not signalled */
+	AU_GAPS
+};
+#ifdef AU_TEST_GAPS
+void au_test_gap(enum au_gap where);
+#define AU_GAP(where) au_test_gap(AU_GAP_##where)
+#else
+#define AU_GAP(where) ((void)0)
+#endif
+
+static inline uint64_t au_now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * AU_NS_PER_S + (uint64_t)now.tv_nsec;
+}
+
+static inline void au_sleep_ns(uint64_t ns)
+{
+	struct timespec left = {
+		.tv_sec = (time_t)(ns / AU_NS_PER_S),
+		.tv_nsec = (long)(ns % AU_NS_PER_S),
+	};
+
+	clock_nanosleep(CLOCK_MONOTONIC, 0, &left, NULL);
+}
+
+static inline uint32_t au_gettid(void)
+{
+	return (uint32_t)syscall(SYS_gettid);
+}
+
+/* Sleep while *word == expected, at most timeout_ns; early returns are normal. */
+static inline void au_futex_wait(_Atomic uint32_t *word, uint32_t expected, uint64_t timeout_ns)
+{
+	struct timespec timeout = {
+		.tv_sec = (time_t)(timeout_ns / AU_NS_PER_S),
+		.tv_nsec = (long)(timeout_ns % AU_NS_PER_S),
+	};
+
+	syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, expected, &timeout, NULL, 0);
+}
+
+static inline void au_futex_wake(_Atomic uint32_t *word)
+{
+	syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, 1 << 30, NULL, NULL, 0);
+}
+
+#endif
