@@ -1,0 +1,41 @@
+"""aiouffd: memory that fills itself.
+
+Layers, each importing only from those below it::
+
+    cli, doctor               the command line
+    sync, buffer              lazy buffers: what most people use
+    flights, readahead        fetching blocks: retries, deadlines, looking ahead
+    sources                   where bytes come from
+    pager, region, rescue     the fault-serving framework and its second loop
+    uffd, abi, probe          the kernel ABI, typed
+    _native                   the C core (native/)
+"""
+
+from . import sync as sync
+from .abi import Feature as Feature
+from .abi import Mode as Mode
+from .buffer import BufferStats as BufferStats
+from .buffer import LazyBuffer as LazyBuffer
+from .buffer import open as open
+from .errors import AiouffdError as AiouffdError
+from .errors import BlockingTouchWarning as BlockingTouchWarning
+from .errors import ClosedError as ClosedError
+from .errors import InternalError as InternalError
+from .errors import KernelError as KernelError
+from .errors import RangeNotSupportedError as RangeNotSupportedError
+from .errors import ShortReadError as ShortReadError
+from .errors import SourceChangedError as SourceChangedError
+from .errors import SourceError as SourceError
+from .errors import SourceTimeoutError as SourceTimeoutError
+from .errors import StalledError as StalledError
+from .errors import UnsupportedError as UnsupportedError
+from .errors import UsageError as UsageError
+from .flights import FlightEvent as FlightEvent
+from .pager import Pager as Pager
+from .probe import probe as probe
+from .region import Fault as Fault
+from .region import Region as Region
+from .sources import Source as Source
+from .uffd import Userfaultfd as Userfaultfd
+
+__version__ = "0.1.0"

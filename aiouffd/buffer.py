@@ -1,0 +1,671 @@
+"""Lazy buffers: an object somewhere else, as memory.
+
+The layers meet here: a `Region` of the loop's shared pager, a source, and a `Fetcher` that
+brings blocks from one to the other; and once more all of that, with a clone of the source, on the
+rescue loop when the first loop cannot come.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import warnings
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Generator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ._lib import ffi, lib
+from .errors import AiouffdError, ClosedError, SourceChangedError, SourceError, UsageError
+from .flights import Fetcher, FlightEvent, Policy, Tally
+from .pager import Pager, shared_pagers
+from .readahead import Readahead
+from .region import Errors, Kind, Region
+from .rescue import service
+from .sources import MemorySource, as_source
+from .sources.base import Source, aclose_source, open_source
+
+__all__ = ["BufferStats", "LazyBuffer", "open"]
+
+log = logging.getLogger("aiouffd")
+
+#: Bytes of one fetch when access is random. 64 KiB: a 4 KiB touch costs at most 16 times itself.
+BLOCK_SIZE = 64 * 1024
+#: Bytes that readahead keeps under way; its lead over the reader is at most twice that.
+READAHEAD = 8 * 1024 * 1024
+#: Longest single flight of readahead and `fetch`, in bytes.
+FLIGHT = 2 * 1024 * 1024
+#: Bytes that one step of `read` copies, for the sake of the loop's latency.
+COPY_STEP = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class BufferStats:
+    """A snapshot of what a buffer did. Bytes and counts are since it was opened."""
+
+    size: int
+    block_size: int
+    resident_bytes: int
+    poisoned_bytes: int
+    #: Bytes that the source delivered; more than were touched, by block size and readahead.
+    fetched_bytes: int
+    #: Blocks that a thread had to wait for.
+    faulted_blocks: int
+    #: Requests made to the source, and how many are under way.
+    flights: int
+    in_flight: int
+    retries: int
+    failures: int
+    #: Blocks that the rescue loop had to serve.
+    rescued: int
+    last_error: str | None
+    #: Finished flights by duration: item i counts those under ``2**i`` milliseconds.
+    latency: tuple[int, ...]
+
+
+def open(
+    source: Any,
+    *,
+    block_size: int | None = None,
+    readahead: int | None = None,
+    errors: Errors = "hard",
+    deadline: float | None = None,
+    strict: bool = False,
+    writable: bool = False,
+    kind: Kind = "anonymous",
+    user_mode_only: bool | None = None,
+    trace: Callable[[FlightEvent], None] | None = None,
+    **options: Any,
+) -> LazyBuffer:
+    """A lazy buffer over ``source``; use it with ``async with``, or ``await`` it and `aclose`.
+
+    :param source: a URL (``http://``, ``https://``, ``file://``), a path, bytes, or a `Source`.
+    :param block_size: bytes fetched at a time when access is random: a power of two, at
+        least one page (64 KiB by default; 2 MiB for huge pages).
+    :param readahead: how much to keep under way ahead of sequential or strided access, in bytes
+        (8 MiB by default); 0 switches it off.
+    :param errors: when the source fails: ``"hard"`` retries for ever while touchers wait;
+        ``"soft"`` gives up after ``deadline`` or an error that is not transient: SIGBUS for raw
+        touches, `SourceError` from the methods.
+    :param deadline: seconds for ``errors="soft"``, from the touch on.
+    :param strict: a touch from the event loop's own thread ends the process with a traceback
+        instead of a `BlockingTouchWarning`.
+    :param writable: allow the program to write. What it writes stays in this memory.
+    :param kind: the memory: see `Pager.map`.
+    :param user_mode_only: see `Pager`.
+    :param trace: called on the loop with a `FlightEvent` for each finished fetch.
+    :param options: the rest goes to the source (``headers=`` for HTTP, ...).
+
+    Raises UsageError for arguments that cannot be; everything else shows when it is opened.
+    """
+    return LazyBuffer(
+        source,
+        block_size=block_size,
+        readahead=readahead,
+        errors=errors,
+        deadline=deadline,
+        strict=strict,
+        writable=writable,
+        kind=kind,
+        user_mode_only=user_mode_only,
+        trace=trace,
+        options=options,
+    )
+
+
+class LazyBuffer:
+    """Memory with the contents of a source, fetched where it is touched. Made by `open`.
+
+    Touch `view` from any thread. The coroutines belong to the loop that opened the buffer;
+    indexing (``buf[...]``), `find`, `resident` and `stats` work from any thread.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        *,
+        block_size: int | None,
+        readahead: int | None,
+        errors: Errors,
+        deadline: float | None,
+        strict: bool,
+        writable: bool,
+        kind: Kind,
+        user_mode_only: bool | None,
+        trace: Callable[[FlightEvent], None] | None,
+        options: dict[str, Any],
+    ) -> None:
+        if errors not in ("hard", "soft"):
+            raise UsageError(f"errors is 'hard' or 'soft', not {errors!r}")
+        if deadline is not None and (deadline <= 0 or errors == "hard"):
+            raise UsageError(
+                "deadline is a positive number of seconds and goes with errors='soft'",
+                hint="errors='hard' waits for ever by definition",
+            )
+        if readahead is not None and readahead < 0:
+            raise UsageError("readahead is a number of bytes; 0 switches it off")
+        if block_size is not None and (block_size < 1 or block_size & (block_size - 1)):
+            raise UsageError(f"the block size {block_size} is not a power of two")
+        huge = kind.startswith("hugetlb")
+        self._given = source
+        self._settings: dict[str, Any] = {
+            "block_size": block_size,
+            "readahead": readahead,
+            "errors": errors,
+            "deadline": deadline,
+            "strict": strict,
+            "writable": writable,
+            "kind": kind,
+            "user_mode_only": user_mode_only,
+            **options,
+        }
+        self._source: Source = as_source(source, **options)
+        self._block_size = block_size or (BLOCK_SIZE if not huge else 2 << 20)
+        self._readahead = READAHEAD if readahead is None else readahead
+        self._policy = Policy(errors, deadline)
+        self._strict = strict
+        self._writable = writable
+        self._kind: Kind = kind
+        self._user_mode_only = user_mode_only
+        self._trace = trace
+        self._expected_version: str | None = None
+        self._tally = Tally()
+        self._pager: Pager | None = None
+        self._region: Region | None = None
+        self._sink: _BufferSink | None = None
+        self._open = self._closed = False
+        self._size = 0
+        self._pid = os.getpid()
+
+    # ----------------------------------------------------------------- opening
+
+    async def aopen(self) -> LazyBuffer:
+        """Open the source and map the memory. Idempotent; what ``async with`` and ``await`` do.
+
+        Raises what the source raises (FileNotFoundError, PermissionError, SourceError, ...),
+        UnsupportedError when userfaultfd cannot be had, SourceChangedError when an unpickled
+        buffer finds another version than the pickled one had.
+        """
+        if self._closed:
+            raise ClosedError("the buffer is closed")
+        if self._open:
+            return self
+        await open_source(self._source)
+        try:
+            version = getattr(self._source, "version", None)
+            if self._expected_version is not None and version != self._expected_version:
+                raise SourceChangedError(
+                    f"the source is at version {version}, not {self._expected_version}"
+                )
+            self._size = self._source.size
+            if self._size:
+                self._map()
+            self._open = True
+        except BaseException:
+            await aclose_source(self._source)
+            raise
+        return self
+
+    def _map(self) -> None:
+        native = isinstance(self._source, MemorySource)
+        pager = shared_pagers.acquire(self._user_mode_only, self._strict, native)
+        try:
+            region = pager._map(
+                self._size,
+                kind=self._kind,
+                block_size=self._block_size,
+                writable=self._writable,
+                report_hits=self._readahead > 0,
+            )
+        except BaseException:
+            shared_pagers.release(pager)
+            raise
+        self._pager, self._region = pager, region
+        self._sink = _BufferSink(
+            region, self._source, self._policy, self._tally, self._readahead, self._trace
+        )
+        region._sink = self._sink
+        if isinstance(self._source, MemorySource):
+            region.serve_from(self._source.data)
+
+    def __await__(self) -> Generator[Any, None, LazyBuffer]:
+        return self.aopen().__await__()
+
+    async def __aenter__(self) -> LazyBuffer:
+        return await self.aopen()
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+    def _check(self) -> Region:
+        """The region, or why there is none."""
+        if self._closed:
+            raise ClosedError("the buffer is closed")
+        if self._pid != os.getpid():
+            raise ClosedError(
+                "the buffer belongs to the parent process",
+                hint="lazy memory is not inherited by fork; open it again in the child",
+            )
+        if self._region is None:
+            raise UsageError(
+                "the buffer is empty" if self._open else "the buffer is not open",
+                hint=None if self._open else "async with aiouffd.open(...) as buf",
+            )
+        return self._region
+
+    # ------------------------------------------------------------- the memory
+
+    @property
+    def view(self) -> memoryview:
+        """The memory itself, a memoryview of bytes: hand it to numpy, struct, os.write, ...
+
+        Touching it fetches. While a view, or an array over it, exists after `aclose`, what is
+        resident can be read and the rest raises SIGBUS.
+        """
+        if self._open and not self._size:
+            return memoryview(b"")
+        return self._check().view
+
+    def __buffer__(self, flags: int) -> memoryview:
+        """PEP 688 (Python 3.12): the buffer itself can be given to numpy and others."""
+        return self.view
+
+    @property
+    def address(self) -> int:
+        """Address of the first byte, aligned to a page."""
+        return self._check().address
+
+    def __len__(self) -> int:
+        return self._size
+
+    @property
+    def block_size(self) -> int:
+        """Bytes fetched at a time when access is random."""
+        return self._block_size
+
+    @property
+    def source(self) -> Source:
+        """Where the bytes come from."""
+        return self._source
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
+    def user_mode_only(self) -> bool:
+        """True if system calls on missing pages fail with EFAULT; `fetch` before them."""
+        self._check()
+        assert self._pager is not None
+        return self._pager.user_mode_only
+
+    def __getitem__(self, key: int | slice) -> Any:
+        """``buf[i]`` is an int, ``buf[a:b]`` bytes. Waits as any touch; any thread.
+
+        Copies without the GIL. Unlike a raw touch of `view`, a page whose source failed raises
+        SourceError. IndexError past the end.
+        """
+        if isinstance(key, slice):
+            start, stop, step = key.indices(self._size)
+            if step != 1:
+                if start == stop or (step > 0) != (stop > start):
+                    return b""
+                low, high = (start, stop) if step > 0 else (stop + 1, start + 1)
+                span = self._copy_out(low, high - low)
+                return span[::step] if step > 0 else span[::-1][::-step]
+            return self._copy_out(start, max(0, stop - start))
+        index = key.__index__()
+        if index < 0:
+            index += self._size
+        if not 0 <= index < self._size:
+            raise IndexError(f"index {key} is past the end of a buffer of {self._size} bytes")
+        return self._copy_out(index, 1)[0]
+
+    def _copy_out(self, offset: int, length: int) -> bytes:
+        if not length:
+            return b""
+        region = self._check()
+        # Fresh, and seen by nobody else until it is filled.
+        data = bytes(length)
+        self._guarded(region, offset, ffi.from_buffer(data), length)
+        return data
+
+    def _guarded(self, region: Region, offset: int, target: Any, length: int) -> None:
+        where = ffi.new("uint64_t *")
+        result = lib.au_region_read(region._open_native(), offset, target, length, where)
+        if result:
+            self._raise_guarded(result, where[0])
+
+    def _raise_guarded(self, result: int, where: int) -> None:
+        if result == -errno.EBADF:
+            raise ClosedError("the buffer was closed while a thread waited for it")
+        assert self._sink is not None
+        cause = self._sink.failures.get(where // self._block_size)
+        raise SourceError(
+            f"byte {where} could not be read",
+            transient=False,
+            hint="`await buf.fetch()` tries again",
+        ) from cause
+
+    def find(self, sub: bytes, start: int = 0, end: int | None = None) -> int:
+        """The lowest index where ``sub`` is found in ``buf[start:end]``, or -1; as mmap.find.
+
+        Fetches what it searches. Without the GIL; any thread; raises SourceError.
+        """
+        start, stop, _ = slice(start, end).indices(self._size)
+        if stop - start < len(sub):
+            return -1
+        if not sub:
+            return start
+        region = self._check()
+        where, found = ffi.new("uint64_t *"), ffi.new("int64_t *")
+        result = lib.au_region_find(
+            region._open_native(), start, stop - start, ffi.from_buffer(sub), len(sub), where, found
+        )
+        if result:
+            self._raise_guarded(result, where[0])
+        return int(found[0])
+
+    # ------------------------------------------------------------- coroutines
+
+    def _range(self, offset: int, length: int | None) -> tuple[int, int]:
+        if length is None:
+            length = self._size - offset
+        if offset < 0 or length < 0 or offset + length > self._size:
+            raise UsageError(
+                f"{length} bytes at {offset} are not within the {self._size} bytes of the buffer"
+            )
+        return offset, length
+
+    async def fetch(self, offset: int = 0, length: int | None = None) -> None:
+        """Make bytes resident, so that touching them waits for nothing. All by default.
+
+        Also heals pages whose source had failed. Raises SourceError (soft mode, or the source
+        changed), UsageError, ClosedError. Cancelling it does not stop what is under way.
+        """
+        offset, length = self._range(offset, length)
+        if not length:
+            return
+        region = self._check()
+        assert self._sink is not None
+        if region.is_resident(offset, length):
+            return
+        size = self._block_size
+        first, last = offset // size, (offset + length - 1) // size
+        while True:
+            await self._sink.fetcher.fetch(first, last - first + 1)
+            if self._closed:
+                raise ClosedError("the buffer is closed")
+            if region.is_resident(offset, length):
+                return
+            # The rescue loop brings the rest.
+            await asyncio.sleep(0.002)
+
+    async def read(self, offset: int = 0, length: int | None = None) -> bytes:
+        """Bytes, without ever faulting. Raises as `fetch`."""
+        offset, length = self._range(offset, length)
+        await self.fetch(offset, length)
+        if length <= COPY_STEP:
+            return self._copy_out(offset, length)
+        data = bytes(length)
+        await self._copy_steps(offset, ffi.from_buffer(data), length)
+        return data
+
+    async def readinto(self, offset: int, buffer: Any) -> int:
+        """Fill a writable ``buffer`` from byte ``offset`` on; returns the count, less only at
+        the end. Never faults. Raises as `fetch`."""
+        if not 0 <= offset <= self._size:
+            raise UsageError(f"offset {offset} is not within the {self._size} bytes of the buffer")
+        # Released on the way out of an exception too: see `Region.install`.
+        with ffi.from_buffer(buffer, require_writable=True) as target:
+            length = min(len(target), self._size - offset)
+            await self.fetch(offset, length)
+            await self._copy_steps(offset, target, length)
+        return length
+
+    async def _copy_steps(self, offset: int, target: Any, length: int) -> None:
+        for start in range(0, length, COPY_STEP):
+            if start:
+                await asyncio.sleep(0)
+            step = min(COPY_STEP, length - start)
+            self._guarded(self._check(), offset + start, ffi.addressof(target, start), step)
+
+    @asynccontextmanager
+    async def pin(self, offset: int = 0, length: int | None = None) -> AsyncIterator[memoryview]:
+        """``async with buf.pin(offset, length) as view``: resident, and stays so inside."""
+        offset, length = self._range(offset, length)
+        await self.fetch(offset, length)
+        with self.view[offset : offset + length] as view:
+            yield view
+
+    # ------------------------------------------------------------- looking at it
+
+    def resident(self, offset: int = 0, length: int | None = None) -> list[tuple[int, int]]:
+        """``(start, stop)`` byte ranges that are resident, in order, merged. Any thread."""
+        offset, length = self._range(offset, length)
+        if not length:
+            return []
+        region = self._check()
+        first = offset - offset % region.page_size
+        return [
+            (max(start, offset), min(start + count, offset + length))
+            for start, count, state in region.runs(
+                first, min(offset + length, region.mapped_length) - first
+            )
+            if state == "resident"
+        ]
+
+    @property
+    def stats(self) -> BufferStats:
+        """What the buffer did so far. Any thread."""
+        tally, region, sink = self._tally, self._region, self._sink
+        alive = region is not None and not region.closed and self._pid == os.getpid()
+        return BufferStats(
+            size=self._size,
+            block_size=self._block_size,
+            resident_bytes=min(self._size, region.resident_bytes) if alive and region else 0,
+            poisoned_bytes=region.poisoned_bytes if alive and region else 0,
+            fetched_bytes=tally.fetched_bytes,
+            faulted_blocks=region.touched_blocks if alive and region else tally.faults,
+            flights=tally.flights,
+            in_flight=sink.fetcher.in_flight if sink else 0,
+            retries=tally.retries,
+            failures=tally.failures,
+            rescued=tally.rescued,
+            last_error=tally.last_error,
+            latency=tuple(tally.seconds),
+        )
+
+    # ------------------------------------------------------------------- close
+
+    async def aclose(self) -> None:
+        """Stop. Fetches are cancelled; what is missing raises SIGBUS from now on (EFAULT in
+        system calls), for threads that wait as well; never zeros. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._pid != os.getpid() or not self._open:
+            return
+        sink, region, pager = self._sink, self._region, self._pager
+        if sink is not None and region is not None and pager is not None:
+            await sink.stop()
+            region.close()
+            shared_pagers.release(pager)
+        await aclose_source(self._source)
+
+    def __del__(self) -> None:
+        region = getattr(self, "_region", None)
+        if region is None or self._closed or self._pid != os.getpid():
+            return
+        warnings.warn(
+            f"unclosed {self!r}; use `async with` or `await buf.aclose()`",
+            ResourceWarning,
+            source=self,
+            stacklevel=1,
+        )
+        self._closed = True
+        pager = self._pager
+        assert pager is not None
+        if not pager._loop.is_closed():
+            try:
+                pager._loop.call_soon_threadsafe(_drop, region, pager)
+                return
+            except RuntimeError:
+                pass
+        _drop(region, pager)
+
+    def __reduce__(self) -> Any:
+        """Pickles as URL or path and settings; the copy is opened anew: same version, or error."""
+        if not isinstance(self._given, (str, Path)):
+            raise TypeError(
+                f"a lazy buffer over {type(self._given).__name__} cannot be pickled; "
+                "open it by URL or path"
+            )
+        return _reopen, (self._given, self._settings, getattr(self._source, "version", None))
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "open" if self._region is not None else "not open"
+        name = self._given if isinstance(self._given, (str, Path)) else type(self._source).__name__
+        return f"<LazyBuffer {name} {self._size} bytes, {state}>"
+
+
+def _drop(region: Region, pager: Pager) -> None:
+    region.close()
+    shared_pagers.release(pager)
+
+
+def _reopen(given: Any, settings: dict[str, Any], version: str | None) -> LazyBuffer:
+    buffer = open(given, **settings)
+    buffer._expected_version = version
+    return buffer
+
+
+class _BufferSink:
+    """Brings the blocks of one buffer: on its loop, and when need be on the rescue loop.
+
+    Does not refer to the LazyBuffer, which can so be collected.
+    """
+
+    def __init__(
+        self,
+        region: Region,
+        source: Source,
+        policy: Policy,
+        tally: Tally,
+        readahead: int,
+        trace: Callable[[FlightEvent], None] | None,
+    ) -> None:
+        self.failures: dict[int, BaseException] = {}
+        self._region = region
+        self._source = source
+        self._policy = policy
+        self._tally = tally
+        self._window = readahead // region.block_size
+        self._trace = trace
+        self._closed = False
+        self.fetcher = self._fetcher(source)
+        # Of the rescue loop only.
+        self._rescuer: Fetcher | None = None
+        self._rescue_queue: deque[int] = deque()
+        self._rescue_start: asyncio.Task[None] | None = None
+        self._clone: Source | None = None
+
+    def _fetcher(self, source: Source) -> Fetcher:
+        region = self._region
+        piece = max(1, FLIGHT // region.block_size)
+        ahead = Readahead(region.blocks, self._window, piece) if self._window else None
+        return Fetcher(
+            region,
+            source,
+            policy=self._policy,
+            tally=self._tally,
+            failures=self.failures,
+            readahead=ahead,
+            flight_blocks=piece,
+            trace=self._trace,
+        )
+
+    def miss(self, block: int, *_message: int) -> None:
+        self.fetcher.miss(block)
+
+    def hit(self, block: int) -> None:
+        self.fetcher.hit(block)
+
+    def rescue(self, block: int) -> bool:
+        if self._closed:
+            return True
+        self._tally.rescued += 1
+        if self._rescuer is not None:
+            self._rescuer.miss(block)
+            return True
+        self._rescue_queue.append(block)
+        if self._rescue_start is None:
+            try:
+                clone = self._source.clone()
+            except Exception as error:
+                log.debug("the source cannot be cloned: %s", error)
+                self._rescue_queue.clear()
+                return False
+            self._rescue_start = asyncio.get_running_loop().create_task(self._start_rescuer(clone))
+        return True
+
+    def late(self, block: int) -> None:
+        self.fetcher.miss(block)  # which knows what is under way
+
+    async def _start_rescuer(self, clone: Source) -> None:
+        pause = 0.05
+        while not self._closed:
+            try:
+                await open_source(clone)
+                break
+            except Exception as error:
+                if self._policy.errors == "soft" or isinstance(error, SourceChangedError):
+                    self._give_up(error)
+                    self._rescue_start = None
+                    return
+                self._tally.last_error = str(error)
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, 5.0)
+        self._clone = clone
+        self._rescuer = self._fetcher(clone)
+        while self._rescue_queue and not self._closed:
+            self._rescuer.miss(self._rescue_queue.popleft())
+
+    def _give_up(self, error: Exception) -> None:
+        region = self._region
+        while self._rescue_queue:
+            block = self._rescue_queue.popleft()
+            self.failures[block] = error
+            start = block * region.block_size
+            try:
+                region.poison(start, min(region.block_size, region.mapped_length - start))
+            except AiouffdError:
+                return
+
+    async def stop(self) -> None:
+        """Cancel what is under way, on both loops, and wait for it. Idempotent."""
+        self._closed = True
+        tasks = self.fetcher.cancel()
+        if tasks:
+            await asyncio.gather(*tasks, return_exceptions=True)
+        if self._rescue_start is not None:
+            await asyncio.wrap_future(service.submit(self._stop_rescuer()))
+
+    async def _stop_rescuer(self) -> None:
+        if self._rescue_start is not None:
+            self._rescue_start.cancel()
+            await asyncio.gather(self._rescue_start, return_exceptions=True)
+        if self._rescuer is not None:
+            await asyncio.gather(*self._rescuer.cancel(), return_exceptions=True)
+        if self._clone is not None:
+            await aclose_source(self._clone)
+
+    def close(self) -> None:
+        """The region closes without `stop` having run (collected, or the loop is gone)."""
+        if not self._closed:
+            self._closed = True
+            self.fetcher.cancel()

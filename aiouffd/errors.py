@@ -1,0 +1,168 @@
+"""The errors, by whose fault they are.
+
+::
+
+    AiouffdError
+     ├─ UsageError (also ValueError)        the call is wrong; nothing was changed
+     ├─ ClosedError                         you used something after closing it
+     ├─ UnsupportedError (also OSError)     this kernel, user or build cannot do it
+     ├─ KernelError (also OSError)          an ioctl failed; errno and bytes done are kept
+     ├─ SourceError (also OSError)          where the bytes come from failed
+     │   ├─ SourceChangedError              the object is not the one that was opened
+     │   ├─ RangeNotSupportedError          the server cannot send parts of the object
+     │   ├─ ShortReadError                  fewer or more bytes than asked for
+     │   └─ SourceTimeoutError (also TimeoutError)   the deadline passed
+     ├─ StalledError (also TimeoutError)    nothing moved; the toucher was released with an error
+     └─ InternalError                       our own mistake: please report it
+
+Where Python has the right class already it is used: ``PermissionError`` for
+missing privileges, ``FileNotFoundError`` for missing objects, ``IndexError``
+past the end of a buffer.
+
+Every message says what happened; ``hint`` says what to do about it, and is part of ``str(error)``.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+import os as _os
+
+__all__ = [
+    "AiouffdError",
+    "BlockingTouchWarning",
+    "ClosedError",
+    "InternalError",
+    "KernelError",
+    "RangeNotSupportedError",
+    "ShortReadError",
+    "SourceChangedError",
+    "SourceError",
+    "SourceTimeoutError",
+    "StalledError",
+    "UnsupportedError",
+    "UsageError",
+]
+
+
+class AiouffdError(Exception):
+    """Root of all errors raised by aiouffd.
+
+    ``hint`` is one sentence saying what to do next, or None.
+    """
+
+    hint: str | None
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        self.hint = hint
+        self.message = message
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
+
+class UsageError(AiouffdError, ValueError):
+    """An argument is out of range, unaligned, or of the wrong kind. Nothing was changed."""
+
+
+class ClosedError(AiouffdError):
+    """The object was closed by you before this call."""
+
+
+class _OsError(AiouffdError, OSError):
+    """Carries an errno in the way of OSError, and a message in ours."""
+
+    def __init__(self, message: str, *, errno: int | None = None, hint: str | None = None) -> None:
+        AiouffdError.__init__(self, message, hint=hint)
+        self.errno = errno
+        self.strerror = _os.strerror(errno) if errno else None
+
+
+class UnsupportedError(_OsError):
+    """This kernel, this user or this build cannot do what was asked."""
+
+
+class KernelError(_OsError):
+    """An ioctl of userfaultfd failed.
+
+    ``done`` is the number of bytes that it had completed (and woken) before.
+    """
+
+    def __init__(
+        self, message: str, *, errno: int | None = None, done: int = 0, hint: str | None = None
+    ) -> None:
+        super().__init__(message, errno=errno, hint=hint)
+        self.done = done
+
+    def __str__(self) -> str:
+        text = AiouffdError.__str__(self)
+        name = _errno.errorcode.get(self.errno or 0)
+        return f"[{name}] {text}" if name else text
+
+
+class SourceError(_OsError):
+    """The place where the bytes come from failed; ``__cause__`` has the reason.
+
+    ``transient`` tells whether asking again may help; the failure policy of a
+    buffer retries only those.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        transient: bool = True,
+        retry_after: float | None = None,
+        errno: int | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message, errno=errno or _errno.EIO, hint=hint)
+        self.transient = transient
+        #: Seconds that the source asked to wait before the next try, or None.
+        self.retry_after = retry_after
+
+
+class SourceChangedError(SourceError):
+    """The object behind the source is no longer the version that was opened. Never transient."""
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(
+            message,
+            transient=False,
+            errno=_errno.ESTALE,
+            hint=hint or "open the source again to read its present version",
+        )
+
+
+class RangeNotSupportedError(SourceError):
+    """The server does not serve parts of this object, so it cannot be read lazily."""
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message, transient=False, errno=_errno.EOPNOTSUPP, hint=hint)
+
+
+class ShortReadError(SourceError):
+    """A source gave fewer or more bytes than it was asked for."""
+
+
+class SourceTimeoutError(SourceError, TimeoutError):
+    """The deadline passed before the source had delivered."""
+
+
+class StalledError(AiouffdError, TimeoutError):
+    """A touch could not be served because nothing in the process moved."""
+
+
+class InternalError(AiouffdError):
+    """A broken invariant inside aiouffd. Please report it, with the text."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, hint="this is a bug in aiouffd; please report it")
+
+
+class BlockingTouchWarning(RuntimeWarning):
+    """The event loop's own thread touched a page that was not resident.
+
+    The touch was served by the rescue loop and is correct, but it stalled the
+    loop as any blocking read would. Use ``await buf.fetch(...)`` before.
+    """

@@ -1,0 +1,742 @@
+"""Regions and faults: a mapping that fills itself, seen from Python.
+
+A `Region` is made by `Pager.map`. Who brings its bytes is either a handler
+(`Region.on_missing`, one `Fault` at a time) or, one layer up, a lazy buffer.
+Everything that installs goes through `Region.install`: one native call that marks
+the pages, issues the ioctl, settles the pages and wakes (see ``native/install.c``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import random
+import sys
+import types
+import weakref
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+
+from ._lib import ffi, lib
+from .errors import ClosedError, KernelError, SourceTimeoutError, UsageError
+
+if TYPE_CHECKING:
+    from .pager import Pager
+
+__all__ = ["Fault", "Handler", "Region"]
+
+Kind: TypeAlias = Literal["anonymous", "memfd", "hugetlb", "hugetlb-memfd"]
+Errors: TypeAlias = Literal["hard", "soft"]
+Handler: TypeAlias = Callable[["Fault"], Coroutine[Any, Any, None]]
+
+KINDS: dict[str, int] = {
+    "anonymous": lib.AU_KIND_ANONYMOUS,
+    "memfd": lib.AU_KIND_MEMFD,
+    "hugetlb": lib.AU_KIND_HUGETLB,
+    "hugetlb-memfd": lib.AU_KIND_HUGETLB_MEMFD,
+}
+
+_COPY: int = lib.AU_OP_COPY
+_ZERO: int = lib.AU_OP_ZERO
+_POISON: int = lib.AU_OP_POISON
+_CONTINUE: int = lib.AU_OP_CONTINUE
+_MOVE: int = lib.AU_OP_MOVE
+_ANY_GENERATION = 2**64 - 1
+_EAGER = sys.version_info >= (3, 12)
+
+#: Waits between two tries of a handler that failed, in seconds: first and longest.
+RETRY_FIRST, RETRY_LONGEST = 0.02, 5.0
+
+_HINTS = {
+    errno.EAGAIN: "mappings keep changing; try again",
+    errno.ESTALE: "the page was removed after the fault; the toucher asks again if it still waits",
+    errno.EINVAL: "whole pages inside the region, from memory that is not lazy itself",
+    errno.ENOMEM: "out of memory; for huge pages see vm.nr_hugepages",
+    errno.ENOENT: "the memory was unmapped or unregistered behind the region",
+}
+
+
+class BlockSink(Protocol):
+    """Who is told of the blocks of a region that are touched. Loop thread only."""
+
+    def miss(
+        self, block: int, address: int = 0, flags: int = 0, thread: int = 0, generation: int = 0
+    ) -> None:
+        """A block that nobody fetches was touched; its fetch is now yours.
+
+        ``address``, ``flags`` and ``thread`` are the message's, 0 if unknown.
+        """
+
+    def hit(self, block: int) -> None:
+        """A block that is being fetched was touched for the first time."""
+
+    def rescue(self, block: int) -> bool:
+        """On the rescue loop: serve this block. False if that cannot be done."""
+
+    def late(self, block: int) -> None:
+        """After `rescue` said no, on the region's own loop: as `miss`, unless it is in hand."""
+
+    def close(self) -> None:
+        """The region closes: cancel what is under way."""
+
+
+class Fault:
+    """One block that a thread waits for. Resolve it with `copy`, `zero`, `poison` or `continue_`.
+
+    Lives on the loop that runs its handler and may be resolved from any thread. Resolving a
+    fault that is resolved already does nothing.
+    """
+
+    __slots__ = ("_answered", "address", "block", "flags", "generation", "region", "thread_id")
+
+    def __init__(
+        self, region: Region, block: int, address: int, flags: int, thread_id: int, generation: int
+    ) -> None:
+        self.region = region
+        #: Number of the block, counted from the start of the region.
+        self.block = block
+        #: The page that was touched: its address.
+        self.address = address
+        #: AU_PAGEFAULT_FLAG bits of the message.
+        self.flags = flags
+        #: Kernel thread id of the toucher, a hint only.
+        self.thread_id = thread_id
+        #: The block's generation when the fault was read.
+        self.generation = generation
+        # Bytes from the block's start that were brought here, even if they are gone again.
+        self._answered = 0
+
+    @property
+    def offset(self) -> int:
+        """First byte of the block, from the start of the region."""
+        return self.block * self.region.block_size
+
+    @property
+    def length(self) -> int:
+        """Bytes in the block; less than a full one at the end of the region."""
+        region = self.region
+        return min(region.block_size, region.length - self.block * region.block_size)
+
+    @property
+    def is_write(self) -> bool:
+        """Whether the thread wanted to write."""
+        return bool(self.flags & lib.AU_PAGEFAULT_FLAG_WRITE)
+
+    @property
+    def resolved(self) -> bool:
+        """Whether every page of the block is there (or poisoned), or was brought by this fault and
+        has been dropped since."""
+        return self._answered >= self.length or self.region._settled(self.offset, self.length)
+
+    def _answer(self, offset: int, done: int) -> int:
+        if offset == self.offset + self._answered:
+            self._answered += done
+        return done
+
+    def copy(self, data: Any, *, offset: int | None = None) -> int:
+        """Install ``data`` (any contiguous buffer) at ``offset`` and wake who waits.
+
+        ``offset`` in bytes from the start of the region, a multiple of the page size; the
+        start of the block if None. ``data`` ends at a page boundary or reaches the region's
+        end. Returns the bytes settled. Raises UsageError, KernelError, ClosedError.
+        """
+        region = self.region
+        if offset is None:
+            offset = self.block * region.block_size
+        return self._answer(offset, region.install(offset, data))
+
+    def zero(self) -> int:
+        """Fill the block with zeros."""
+        return self._answer(self.offset, self.region.zero(self.offset, self.length))
+
+    def poison(self) -> int:
+        """Make touches of the block fail: SIGBUS for raw ones, EFAULT in system calls. 6.6."""
+        return self._answer(self.offset, self.region.poison(self.offset, self.length))
+
+    def continue_(self) -> int:
+        """Map what is in the page cache of a memfd region (`Region.fileno`) already. 5.13."""
+        return self._answer(self.offset, self.region.continue_(self.offset, self.length))
+
+    def __repr__(self) -> str:
+        return f"<Fault block {self.block} at {self.address:#x} thread {self.thread_id}>"
+
+
+class Region:
+    """A mapping that fills itself. Made by `Pager.map`; usable from any thread where it says so.
+
+    ``address``, ``length`` and ``page_size``, ``block_size`` are in bytes; ``length`` is what was
+    asked for, the mapping is rounded up to whole pages.
+    """
+
+    def __init__(
+        self,
+        pager: Pager,
+        length: int,
+        *,
+        kind: Kind,
+        block_size: int | None,
+        writable: bool,
+        report_hits: bool,
+    ) -> None:
+        if kind not in KINDS:
+            raise UsageError(f"unknown kind of memory {kind!r}", hint=f"one of {', '.join(KINDS)}")
+        if length <= 0:
+            raise UsageError(f"a region needs a length of at least one byte, not {length}")
+        options = lib.AU_REGION_WRITABLE if writable else 0
+        options |= lib.AU_REGION_REPORT_HITS if report_hits else 0
+        error = ffi.new("int *")
+        native = lib.au_region_create(
+            pager._engine, length, KINDS[kind], options, block_size or 0, error
+        )
+        if native == ffi.NULL:
+            if error[0] == errno.EINVAL:
+                raise UsageError(
+                    f"cannot map {length} bytes of {kind} memory in blocks of {block_size}",
+                    hint="the block size is a power of two and at least one page",
+                )
+            raise KernelError(
+                f"cannot map {length} bytes of {kind} memory: {os.strerror(error[0])}",
+                errno=error[0],
+                hint="reserve huge pages with vm.nr_hugepages" if "huge" in kind else None,
+            )
+        # Weak, so that a pager nobody holds is noticed; its regions are closed with it.
+        self._pager = weakref.ref(pager)
+        self._pid = os.getpid()
+        self._writable = writable
+        self._buffer: Any = None
+        self._view: memoryview | None = None
+        self._closed = False
+        self._keep: Any = None
+        self._sink: BlockSink | None = None
+        #: What becomes of a block whose handler fails, and its time limit in seconds.
+        self.errors: Errors = "hard"
+        self.deadline: float | None = None
+        self.id: int = native.id
+        self.kind: Kind = kind
+        self.address: int = native.start
+        self.length = length
+        self.page_size: int = native.page_size
+        self.block_size: int = native.block_size
+        self.blocks: int = native.blocks
+        self.mapped_length: int = native.length
+        self._where = ffi.new("uint64_t *")
+        # The struct and the mapping are freed when nobody refers to them any more: this
+        # region while it is open, calls under way in other threads, and views.
+        self._native = ffi.gc(native, _Unmapper(self._pid, pager._engine))
+        self._memory = ffi.gc(ffi.cast("char *", native.start), _Keeper(self._native))
+
+    # ------------------------------------------------------------------ views
+
+    @property
+    def pager(self) -> Pager:
+        """The pager that serves the region. ClosedError when it is gone."""
+        pager = self._pager()
+        if pager is None:
+            raise ClosedError("the pager of this region is gone")
+        return pager
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the region is closed")
+
+    @property
+    def view(self) -> memoryview:
+        """The memory, as one memoryview of bytes; touching it is what makes faults.
+
+        Views and arrays over it keep the mapping alive after `close`, with what is
+        resident; the rest raises SIGBUS. Read-only unless the region is writable.
+        """
+        if self._view is None:
+            self._check_open()
+            self._buffer = ffi.buffer(self._memory, self.length)
+            view = memoryview(self._buffer)
+            self._view = view if self._writable else view.toreadonly()
+        self._check_process()
+        # A new one each time: ours is released by `close`, theirs are theirs.
+        return self._view[:]
+
+    def fileno(self) -> int:
+        """The descriptor of a memfd region, for filling its page cache before `continue_`."""
+        descriptor: int = self._open_native().memfd
+        if descriptor < 0:
+            raise UsageError(f"{self.kind} memory has no descriptor", hint="map kind='memfd'")
+        return descriptor
+
+    # -------------------------------------------------------------- resolving
+
+    def install(
+        self, offset: int, data: Any, *, heal: bool = False, generation: int | None = None
+    ) -> int:
+        """Install ``data`` at byte ``offset`` (a multiple of the page size); wakes who waits.
+
+        ``data`` is any contiguous buffer that is not lazy memory; it ends at a page boundary
+        or at the region's end, where the rest of the last page becomes zero. Pages that are
+        there already are skipped; ``heal`` replaces poisoned ones. With ``generation`` (from
+        `Fault.generation`) nothing is done if the block's pages changed since. One native
+        call without the GIL; any thread. Returns the bytes settled, all of them.
+        Raises UsageError, ClosedError, or KernelError with ``done`` when less was possible.
+        """
+        # bytes go as they are; from_buffer costs as much as the rest of the call.
+        source = data if type(data) is bytes else ffi.from_buffer("uint8_t[]", data)
+        try:
+            return self._apply(_COPY, offset, source, len(source), heal, generation)
+        except BaseException:
+            # The traceback keeps both alive. CPython before 3.13 crashes when it collects a
+            # memoryview that is in use still.
+            if source is not data:
+                ffi.release(source)
+            raise
+
+    def move_in(self, offset: int, address: int, length: int) -> int:
+        """As `install`, from private anonymous memory at ``address`` that is given away.
+
+        Huge pages that match are moved instead of copied (UFFDIO_MOVE, 6.8), which leaves a
+        hole at ``address``; else its bytes are copied. ``length`` in whole pages.
+        """
+        return self._apply(_MOVE, offset, ffi.cast("uint8_t *", address), length, True, None)
+
+    def zero(self, offset: int, length: int, *, heal: bool = False) -> int:
+        """Fill whole pages with zeros. Arguments and errors as `install`."""
+        return self._apply(_ZERO, offset, ffi.NULL, length, heal, None)
+
+    def poison(self, offset: int, length: int) -> int:
+        """Make touches of the pages that are missing fail. `install` with ``heal`` undoes it."""
+        return self._apply(_POISON, offset, ffi.NULL, length, False, None)
+
+    def continue_(self, offset: int, length: int) -> int:
+        """Map pages that are in the page cache of a memfd region."""
+        return self._apply(_CONTINUE, offset, ffi.NULL, length, False, None)
+
+    def _apply(
+        self, op: int, offset: int, source: Any, length: int, heal: bool, generation: int | None
+    ) -> int:
+        native = self._native
+        if native is None:
+            raise ClosedError("the region is closed")
+        done: int = lib.au_region_put(
+            native,
+            op,
+            offset,
+            source,
+            length,
+            heal,
+            _ANY_GENERATION if generation is None else generation,
+        )
+        if done < 0:
+            self._raise(~done & 0xFF, ~done >> 8, offset, length)
+        return done
+
+    def _raise(self, code: int, done: int, offset: int, length: int) -> None:
+        message = f"cannot install {length} bytes at offset {offset} of {self!r}"
+        if code == errno.EBADF:
+            raise ClosedError("the region is closed")
+        if code == errno.EINVAL:
+            raise UsageError(message, hint=_HINTS[code])
+        raise KernelError(message, errno=code, done=done, hint=_HINTS.get(code))
+
+    async def install_async(self, offset: int, data: Any, *, heal: bool = False) -> None:
+        """As `install`, but waits and tries again while mappings change (EAGAIN)."""
+        view = memoryview(data)
+        pause = 0.001
+        while True:
+            try:
+                self.install(offset, view, heal=heal)
+                return
+            except KernelError as error:
+                if error.errno != errno.EAGAIN:
+                    raise
+                offset += error.done
+                view = view[error.done :]
+                if not view.nbytes:
+                    return
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 0.1)
+
+    def drop(self, offset: int, length: int) -> None:
+        """Forget whole pages: the next touch brings them anew. Any thread but the loop's."""
+        result = lib.au_region_drop(self._open_native(), offset, length)
+        if result:
+            self._raise(-result, 0, offset, length)
+
+    # ------------------------------------------------------------ page states
+
+    def _open_native(self) -> Any:
+        native = self._native
+        if native is None:
+            raise ClosedError("the region is closed")
+        self._check_process()
+        return native
+
+    def _check_process(self) -> None:
+        if self._pid != os.getpid():
+            raise ClosedError(
+                "the region belongs to the parent process",
+                hint="lazy memory is not inherited by fork; open it again in the child",
+            )
+
+    def _settled(self, offset: int, length: int) -> bool:
+        native = self._native
+        if native is None:
+            return True
+        result = lib.au_region_check(native, offset, length, self._where)
+        if result == -errno.EIO:
+            # The first page that is not there is poisoned; of the others this says nothing.
+            length = min(length, self.mapped_length - offset)
+            return all(state != "missing" for _, _, state in self.runs(offset, length))
+        return bool(result)
+
+    def is_resident(self, offset: int, length: int) -> bool:
+        """Whether every page of the range is there."""
+        where = ffi.new("uint64_t *")
+        return int(lib.au_region_check(self._open_native(), offset, length, where)) == 1
+
+    @property
+    def resident_bytes(self) -> int:
+        return int(lib.au_region_present(self._open_native())) * self.page_size
+
+    @property
+    def poisoned_bytes(self) -> int:
+        return int(lib.au_region_poisoned(self._open_native())) * self.page_size
+
+    @property
+    def touched_blocks(self) -> int:
+        """Blocks that a thread had to wait for at least once."""
+        return int(lib.au_region_touched(self._open_native()))
+
+    def runs(self, offset: int = 0, length: int | None = None) -> list[tuple[int, int, str]]:
+        """``(offset, length, state)`` of runs of pages: "missing", "resident" or "poisoned"."""
+        end = self.mapped_length if length is None else offset + length
+        if not 0 <= offset <= end <= self.mapped_length:
+            raise UsageError(f"range {offset}..{end} is not within the region")
+        starts, lengths = ffi.new("uint64_t[512]"), ffi.new("uint64_t[512]")
+        states, after = ffi.new("uint8_t[512]"), ffi.new("uint64_t *")
+        found: list[tuple[int, int, str]] = []
+        names = {lib.AU_PAGE_PRESENT: "resident", lib.AU_PAGE_POISONED: "poisoned"}
+        native = self._open_native()
+        while offset < end:
+            count = lib.au_region_runs(
+                native, offset, end - offset, starts, lengths, states, 512, after
+            )
+            for i in range(count):
+                name = names.get(states[i], "missing")
+                if found and found[-1][2] == name:
+                    found[-1] = (found[-1][0], found[-1][1] + lengths[i], name)
+                else:
+                    found.append((starts[i], lengths[i], name))
+            offset = after[0]
+        return found
+
+    def begin(self, first: int, count: int, *, heal: bool = False) -> list[int]:
+        """Take over the fetch of those of ``count`` blocks that are neither there nor under way."""
+        taken = ffi.new("uint8_t[]", count)
+        if lib.au_region_begin(self._open_native(), first, count, heal, taken) <= 0:
+            return []
+        flags = bytes(ffi.buffer(taken))
+        return [first + i for i in range(count) if flags[i]]
+
+    def end(self, first: int, count: int, *, keep_wanted: bool = False) -> list[int]:
+        """Give up the fetch of blocks; returns those that threads wait for.
+
+        They are woken and will fault again, or stay yours with ``keep_wanted``.
+        """
+        wanted = ffi.new("uint8_t[]", count)
+        if lib.au_region_end(self._open_native(), first, count, keep_wanted, wanted) <= 0:
+            return []
+        flags = bytes(ffi.buffer(wanted))
+        return [first + i for i in range(count) if flags[i]]
+
+    # --------------------------------------------------------------- handlers
+
+    def on_missing(self, handler: Handler | None = None, *, portable: bool = False) -> Any:
+        """Serve the region with ``handler``, a coroutine function of one `Fault`; a decorator.
+
+        It runs on the pager's loop, many at a time. ``portable=True`` says that it uses
+        nothing bound to that loop, so that it may also run on the rescue loop when the
+        pager's cannot come; without, a touch from the loop's own thread ends in an error
+        (SIGBUS) after the pager's ``rescue_deadline``.
+
+        When it raises, returns with the fault unresolved, or takes longer than the region's
+        deadline: the loop's exception handler is told, and then ``errors="hard"`` calls it
+        again after a growing pause, ``errors="soft"`` poisons the block.
+        """
+        if handler is None:
+            return lambda function: self.on_missing(function, portable=portable)
+        if self._sink is not None:
+            raise UsageError("the region has a handler already")
+        self._sink = HandlerSink(self, handler, portable)
+        return handler
+
+    def serve_from(self, data: Any) -> None:
+        """Serve the region from memory of this process, without Python: ``data`` holds it all.
+
+        Faults are resolved in the native core, also when no loop can run.
+        """
+        view = ffi.from_buffer("uint8_t[]", data)
+        if lib.au_region_set_backing(self._open_native(), view, len(view)):
+            ffi.release(view)
+            raise UsageError(
+                "cannot serve from this memory", hint="as long as the region, and not lazy itself"
+            )
+        self._keep = view
+        self.pager._native_only()
+
+    # ------------------------------------------------------------------ close
+
+    def _release_views(self) -> bool:
+        """Try to let go of the view; True when nobody else holds on to the memory."""
+        if self._view is None:
+            return True
+        try:
+            self._view.release()
+        except BufferError:
+            return False
+        self._view = None
+        # Slices keep the buffer object alive behind the released view.
+        return sys.getrefcount(self._buffer) <= 2
+
+    def close(self) -> None:
+        """Stop serving. Blocked touchers get SIGBUS (EFAULT in system calls); never zeros.
+
+        Idempotent. The memory is unmapped at once when no view of it exists, else with the
+        last one; until then what is resident can be read and the rest raises SIGBUS.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        if self._pid != os.getpid():
+            return
+        if self._sink is not None:
+            self._sink.close()
+        unused = self._release_views()
+        lib.au_region_close(self._native, unused)
+        self._native = self._memory = self._buffer = self._view = None
+        self._sink = self._keep = None
+        pager = self._pager()
+        if pager is not None:
+            pager._forget(self)
+
+    def __repr__(self) -> str:
+        state = " closed" if self._closed else ""
+        return f"<Region {self.id}: {self.length} bytes of {self.kind} at {self.address:#x}{state}>"
+
+
+class _Unmapper:
+    """Destructor of a native region. Must not refer to the Region."""
+
+    __slots__ = ("engine", "pid")
+
+    def __init__(self, pid: int, engine: Any) -> None:
+        self.pid = pid
+        self.engine = engine  # has to outlive its regions
+
+    def __call__(self, native: Any, lib: Any = lib, getpid: Any = os.getpid) -> None:
+        # A forked child has no such mapping, but may have another one at its address.
+        if self.pid == getpid():
+            lib.au_region_close(native, 1)
+            lib.au_region_free(native)
+
+
+class _Keeper:
+    """Keeps the native region alive as long as the memory that views refer to."""
+
+    __slots__ = ("native",)
+
+    def __init__(self, native: Any) -> None:
+        self.native = native
+
+    def __call__(self, _memory: Any) -> None:
+        self.native = None
+
+
+#: So many faults in a row whose handler never waited, and the next is run without a task...
+DIRECT_AFTER = 8
+#: ...and so many more are asked for after one that did wait.
+DIRECT_SETBACK = 256
+
+
+class HandlerSink:
+    """Runs a user's handler for each block that is touched, with the failure policy around it.
+
+    A handler that has the bytes at hand never waits, and a task per fault would cost more than
+    the rest. So the first step of a handler is made by hand: inside a task until it has shown
+    a few times that it does not wait, then without one. Where it does wait after all, a task
+    goes on with it; where it fails, which it may because it found no current task,
+    it is called again in one.
+    """
+
+    def __init__(self, region: Region, handler: Handler, portable: bool) -> None:
+        self._region = region
+        self._handler = handler
+        self._portable = portable
+        self._tasks: dict[asyncio.Task[None], int] = {}  # and the blocks they serve
+        self._waiting: deque[Fault] = deque()
+        self._closed = False
+        self._direct = -DIRECT_AFTER
+
+    def miss(
+        self, block: int, address: int = 0, flags: int = 0, thread: int = 0, generation: int = 0
+    ) -> None:
+        fault = Fault(self._region, block, address, flags, thread, generation)
+        if self._direct >= 0:
+            coroutine = self._handler(fault)
+            try:
+                future = coroutine.send(None)
+            except StopIteration:
+                if self._is_done(fault):
+                    return
+            except (Exception, asyncio.CancelledError):
+                self._direct = -DIRECT_SETBACK
+            else:
+                self._direct = -DIRECT_SETBACK
+                self._start(fault, _resume(coroutine, future))
+                return
+        self._start(fault, None)
+
+    def hit(self, block: int) -> None:
+        """Blocks in flight are not reported for handlers."""
+
+    def rescue(self, block: int) -> bool:
+        if not self._portable:
+            return False
+        region = self._region
+        address = region.address + block * region.block_size
+        self._start(Fault(region, block, address, 0, 0, 0), None)
+        return True
+
+    def late(self, block: int) -> None:
+        waiting = any(fault.block == block for fault in self._waiting)
+        if not waiting and block not in self._tasks.values():
+            self.miss(block, self._region.address + block * self._region.block_size)
+
+    def _start(self, fault: Fault, begun: Awaitable[None] | None) -> None:
+        if begun is None and len(self._tasks) >= self._region.pager.max_in_flight:
+            self._waiting.append(fault)
+            return
+        coroutine = self._serve(fault, begun)
+        loop = asyncio.get_running_loop()
+        if _EAGER:
+            task: asyncio.Task[None] = asyncio.Task(
+                coroutine,
+                loop=loop,
+                eager_start=True,  # type: ignore[call-arg]
+            )
+            if task.done():
+                return
+        else:
+            task = loop.create_task(coroutine)
+        self._tasks[task] = fault.block
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.pop(task, None)
+        if self._waiting and not self._closed:
+            self._start(self._waiting.popleft(), None)
+
+    async def _call(self, fault: Fault) -> None:
+        coroutine = self._handler(fault)
+        try:
+            future = coroutine.send(None)
+        except StopIteration:
+            self._direct += 1
+        else:
+            self._direct = min(self._direct, -DIRECT_AFTER)
+            await _resume(coroutine, future)
+
+    async def _serve(self, fault: Fault, begun: Awaitable[None] | None) -> None:
+        region = self._region
+        pause = RETRY_FIRST
+        while True:
+            try:
+                attempt = begun or self._call(fault)
+                begun = None
+                if region.deadline is None:
+                    await attempt
+                else:
+                    async with asyncio.timeout(region.deadline):
+                        await attempt
+                if self._is_done(fault):
+                    return
+                raise UnresolvedError(fault)
+            except asyncio.CancelledError:
+                if not self._closed and not region._closed:
+                    # Somebody cancelled the task: the toucher asks again.
+                    region.end(fault.block, 1)
+                raise
+            except ClosedError:
+                return
+            except Exception as error:
+                if isinstance(error, TimeoutError) and region.deadline is not None:
+                    error = SourceTimeoutError(
+                        f"no answer for {fault!r} within {region.deadline} seconds"
+                    )
+                self._report(fault, error)
+            if region._closed or self._is_done(fault):
+                return
+            if region.errors == "soft":
+                fault.poison()
+                return
+            await asyncio.sleep(pause * (0.5 + random.random()))
+            pause = min(pause * 2, RETRY_LONGEST)
+
+    def _is_done(self, fault: Fault) -> bool:
+        region = self._region
+        if region._settled(fault.offset, fault.length):
+            return True
+        if not fault.resolved:
+            return False
+        # Pages were dropped while others were still on their way: who waits asks again.
+        region.end(fault.block, 1)
+        return True
+
+    def _report(self, fault: Fault, error: Exception) -> None:
+        asyncio.get_running_loop().call_exception_handler(
+            {
+                "message": f"the handler of {self._region!r} failed for {fault!r}",
+                "exception": error,
+                "fault": fault,
+            }
+        )
+
+    def close(self) -> None:
+        self._closed = True
+        self._waiting.clear()
+        for task in list(self._tasks):
+            loop = task.get_loop()
+            if loop.is_closed():
+                continue
+            if loop is asyncio._get_running_loop():
+                task.cancel()
+            else:
+                loop.call_soon_threadsafe(task.cancel)
+
+
+class UnresolvedError(UsageError):
+    """A handler returned and left its fault as it was."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(
+            f"the handler returned without resolving {fault!r}",
+            hint="call fault.copy(), zero(), poison() or continue_() in it",
+        )
+
+
+@types.coroutine
+def _resume(coroutine: Any, future: Any) -> Generator[Any, Any, None]:
+    """Go on with a coroutine whose last step yielded ``future``."""
+    while True:
+        try:
+            value = yield future
+        except BaseException as error:
+            step, argument = coroutine.throw, error
+        else:
+            step, argument = coroutine.send, value
+        try:
+            future = step(argument)
+        except StopIteration:
+            return

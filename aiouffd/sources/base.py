@@ -1,0 +1,234 @@
+"""What a source is: the contract, defaults for its optional parts, and checks on its answers.
+
+A source is where the bytes of a lazily filled buffer come from. Two methods and a size are enough::
+
+    class Zeros:
+        size = 1 << 30
+        async def read(self, offset: int, length: int) -> bytes:
+            return bytes(length)
+        def clone(self) -> "Zeros":
+            return Zeros()
+
+Everything else is optional. The functions at the end of this module call the optional
+methods where they exist and do the plain thing where they do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Protocol, TypeAlias, runtime_checkable
+
+from ..errors import ShortReadError, SourceError, UsageError
+
+__all__ = [
+    "BaseSource",
+    "Buffer",
+    "Source",
+    "SourcePermissionError",
+    "aclose_source",
+    "check_length",
+    "check_range",
+    "open_source",
+    "read_into_source",
+    "stream_source",
+]
+
+# ``collections.abc.Buffer`` came with Python 3.12. A source may also return any
+# other object with a contiguous buffer (an array, an ``obstore.Bytes``).
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+
+class SourcePermissionError(SourceError, PermissionError):
+    """The source refused access (HTTP 401, 403, 407). Also a PermissionError. Not transient."""
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where bytes come from. Required: ``size``, ``read`` and ``clone``.
+
+    **Loops and threads.** An instance belongs to the event loop on which it was opened (or
+    first read), and all its coroutines run there. Many reads are in flight at a time, in any
+    order and overlapping. ``clone()`` alone may be called from any thread. A source must not
+    use the loop's default executor: its threads may all be waiting for pages of the very
+    buffer which this source fills. Nor may it touch that buffer.
+
+    **Version.** All bytes of an open source are of one version of the object. A source that
+    can see a change raises ``SourceChangedError``, and never mixes two versions.
+
+    **Errors.** ``SourceError`` with ``transient=True`` when asking again may help (connection
+    lost, timeout, 503), with ``retry_after`` in seconds if the source was told; with
+    ``transient=False`` when it cannot (access denied, object gone). ``SourceChangedError``
+    when the object is another version, ``ShortReadError`` for a wrong number of bytes,
+    ``RangeNotSupportedError`` when parts cannot be read, ``UsageError`` for a range outside
+    the object, ``ClosedError`` after ``aclose()``. Sources do not retry; the failure policy
+    of the buffer does. Any other exception counts as not transient.
+
+    **Cancellation.** Every coroutine may be cancelled at any await. After that the source
+    must be usable for other reads, and nothing may write to a buffer given to ``read_into``.
+
+    **Optional methods**, looked for by name:
+
+    ``async open() -> None``
+        Called once, before anything else, on the loop that will read. Sets ``size`` and
+        ``version``. Raises ``FileNotFoundError`` or ``PermissionError`` (or a SourceError)
+        as fits; after a failure it may be called again and needs no ``aclose()``.
+    ``async aclose() -> None``
+        Frees everything. Reads still in flight finish or raise ``ClosedError``. Idempotent.
+    ``version: str | None``
+        Names the version that is pinned, for people and for comparison; None if unknown.
+    ``async read_into(offset, buffer) -> None``
+        As ``read`` of ``len(buffer)`` bytes, straight into ``buffer`` (a writable,
+        contiguous memoryview of bytes). After an exception its contents are undefined.
+    ``stream(offset, length) -> AsyncIterator[Buffer]``
+        Yields the range in order, in chunks of any size above zero, so that a large range
+        can be installed while it arrives. ``length`` bytes in all, or an exception; chunks
+        yielded before the exception are right. Close it (``contextlib.aclosing``) when
+        leaving early.
+    ``async write(offset, data) -> None`` and ``async flush() -> None``
+        For write-back: ``write`` takes a copy or finishes with ``data`` before it returns;
+        after ``flush`` everything written is as durable as the source can make it.
+    """
+
+    @property
+    def size(self) -> int:
+        """Length of the object in bytes; constant, and known once ``open()`` has returned."""
+        ...
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """Return the ``length`` bytes at byte ``offset``.
+
+        Exactly ``length`` bytes; a caller never asks past ``size``. The caller does not
+        change the result, and the source does not change it after returning it.
+        """
+        ...
+
+    def clone(self) -> Source:
+        """Return an equal source, unopened, for another event loop.
+
+        If this one was opened, the clone is pinned to the same version, and raises
+        ``SourceChangedError`` from ``open()`` or from its reads if the object is another
+        one by then. The clone shares no loop-bound state and outlives the original.
+        Raises ``UnsupportedError`` when the source cannot work on a second loop.
+        """
+        ...
+
+
+class BaseSource:
+    """Defaults for the optional methods of `Source`; ``size``, ``read`` and ``clone`` are yours."""
+
+    version: str | None = None
+
+    @property
+    def size(self) -> int:
+        raise NotImplementedError
+
+    async def open(self) -> None:
+        """Nothing to open."""
+
+    async def aclose(self) -> None:
+        """Nothing to close."""
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        raise NotImplementedError
+
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Read ``len(buffer)`` bytes at byte ``offset`` into ``buffer``."""
+        buffer[:] = check_length(await self.read(offset, len(buffer)), len(buffer), offset=offset)
+
+    async def stream(self, offset: int, length: int) -> AsyncGenerator[Buffer, None]:
+        """Yield ``length`` bytes at byte ``offset`` in order."""
+        if length:
+            yield await self.read(offset, length)
+
+    def clone(self) -> Source:
+        raise NotImplementedError
+
+
+def check_range(offset: int, length: int, size: int) -> None:
+    """Raise UsageError unless ``offset`` and ``length`` (bytes) lie within ``size``."""
+    if offset < 0 or length < 0 or offset + length > size:
+        raise UsageError(
+            f"range of {length} bytes at offset {offset} is not within the {size} bytes"
+            " of this source"
+        )
+
+
+def check_length(data: object, length: int, *, offset: int = 0) -> memoryview:
+    """Return what a source's ``read`` gave as a flat memoryview of ``length`` bytes, uncopied.
+
+    ``offset`` (bytes) is for the message only. Raises ShortReadError (transient) when ``data``
+    has another length, and UsageError when it is not a contiguous buffer.
+    """
+    try:
+        view = memoryview(data)  # type: ignore[arg-type]
+        if view.format != "B" or view.ndim != 1 or not view.c_contiguous:
+            view = view.cast("B")
+    except TypeError as exc:
+        raise UsageError(
+            f"a source returned {type(data).__name__}, which is not a contiguous buffer",
+            hint="return bytes, a bytearray or a memoryview from read()",
+        ) from exc
+    if view.nbytes != length:
+        raise ShortReadError(
+            f"a source returned {view.nbytes} bytes where {length} bytes at offset {offset}"
+            " were asked for"
+        )
+    return view
+
+
+async def open_source(source: Source) -> None:
+    """Call ``source.open()`` if it has one."""
+    method = getattr(source, "open", None)
+    if method is not None:
+        await method()
+
+
+async def aclose_source(source: Source) -> None:
+    """Call ``source.aclose()`` if it has one."""
+    method = getattr(source, "aclose", None)
+    if method is not None:
+        await method()
+
+
+async def read_into_source(source: Source, offset: int, buffer: memoryview) -> None:
+    """Fill ``buffer`` with the bytes at ``offset``: by ``read_into``, else ``read`` and a copy."""
+    method = getattr(source, "read_into", None)
+    if method is not None:
+        await method(offset, buffer)
+    else:
+        length = len(buffer)
+        buffer[:] = check_length(await source.read(offset, length), length, offset=offset)
+
+
+async def stream_source(
+    source: Source, offset: int, length: int
+) -> AsyncGenerator[memoryview, None]:
+    """Yield ``length`` bytes at byte ``offset`` in order, as flat memoryviews.
+
+    Uses the source's ``stream`` if it has one, else one ``read``. Raises ShortReadError when
+    the source ends early, and before it would yield more than ``length`` bytes. Close it
+    (``contextlib.aclosing``) when leaving early; the source's own stream is closed with it.
+    """
+    method = getattr(source, "stream", None)
+    if method is None:
+        if length:
+            yield check_length(await source.read(offset, length), length, offset=offset)
+        return
+    done = 0
+    chunks = method(offset, length)
+    try:
+        async for chunk in chunks:
+            view = check_length(chunk, memoryview(chunk).nbytes, offset=offset + done)
+            done += view.nbytes
+            if done > length:
+                raise ShortReadError(f"a source streamed more than the {length} bytes asked for")
+            yield view
+        if done != length:
+            raise ShortReadError(
+                f"a source streamed {done} bytes where {length} bytes at offset {offset}"
+                " were asked for"
+            )
+    finally:
+        aclose = getattr(chunks, "aclose", None)
+        if aclose is not None:
+            await aclose()

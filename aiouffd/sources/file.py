@@ -1,0 +1,352 @@
+"""Bytes of a file, read with preadv(2).
+
+Small reads are first tried on the loop's thread with RWF_NOWAIT, which the kernel answers only
+from the page cache. Everything else goes to this module's own threads, so that it does not
+depend on the loop's default executor: that one may be full of threads that wait for our pages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import stat
+import threading
+import warnings
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
+
+from ..errors import ClosedError, SourceChangedError, SourceError, UsageError
+from .base import BaseSource, Buffer, check_range
+
+__all__ = ["FileSource"]
+
+T = TypeVar("T")
+
+_INLINE_MAX = 256 << 10  # largest read tried on the loop's thread, bytes
+_PIECE = 4 << 20  # one preadv; between two a cancelled read stops, bytes
+_STREAM_CHUNK = 1 << 20  # bytes
+_NOWAIT = getattr(os, "RWF_NOWAIT", 0)
+
+
+class _Identity(NamedTuple):
+    """What tells one version of a file from another."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, st: os.stat_result) -> _Identity:
+        return cls(st.st_dev, st.st_ino, st.st_size, st.st_mtime_ns)
+
+
+class _SharedFile:
+    """An open descriptor that a source and its clones use together (preadv has no position).
+
+    Clones so keep reading the same file after its name was given to another one.
+    """
+
+    def __init__(self, path: str) -> None:
+        # O_NONBLOCK: opening a pipe by mistake must not wait for a writer.
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        self.nowait = bool(_NOWAIT)
+        self._users = 1
+        self._lock = threading.Lock()
+
+    def acquire(self) -> bool:
+        """Add a user; False if the last one has closed the file."""
+        with self._lock:
+            if not self._users:
+                return False
+            self._users += 1
+            return True
+
+    def release(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                os.close(self.fd)
+                self.fd = -1
+
+    def identity(self) -> _Identity:
+        return _Identity.of(os.fstat(self.fd))
+
+
+class FileSource(BaseSource):
+    """A source over a file.
+
+    Arguments:
+        path: the file, or a block device. Opened by ``open()``, read-only.
+        max_threads: how many blocking reads run at a time.
+
+    ``version`` is made of device, inode, size and modification time; it is checked after every
+    read, so a file that is written to raises SourceChangedError. A file *replaced* by a
+    rename stays readable, in its old version, for this source and its clones. (A change within
+    the resolution of the file system's clock, some milliseconds on older kernels, and writes
+    through a shared mapping before their writeback cannot be seen by anybody.)
+
+    ``open()`` raises the OSError of open(2) as it is: FileNotFoundError, PermissionError,
+    IsADirectoryError. Reads raise SourceChangedError for a changed or truncated file, and a
+    SourceError that is not transient for an I/O error.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, max_threads: int = 4) -> None:
+        if max_threads < 1:
+            raise UsageError(f"max_threads must be at least 1, got {max_threads}")
+        # Absolute now: the working directory may be another one when a clone opens.
+        self._path = os.path.abspath(os.fspath(path))
+        self._max_threads = max_threads
+        self._identity: _Identity | None = None
+        self._size = 0
+        self._file: _SharedFile | None = None
+        self._parent: _SharedFile | None = None
+        self._executor: ThreadPoolExecutor | None = None
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<FileSource {self._path!r}>"
+
+    def __del__(self) -> None:
+        if getattr(self, "_file", None) is not None:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+            self._close()
+
+    @property
+    def path(self) -> str:
+        """Absolute path of the file."""
+        return self._path
+
+    @property
+    def size(self) -> int:
+        """Length in bytes. Raises UsageError before ``open()``."""
+        if self._identity is None:
+            raise UsageError(f"the size of {self!r} is not known yet", hint="await open() first")
+        return self._size
+
+    async def open(self) -> None:
+        """Open the file and pin its version.
+
+        Raises the OSError of open(2), SourceChangedError if a clone finds another version than
+        the original had, and UsageError for what has no size (a pipe, a terminal).
+        """
+        if self._closed:
+            raise ClosedError(f"{self!r} is closed")
+        if self._file is not None:
+            return
+        executor = ThreadPoolExecutor(self._max_threads, "aiouffd-file")
+        # Not a method: its thread must not be what keeps this object alive.
+        opening = asyncio.get_running_loop().run_in_executor(
+            executor, _open, self._path, self._parent, self._identity
+        )
+        try:
+            file, identity, size = await _settle(opening)
+        except BaseException:
+            executor.shutdown(wait=False)
+            if not opening.cancelled() and opening.exception() is None:
+                opening.result()[0].release()
+            raise
+        self._file = file
+        self._executor = executor
+        self._identity = identity
+        self._size = size
+        self._parent = None
+        self.version = f"{identity.device:x}-{identity.inode}-{size}-{identity.mtime_ns}"
+
+    async def aclose(self) -> None:
+        """Close the file. Reads in flight still finish, and the last closes it. Idempotent."""
+        self._closed = True
+        self._close()
+
+    def _close(self) -> None:
+        file, self._file = self._file, None
+        executor, self._executor = self._executor, None
+        if file is not None:
+            file.release()
+        if executor is not None:
+            executor.shutdown(wait=False)
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """Return ``length`` bytes at byte ``offset``; errors as the class describes."""
+        file = self._checked(offset, length)
+        if length <= _INLINE_MAX and file.nowait:
+            buffer = bytearray(length)
+            if self._read_cached(file, memoryview(buffer), offset):
+                return buffer
+        # The worker's buffer is its own: a cancelled read need not wait for it.
+        return await self._submit(file, lambda: self._read(file, offset, length))
+
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Read ``len(buffer)`` bytes at byte ``offset`` straight into ``buffer``.
+
+        If cancelled, waits until the thread has left ``buffer`` (at most one preadv of 4 MiB).
+        """
+        file = self._checked(offset, len(buffer))
+        if len(buffer) <= _INLINE_MAX and file.nowait and self._read_cached(file, buffer, offset):
+            return
+        stop = threading.Event()
+        await _settle(self._submit(file, lambda: self._fill(file, offset, buffer, stop)), stop)
+
+    async def stream(self, offset: int, length: int) -> AsyncGenerator[Buffer, None]:
+        """Yield the range in chunks of 1 MiB; the next is read while one is being used."""
+        self._checked(offset, length)
+        end = offset + length
+        ahead: asyncio.Task[Buffer] | None = None
+        try:
+            while offset < end:
+                count = min(_STREAM_CHUNK, end - offset)
+                chunk = await ahead if ahead is not None else await self.read(offset, count)
+                ahead = None
+                offset += count
+                if offset < end:
+                    following = self.read(offset, min(_STREAM_CHUNK, end - offset))
+                    ahead = asyncio.get_running_loop().create_task(following)
+                yield chunk
+        finally:
+            if ahead is not None:
+                ahead.cancel()
+                await asyncio.wait([ahead])
+                if not ahead.cancelled():
+                    ahead.exception()
+
+    def clone(self) -> FileSource:
+        """Return an unopened source over the same file, pinned to the version of this one.
+
+        It reads through this one's descriptor as long as that is open when the clone opens,
+        else through the path.
+        """
+        other = FileSource(self._path, max_threads=self._max_threads)
+        other._identity = self._identity
+        other._size = self._size
+        other.version = self.version
+        other._parent = self._file or self._parent
+        return other
+
+    def _checked(self, offset: int, length: int) -> _SharedFile:
+        if self._file is None:
+            if self._closed:
+                raise ClosedError(f"{self!r} is closed")
+            raise UsageError(f"{self!r} is not open", hint="await open() first")
+        check_range(offset, length, self._size)
+        return self._file
+
+    def _submit(self, file: _SharedFile, func: Callable[[], T]) -> asyncio.Future[T]:
+        """Run ``func`` on an own thread, with the file held open."""
+
+        def job() -> T:
+            try:
+                return func()
+            finally:
+                file.release()
+
+        assert self._executor is not None
+        file.acquire()
+        try:
+            return asyncio.get_running_loop().run_in_executor(self._executor, job)
+        except BaseException:
+            file.release()
+            raise
+
+    def _read_cached(self, file: _SharedFile, buffer: memoryview, offset: int) -> bool:
+        """Fill ``buffer`` from the page cache if all of it is there, without blocking."""
+        try:
+            done = os.preadv(file.fd, [buffer], offset, _NOWAIT)
+        except BlockingIOError:
+            return False
+        except OSError as exc:
+            if exc.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise self._failed(exc, offset) from exc
+            file.nowait = False  # network file systems; fstat could block there too
+            return False
+        if done < len(buffer):
+            return False
+        self._check_unchanged(file)
+        return True
+
+    def _read(self, file: _SharedFile, offset: int, length: int) -> bytes:
+        try:
+            # pread allocates without zeroing; it is short only at EOF or past 2 GiB.
+            data = os.pread(file.fd, length, offset)
+            while len(data) < length:
+                more = os.pread(file.fd, length - len(data), offset + len(data))
+                if not more:
+                    raise self._truncated(offset + len(data))
+                data += more
+        except OSError as exc:
+            raise self._failed(exc, offset) from exc
+        self._check_unchanged(file)
+        return data
+
+    def _fill(
+        self, file: _SharedFile, offset: int, buffer: memoryview, stop: threading.Event
+    ) -> None:
+        done = 0
+        try:
+            while done < len(buffer) and not stop.is_set():
+                count = os.preadv(file.fd, [buffer[done : done + _PIECE]], offset + done)
+                if not count:
+                    raise self._truncated(offset + done)
+                done += count
+        except OSError as exc:
+            raise self._failed(exc, offset + done) from exc
+        self._check_unchanged(file)
+
+    def _check_unchanged(self, file: _SharedFile) -> None:
+        # After the read: a write that came before its end has changed the time by now.
+        if file.identity() != self._identity:
+            raise SourceChangedError(f"{self._path} was written to after it was opened")
+
+    def _truncated(self, offset: int) -> SourceError:
+        return SourceChangedError(f"{self._path} ends at byte {offset}: it was truncated")
+
+    def _failed(self, exc: OSError, offset: int) -> SourceError:
+        if isinstance(exc, SourceError):
+            return exc
+        return SourceError(
+            f"reading {self._path} at byte {offset} failed: {exc.strerror}",
+            transient=exc.errno in (errno.EINTR, errno.EAGAIN, errno.ENOMEM, errno.ETIMEDOUT),
+            errno=exc.errno,
+        )
+
+
+def _open(
+    path: str, parent: _SharedFile | None, expected: _Identity | None
+) -> tuple[_SharedFile, _Identity, int]:
+    """Open ``path``, or share ``parent``; return it with its identity and size in bytes."""
+    file = parent if parent is not None and parent.acquire() else _SharedFile(path)
+    try:
+        st = os.fstat(file.fd)
+        if stat.S_ISDIR(st.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        identity = _Identity.of(st)
+        if expected is not None and identity != expected:
+            raise SourceChangedError(f"{path} is not the file that was opened")
+        if stat.S_ISREG(st.st_mode):
+            return file, identity, st.st_size
+        try:
+            # Only seeking tells the size of a block device; a pipe fails here.
+            return file, identity, os.lseek(file.fd, 0, os.SEEK_END)
+        except OSError as exc:
+            raise UsageError(f"{path} cannot be read at an offset") from exc
+    except BaseException:
+        file.release()
+        raise
+
+
+async def _settle(future: asyncio.Future[T], stop: threading.Event | None = None) -> T:
+    """Await ``future``, and when cancelled set ``stop`` and still wait for its end."""
+    cancelled: asyncio.CancelledError | None = None
+    while not future.done():
+        try:
+            await asyncio.wait([future])
+        except asyncio.CancelledError as exc:
+            cancelled = exc
+            if stop is not None:
+                stop.set()
+    if cancelled is not None:
+        if not future.cancelled():
+            future.exception()  # retrieved, so that nobody is told it was not
+        raise cancelled
+    return future.result()
