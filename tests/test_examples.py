@@ -1,0 +1,214 @@
+"""Every example runs to its end, says what it should, and does without what is optional."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from aiouffd.probe import probe
+from tests.support import ROOT, Outcome, environment
+
+EXAMPLES = ROOT / "examples"
+PYTHONPATH = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+#: Seconds for one example; all take a few at most.
+LIMIT = 60
+
+# Runs a program as if some packages were not installed.
+WITHOUT = """
+import runpy, sys
+missing, path, *rest = sys.argv[1:]
+sys.modules.update(dict.fromkeys(missing.split(",")))
+sys.argv = [path, *rest]
+runpy.run_path(path, run_name="__main__")
+"""
+
+
+def run(name: str, *arguments: str, without: str = "", **variables: str) -> Outcome:
+    path = str(EXAMPLES / name)
+    start = ["-c", WITHOUT, without, path] if without else [path]
+    done = subprocess.run(
+        [sys.executable, *start, *arguments],
+        env=environment(PYTHONPATH=PYTHONPATH, **variables),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=LIMIT,
+        check=False,
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr, 0.0)
+
+
+def output_of(name: str, *arguments: str, without: str = "", **variables: str) -> str:
+    """What it prints, after checking that it ended well and complained of nothing."""
+    outcome = run(name, *arguments, without=without, **variables)
+    assert outcome.status == 0, outcome.stderr
+    assert outcome.stderr == ""
+    return outcome.stdout
+
+
+def test_all_examples_are_listed() -> None:
+    listed = (EXAMPLES / "README.md").read_text()
+    for path in EXAMPLES.glob("*.py"):
+        assert f"({path.name})" in listed
+
+
+# ------------------------------------------------------------------- the demo
+
+
+def test_demo_fetches_little_and_verifies() -> None:
+    text = output_of("lazy_weights.py", "--size=64", "--plain", "--no-eager")
+    assert "64 MiB, 57 tensors" in text
+    assert text.count("as expected") == 3
+    share = re.search(r"bytes fetched.*\(([\d.]+)%\)", text)
+    assert share is not None
+    # Two tensors of 1 MiB and some rows are wanted; readahead brings more.
+    assert 2 < float(share[1]) < 50
+    rows = re.findall(r"^ *\d+ (?:B|MiB) ([0-9.]{32})", text, re.MULTILINE)
+    assert len(rows) == 16
+    assert any("." in row for row in rows)
+    assert rows[0][0].isdigit()
+
+
+def test_demo_compares_with_a_download() -> None:
+    text = output_of("lazy_weights.py", "--size=16", "--plain")
+    assert re.search(r"lazily +by download", text)
+    assert re.search(r"time to first byte +[\d.]+ m?s +[\d.]+ m?s", text)
+    assert re.search(r"bytes fetched .*16 MiB$", text, re.MULTILINE)
+
+
+def test_demo_in_colour() -> None:
+    text = output_of(
+        "lazy_weights.py", "--size=16", FORCE_COLOR="1", TERM="xterm-256color", COLUMNS="120"
+    )
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    assert plain.count("✓ as expected") == 3
+    assert "requests under way" in plain
+    assert "colour: 0 ████" in plain
+
+
+def test_demo_in_sixteen_colours_has_digits() -> None:
+    text = output_of("lazy_weights.py", "--size=16", "--no-eager", FORCE_COLOR="1", TERM="xterm")
+    assert "0 at the start ... 9 at the end" in text
+
+
+@pytest.mark.parametrize("missing", ["rich", "uvloop", "rich,uvloop"])
+def test_demo_without_niceties(missing: str) -> None:
+    text = output_of("lazy_weights.py", "--size=16", "--no-eager", without=missing)
+    assert text.count("as expected") == 3
+
+
+@pytest.mark.parametrize("missing", ["numpy", "aiohttp"])
+def test_demo_says_what_it_needs(missing: str) -> None:
+    text = output_of("lazy_weights.py", without=missing)
+    assert text == f"skipped: this needs {missing}; pip install aiouffd[demo]\n"
+
+
+def test_demo_without_matplotlib_draws_no_picture(tmp_path: Path) -> None:
+    picture = tmp_path / "map.png"
+    arguments = ("--size=16", "--plain", "--no-eager", f"--png={picture}")
+    text = output_of("lazy_weights.py", *arguments, without="matplotlib")
+    assert text.endswith(f"no {picture}: matplotlib is not installed\n")
+    assert not picture.exists()
+
+
+def test_demo_draws_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "map.png"
+    output_of("lazy_weights.py", "--size=16", "--plain", "--no-eager", f"--png={picture}")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_refuses_nonsense() -> None:
+    assert run("lazy_weights.py", "--size=1").status == 2
+
+
+# ------------------------------------------------------------------ the others
+
+
+def test_sync_script() -> None:
+    text = output_of("sync_script.py")
+    assert "first: [ 0  1  4  9 16]" in text
+    assert f"last: {((8 << 20) - 1) ** 2}" in text
+    share = re.search(r"read for that: ([\d.]+)% of it", text)
+    assert share is not None
+    assert 0 < float(share[1]) < 5
+
+
+def test_sync_script_with_a_path(tmp_path: Path) -> None:
+    path = tmp_path / "numbers"
+    path.write_bytes(b"".join(n.to_bytes(8, "little") for n in range(1000)))
+    assert "middle: 500, last: 999" in output_of("sync_script.py", str(path))
+
+
+def test_sync_script_without_numpy() -> None:
+    assert output_of("sync_script.py", without="numpy").startswith("skipped: this needs numpy")
+
+
+def test_tcp_pager() -> None:
+    text = output_of("tcp_pager.py")
+    assert "40 bytes read, 0 of them wrong" in text
+    assert "all of it hashed: the same, 256 blocks" in text
+
+
+def test_raw_uffd() -> None:
+    text = output_of("raw_uffd.py")
+    if not probe().kernel_mode_faults:
+        assert text.startswith("skipped:")
+        return
+    assert re.findall(r"fault on page (\d)", text) == ["5", "2", "7"]
+    assert "read: page 5, page 2, page 2, page 7" in text
+
+
+def test_kvm_guest() -> None:
+    text = output_of("kvm_guest.py")
+    found = probe()
+    if not (found.kvm and found.kernel_mode_faults and found.machine == "x86_64"):
+        assert text.startswith("skipped:")
+        return
+    assert "the guest said: Hello from lazy memory, everyone" in text
+    assert "fetched 2,097,152 of 67,108,864 bytes" in text
+
+
+# ------------------------------------------------------------ the range server
+
+
+def test_range_server(tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    data = bytes(range(256)) * 40
+    path.write_bytes(data)
+    with subprocess.Popen(
+        [sys.executable, str(EXAMPLES / "range_server.py"), str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as server:
+        assert server.stdout is not None
+        assert server.stdin is not None
+        url = server.stdout.readline().strip()
+
+        def ask(**headers: str) -> tuple[int, bytes, str | None]:
+            named = {name.replace("_", "-"): value for name, value in headers.items()}
+            try:
+                with urllib.request.urlopen(urllib.request.Request(url, headers=named)) as reply:
+                    return reply.status, reply.read(), reply.headers["Content-Range"]
+            except urllib.error.HTTPError as error:
+                with error:
+                    return error.code, error.read(), error.headers["Content-Range"]
+
+        size = len(data)
+        assert ask() == (200, data, None)
+        assert ask(Range="bytes=5-9") == (206, data[5:10], f"bytes 5-9/{size}")
+        assert ask(Range="bytes=-3")[:2] == (206, data[-3:])
+        assert ask(Range=f"bytes={size - 2}-")[:2] == (206, data[-2:])
+        assert ask(Range=f"bytes={size}-") == (416, b"", f"bytes */{size}")
+        assert ask(If_Match='"other"', Range="bytes=0-0")[0] == 412
+        server.stdin.close()
+        assert server.wait(LIMIT) == 0
