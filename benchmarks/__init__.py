@@ -1,0 +1,1 @@
+"""Benchmarks: programs to run (`python -m benchmarks.NAME`), never collected as tests."""

@@ -1,0 +1,1 @@
+"""What aiouffd is measured against: a fault server, a toucher and a byte server in C."""
