@@ -1,0 +1,59 @@
+# Everything that is done with a checkout. `make demo` and `make test` need nothing to be set up
+# before: they begin with tools/bootstrap.sh, which is quick when there is nothing to do.
+
+SHELL := /bin/bash
+PY := .venv/bin/python
+# make test ARGS="-k sync": arguments for pytest; make bench ARGS=...: for the benchmarks.
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-python test-unprivileged test-c bench lint asan clean distclean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || \
+	    sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1: \2/p' Makefile
+
+setup: ## system packages, virtual environments and the native module, for every Python found
+	@tools/bootstrap.sh test lint
+
+demo: ## a model's weights over HTTP, used before they are there
+	@ONLY_DEFAULT=1 tools/bootstrap.sh demo
+	@$(PY) examples/lazy_weights.py $(ARGS)
+
+test: ## all tests: each Python, also without privileges, and the C tests with sanitizers
+	@tools/bootstrap.sh test
+	@$(PY) tools/run_tests.py -- $(ARGS)
+
+test-python: ## pytest on each Python
+	@tools/bootstrap.sh test
+	@$(PY) tools/run_tests.py --only python -- $(ARGS)
+
+test-unprivileged: ## pytest on each Python as a user without rights (from root)
+	@tools/bootstrap.sh test
+	@$(PY) tools/run_tests.py --only unprivileged -- $(ARGS)
+
+test-c: ## the C tests, plain and with sanitizers
+	@ONLY_DEFAULT=1 tools/bootstrap.sh test
+	@$(PY) tools/run_tests.py --only c
+
+asan: ## the C tests under AddressSanitizer and ThreadSanitizer
+	$(MAKE) -C native/tests asan tsan
+
+bench: ## compare with plain C, downloads and FUSE; ARGS=--write puts the table into docs/performance.md
+	@ONLY_DEFAULT=1 tools/bootstrap.sh bench
+	@$(PY) -m benchmarks $(ARGS)
+
+lint: ## ruff and mypy
+	@ONLY_DEFAULT=1 tools/bootstrap.sh test lint
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy --strict aiouffd
+
+clean: ## remove what was built; the virtual environments stay
+	rm -rf build dist *.egg-info aiouffd/_native*.so aiouffd/_native.c
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+	@[ ! -e native/tests/Makefile ] || $(MAKE) --no-print-directory -C native/tests clean
+
+distclean: clean ## clean, and remove the virtual environments
+	rm -rf .venv .venv-*

@@ -1,0 +1,120 @@
+#!/usr/bin/env bash
+# Makes everything that a checkout needs: system packages, virtual environments, the native module.
+#
+#   tools/bootstrap.sh [EXTRA...]      extras of pyproject.toml to install (default: test lint)
+#
+# With ONLY_DEFAULT=1 for the default Python alone. What is done already is not done again, so it
+# may run before every command. PYTHON= chooses another default Python.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. tools/pythons.sh
+[ $# -gt 0 ] || set -- test lint
+
+say() { printf '== %s\n' "$*"; }
+
+compiles_c() {
+    echo '#include <stdio.h>
+#include <linux/types.h>
+int main(void) { return 0; }' | ${CC:-cc} -x c - -o /dev/null 2>/dev/null
+}
+
+# The headers and modules that a bare Debian lacks.
+system_packages() {
+    local packages="" python
+    # describe() gives the real interpreter; the distribution's own lives in /usr/bin.
+    python=$(describe "${PYTHON:-python3}")
+    python=${python#* }
+    if ! has_headers "$python"; then
+        case "$python" in
+        /usr/bin/*) packages="python3-venv python3-dev" ;;
+        *)
+            echo "$python has no Python.h, venv or ensurepip: install its development files" >&2
+            exit 1
+            ;;
+        esac
+    fi
+    compiles_c || packages="${packages:+$packages }gcc libc6-dev"
+    [ -n "$packages" ] || return 0
+
+    if ! command -v apt-get >/dev/null; then
+        echo "missing: $packages (names as in Debian). Install them with this system's" \
+            "package manager and run this again" >&2
+        exit 1
+    fi
+    local as_root=""
+    if [ "$(id -u)" -ne 0 ]; then
+        if command -v sudo >/dev/null && { sudo -n true 2>/dev/null || [ -t 0 ]; }; then
+            as_root="sudo"
+        else
+            echo "missing: $packages. As root run:" >&2
+            echo "    apt-get update && apt-get install --no-install-recommends $packages" >&2
+            exit 1
+        fi
+    fi
+    say "installing $packages"
+    # shellcheck disable=SC2086
+    $as_root env DEBIAN_FRONTEND=noninteractive sh -c \
+        "apt-get update -qq && apt-get install -y -qq --no-install-recommends $packages" </dev/null
+}
+
+# virtual_environment VERSION PYTHON VENV EXTRA...
+virtual_environment() {
+    local version=$1 python=$2 venv=$3 stamp wanted
+    shift 3
+    if [ "$("$venv/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' \
+        2>/dev/null)" != "$version" ]; then
+        say "$venv: Python $version from $python"
+        rm -rf "$venv"
+        "$python" -m venv "$venv"
+    fi
+    stamp="$venv/.installed-$(printf '%s-' "$@")"
+    wanted=$("$venv/bin/python" tools/requirements.py "$@")
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+        say "$venv: installing the packages of $*"
+        # shellcheck disable=SC2086
+        printf '%s\n' "$wanted" >"$stamp.part"
+        "$venv/bin/python" -m pip install -qq --disable-pip-version-check \
+            --requirement "$stamp.part" </dev/null
+        mv "$stamp.part" "$stamp"
+    fi
+}
+
+# in_place VENV: let `import aiouffd` and the command find this checkout, as `pip install -e` would,
+# which would build the module a second time.
+in_place() {
+    local venv=$1 packages
+    packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    [ "$(cat "$packages/aiouffd.pth" 2>/dev/null)" = "$PWD" ] && return 0
+    pwd >"$packages/aiouffd.pth"
+    printf '#!%s\nimport sys\nfrom aiouffd.cli import main\nsys.exit(main())\n' \
+        "$PWD/$venv/bin/python" >"$venv/bin/aiouffd"
+    chmod +x "$venv/bin/aiouffd"
+}
+
+# native_module VENV: compile aiouffd._native in place unless it is newer than all it is made of.
+native_module() {
+    local venv=$1 module
+    module=aiouffd/_native$("$venv/bin/python" -c \
+        'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
+    if [ -e "$module" ] && [ -z "$(find native/*.c native/*.h native/cdef native/build_ffi.py \
+        setup.py -type f -newer "$module" | head -1)" ]; then
+        return 0
+    fi
+    say "$module"
+    mkdir -p build
+    # With a log, because a compiler that is content has nothing to say.
+    if ! AIOUFFD_DEVELOPER=1 "$venv/bin/python" setup.py build_ext --inplace --force \
+        >"build/$venv.log" 2>&1 </dev/null; then
+        cat "build/$venv.log" >&2
+        exit 1
+    fi
+}
+
+find_pythons >/dev/null # says what is wrong with the default one
+system_packages
+found=$(find_pythons)
+while read -r version python venv; do
+    virtual_environment "$version" "$python" "$venv" "$@"
+    in_place "$venv"
+    native_module "$venv"
+done <<<"$found"
