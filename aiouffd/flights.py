@@ -38,7 +38,7 @@ from .errors import (
 )
 from .readahead import Readahead
 from .region import Errors, Region
-from .sources.base import BaseSource, Source, check_length, read_into_source
+from .sources.base import Source, check_length, own_method, read_into_source
 from .staging import HUGE, SMALL, Stages
 
 __all__ = ["Fetcher", "FlightEvent", "Policy", "Tally"]
@@ -158,8 +158,9 @@ class Fetcher:
         self._step = max(INSTALL_STEP, region.page_size)
         self._movable = region.kind == "anonymous" and region.address % HUGE == 0
         self._closed = False
-        self._stream = _own_method(source, "stream")
-        self._read_into = _own_method(source, "read_into")
+        self._stream = own_method(source, "stream")
+        self._read_into = own_method(source, "read_into")
+        self._holes = own_method(source, "holes")
 
     # ------------------------------------------------------------- the sink
 
@@ -396,7 +397,38 @@ class Fetcher:
     # ------------------------------------------------------------- transfers
 
     async def _transfer(self, progress: _Progress, end: int) -> None:
-        """Fetch and install bytes from ``progress`` to ``end``, moving ``progress`` along."""
+        """Fetch and install bytes from ``progress`` to ``end``, moving ``progress`` along.
+
+        Whole pages that the source knows to be zeros are not asked for.
+        """
+        if self._holes is not None:
+            page = self._region.page_size
+            for start, length in await self._holes(progress.offset, end - progress.offset):
+                first = start + -start % page
+                stop = start + length
+                # The rest of the object's last page is zeros anyhow.
+                stop = stop if stop == self._region.length else stop - stop % page
+                if first < stop and first >= progress.offset:
+                    await self._bring(progress, first)
+                    await self._zero(progress, stop)
+        await self._bring(progress, end)
+
+    async def _zero(self, progress: _Progress, end: int) -> None:
+        region, pause = self._region, 0.001
+        while progress.offset < end:
+            length = end - progress.offset
+            try:
+                region.zero(progress.offset, length + -length % region.page_size, heal=True)
+            except KernelError as error:
+                if error.errno != errno.EAGAIN:
+                    raise
+                self._advance(progress, error.done)
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, 0.1)
+            else:
+                self._advance(progress, length)
+
+    async def _bring(self, progress: _Progress, end: int) -> None:
         length = end - progress.offset
         if length <= 0:
             return
@@ -530,13 +562,6 @@ class Fetcher:
                 flight.task.cancel()
                 tasks.append(flight.task)
         return tasks
-
-
-def _own_method(source: Source, name: str) -> Any:
-    """An optional method that does more than the default of `BaseSource`, or None."""
-    if getattr(type(source), name, None) is getattr(BaseSource, name):
-        return None
-    return getattr(source, name, None)
 
 
 class _Progress:

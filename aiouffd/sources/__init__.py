@@ -1,6 +1,6 @@
-"""Where bytes come from: memory, files, functions and HTTP servers.
+"""Where bytes come from: memory, files, functions, and whatever a URL names.
 
-Importing this package loads no third-party library; an HTTP source imports aiohttp when opened.
+Importing this package loads no third-party library, nor the sources that need one.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import os
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from ..errors import UsageError
 from .base import BaseSource, Buffer, Source, SourcePermissionError
@@ -16,6 +15,7 @@ from .file import FileSource
 from .function import FunctionSource, ReadFunction
 from .http import HttpSource
 from .memory import MemorySource
+from .registry import known_schemes, lookup, scheme_of
 
 __all__ = [
     "BaseSource",
@@ -28,9 +28,8 @@ __all__ = [
     "Source",
     "SourcePermissionError",
     "as_source",
+    "known_schemes",
 ]
-
-_SCHEMES = ("file", "http", "https")
 
 
 def as_source(obj: object, **options: Any) -> Source:
@@ -38,16 +37,17 @@ def as_source(obj: object, **options: Any) -> Source:
 
     ====================================  =====================================================
     bytes, bytearray, memoryview          `MemorySource`
-    str with ``http://``, ``https://``    `HttpSource`
-    str with ``file://``, a path (str,    `FileSource`
-    ``os.PathLike``)
+    str with a URL scheme                 what `registry` has for it: HTTP, object stores,
+                                          NBD, Redis, fsspec, files, or an entry point's
+    any other str, ``os.PathLike``        `FileSource`
     an async callable                     `FunctionSource`; ``size=`` (bytes) is needed
     an object with size, read and clone   itself
     ====================================  =====================================================
 
     ``options`` are the keyword arguments of that class. Raises UsageError for anything else,
     for an unknown URL scheme, for options the source does not have, and for a source that is
-    given options although it exists already. Nothing is opened.
+    given options although it exists already; UnsupportedError, which names the extra, where a
+    library is missing. Nothing is opened.
     """
     if isinstance(obj, str):
         return _from_string(obj, options)
@@ -77,24 +77,10 @@ def as_source(obj: object, **options: Any) -> Source:
 
 
 def _from_string(text: str, options: dict[str, Any]) -> Source:
-    scheme, separator, _ = text.partition("://")
-    if not separator or not scheme.replace("+", "").replace("-", "").replace(".", "").isalnum():
+    name = scheme_of(text)
+    if name is None:
         return _make(FileSource, text, options)
-    scheme = scheme.lower()
-    if scheme in ("http", "https"):
-        return _make(HttpSource, text, options)
-    if scheme == "file":
-        parts = urlsplit(text)
-        if parts.netloc not in ("", "localhost") or not parts.path:
-            raise UsageError(
-                f"{text!r} does not name a file of this machine",
-                hint="write file:///absolute/path",
-            )
-        return _make(FileSource, unquote(parts.path), options)
-    raise UsageError(
-        f"unknown URL scheme {scheme!r}; known are {', '.join(_SCHEMES)}",
-        hint="for a file of that name write ./ before it; other stores can be given as a Source",
-    )
+    return _make(lookup(name).load(), text, options)
 
 
 def _is_source(obj: object) -> bool:
@@ -109,10 +95,12 @@ def _is_source(obj: object) -> bool:
     return not isinstance(obj, type) and all(map(has, ("size", "read", "clone")))
 
 
-def _make(cls: Any, obj: object, options: dict[str, Any]) -> Source:
+def _make(factory: Any, obj: object, options: dict[str, Any]) -> Source:
     try:
-        inspect.signature(cls).bind(obj, **options)
+        inspect.signature(factory).bind(obj, **options)
     except TypeError as exc:
-        raise UsageError(f"{cls.__name__}: {exc}") from exc
-    source: Source = cls(obj, **options)
+        # A class, or its from_url.
+        owner = getattr(factory, "__self__", factory)
+        raise UsageError(f"{getattr(owner, '__name__', factory)}: {exc}") from exc
+    source: Source = factory(obj, **options)
     return source

@@ -15,8 +15,8 @@ methods where they exist and do the plain thing where they do not.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from typing import Protocol, TypeAlias, runtime_checkable
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from ..errors import ShortReadError, SourceError, UsageError
 
@@ -28,7 +28,9 @@ __all__ = [
     "aclose_source",
     "check_length",
     "check_range",
+    "holes_in_source",
     "open_source",
+    "own_method",
     "read_into_source",
     "stream_source",
 ]
@@ -84,6 +86,10 @@ class Source(Protocol):
         can be installed while it arrives. ``length`` bytes in all, or an exception; chunks
         yielded before the exception are right. Close it (``contextlib.aclosing``) when
         leaving early.
+    ``async holes(offset, length) -> Sequence[tuple[int, int]]``
+        ``(offset, length)`` of ranges within the given one that are known to read as zeros, in
+        order and apart. They are then not read at all. A hint: what is not named may be zeros
+        too, and a source that would have to ask for long names nothing.
     ``async write(offset, data) -> None`` and ``async flush() -> None``
         For write-back: ``write`` takes a copy or finishes with ``data`` before it returns;
         after ``flush`` everything written is as durable as the source can make it.
@@ -140,6 +146,10 @@ class BaseSource:
         if length:
             yield await self.read(offset, length)
 
+    async def holes(self, offset: int, length: int) -> Sequence[tuple[int, int]]:
+        """Ranges of ``length`` bytes at byte ``offset`` that read as zeros; none are known."""
+        return ()
+
     def clone(self) -> Source:
         raise NotImplementedError
 
@@ -188,6 +198,19 @@ async def aclose_source(source: Source) -> None:
     method = getattr(source, "aclose", None)
     if method is not None:
         await method()
+
+
+def own_method(source: Source, name: str) -> Any:
+    """An optional method that does more than the default of `BaseSource`, or None."""
+    if getattr(type(source), name, None) is getattr(BaseSource, name, None):
+        return None
+    return getattr(source, name, None)
+
+
+async def holes_in_source(source: Source, offset: int, length: int) -> Sequence[tuple[int, int]]:
+    """Call ``source.holes()`` if it has one: ranges known to read as zeros."""
+    method = own_method(source, "holes")
+    return () if method is None else tuple(await method(offset, length))
 
 
 async def read_into_source(source: Source, offset: int, buffer: memoryview) -> None:

@@ -15,7 +15,8 @@ import threading
 import warnings
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import unquote, urlsplit
 
 from ..errors import ClosedError, SourceChangedError, SourceError, UsageError
 from .base import BaseSource, Buffer, check_range
@@ -105,6 +106,17 @@ class FileSource(BaseSource):
         self._parent: _SharedFile | None = None
         self._executor: ThreadPoolExecutor | None = None
         self._closed = False
+
+    @classmethod
+    def from_url(cls, url: str, **options: Any) -> FileSource:
+        """The source for a ``file://`` URL, which may be percent-encoded."""
+        parts = urlsplit(url)
+        if parts.netloc not in ("", "localhost") or not parts.path:
+            raise UsageError(
+                f"{url!r} does not name a file of this machine",
+                hint="write file:///absolute/path",
+            )
+        return cls(unquote(parts.path), **options)
 
     def __repr__(self) -> str:
         return f"<FileSource {self._path!r}>"

@@ -13,15 +13,11 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
 from typing import Any
 
 import aiouffd
 from aiouffd import flights
 from aiouffd._lib import PAGE_SIZE
-from tests.faulty import FullSource, PlainSource, Weather
-from tests.servers.http import Fault, RangeServer, Request
 from tests.support import content
 
 PAGES = 300
@@ -220,95 +216,31 @@ class Torture:
             raise Wrong(f"poisoned at the end: seed {self.seed}")
 
 
-@contextmanager
-def server_thread(data: bytes) -> Iterator[RangeServer]:
-    """A server that goes on when our loop's thread waits for a page that was dropped."""
-    server = RangeServer({"/a": data}, record=False)
-    ready = threading.Event()
-    ends: list[Callable[[], object]] = []
-
-    async def serve() -> None:
-        end = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        ends.append(lambda: loop.call_soon_threadsafe(end.set))
-        async with server:
-            ready.set()
-            await end.wait()
-
-    thread = threading.Thread(target=asyncio.run, args=(serve(),))
-    thread.start()
-    ready.wait()
-    try:
-        yield server
-    finally:
-        ends[0]()
-        thread.join()
-
-
-def server_weather(seed: int) -> Any:
-    """Faults for `RangeServer`, a third of the replies; none for the question of the size."""
-    chance = random.Random(seed)
-
-    def fault(request: Request) -> Fault | None:
-        if request.range == (0, 0) or chance.random() > 0.33:
-            return None
-        return chance.choice(
-            [
-                Fault(status=503),
-                Fault(status=500),
-                Fault(status=429, retry_after="0"),
-                Fault(cut_after=chance.randrange(BLOCK)),
-                Fault(cut_after=chance.randrange(BLOCK), reset=True),
-                Fault(no_reply=True),
-                Fault(no_reply=True, reset=True),
-                Fault(short_by=chance.randrange(1, 4000)),
-                Fault(extra=bytes(chance.randrange(1, 4000))),
-                Fault(garbage=b"HTTP/1.1 200 OK\r\nContent-"),
-                Fault(delay=chance.random() * 0.01),
-                Fault(chunked=chance.randrange(100, 9000)),
-                Fault(ignore_range=True),
-            ]
-        )
-
-    return fault
-
-
 async def torture(
     kind: str, memory: Any, errors: Any, operations: int, seed: int
 ) -> dict[str, Any]:
-    """``kind`` is what the bytes come from: "plain", "full" or "http"."""
+    """``kind`` is what the bytes come from: a module of `tests.origins`."""
     warnings.simplefilter("ignore", aiouffd.BlockingTouchWarning)
     flights.RETRY_FIRST, flights.RETRY_LONGEST = 0.001, 0.01
     data = content(SIZE + 777)[:SIZE]
     started = time.monotonic()
-    async with AsyncExitStack() as stack:
-        source: Any
-        if kind == "http":
-            server = stack.enter_context(server_thread(data))
-            source = server.url("/a")
-        else:
-            weather = Weather(data, seed)
-            source = (PlainSource if kind == "plain" else FullSource)(data, weather)
-        buf = await stack.enter_async_context(
-            aiouffd.open(
-                source,
-                block_size=BLOCK,
-                kind=memory,
-                errors=errors,
-                deadline=0.05 if errors == "soft" else None,
-            )
+    make = importlib.import_module(f"tests.origins.{kind}").origin
+    async with make(data, seed) as origin:
+        buf = aiouffd.open(
+            origin.source,
+            block_size=BLOCK,
+            kind=memory,
+            errors=errors,
+            deadline=0.05 if errors == "soft" else None,
         )
-        if kind == "http":
-            server.fault = server_weather(seed)
-        case = Torture(data, buf, seed, hard=errors == "hard")
-        await case.run(operations)
-        if kind == "http":
-            server.fault = None
-        else:
-            weather.fair = True
-        await case.all_is_well()
-        stats = buf.stats
-        assert stats.in_flight == 0
+        async with buf:
+            origin.foul()
+            case = Torture(data, buf, seed, hard=errors == "hard")
+            await case.run(operations)
+            origin.fair()
+            await case.all_is_well()
+            stats = buf.stats
+            assert stats.in_flight == 0
     return {
         "done": sum(case.done.values()),
         "kinds": sorted(case.done),

@@ -1,0 +1,15 @@
+"""The least that a source can be, failing in every way that a source can."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from tests.faulty import PlainSource, Weather
+from tests.origins import Origin
+
+
+@asynccontextmanager
+async def origin(data: bytes, seed: int) -> AsyncIterator[Origin]:
+    weather = Weather(data, seed)
+    yield Origin(PlainSource(data, weather), fair=lambda: setattr(weather, "fair", True))
