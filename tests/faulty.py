@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -146,19 +147,33 @@ def free_huge_pages() -> int | None:
 
 
 @contextlib.contextmanager
-def huge_pages(count: int) -> Iterator[None]:
-    """Reserve ``count`` free huge pages of 2 MiB and give them back; skips where it cannot."""
+def huge_page_pool() -> Iterator[Path]:
+    """The file that says how many huge pages of 2 MiB there are, for us alone: the tests of
+    several Pythons run at a time."""
     control = POOL / "nr_hugepages"
     try:
-        before = int(control.read_text())
-        free = free_huge_pages() or 0
-        if free < count:
-            control.write_text(str(before + count - free))
+        file = control.open()
     except OSError as error:
         pytest.skip(f"cannot reserve huge pages: {error}")
-    try:
-        if (free_huge_pages() or 0) < count:
-            pytest.skip("not enough free memory for huge pages")
-        yield
-    finally:
-        control.write_text(str(before))
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield control
+
+
+@contextlib.contextmanager
+def huge_pages(count: int) -> Iterator[None]:
+    """Reserve ``count`` free huge pages of 2 MiB and give them back; skips where it cannot."""
+    with huge_page_pool() as control:
+        try:
+            before = int(control.read_text())
+            free = free_huge_pages() or 0
+            if free < count:
+                control.write_text(str(before + count - free))
+        except OSError as error:
+            pytest.skip(f"cannot reserve huge pages: {error}")
+        try:
+            if (free_huge_pages() or 0) < count:
+                pytest.skip("not enough free memory for huge pages")
+            yield
+        finally:
+            control.write_text(str(before))

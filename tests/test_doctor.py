@@ -249,7 +249,7 @@ def test_rich_output_says_the_same(elsewhere: Any) -> None:
     console = pytest.importorskip("rich.console")
     out = io.StringIO()
     report = elsewhere()
-    cli._print_rich(report, console.Console(file=out, width=300, force_terminal=False))
+    cli.doctor._print_rich(report, console.Console(file=out, width=300, force_terminal=False))
     for check in report.checks:
         assert check.name in out.getvalue()
         assert check.detail in out.getvalue()

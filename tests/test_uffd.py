@@ -53,6 +53,7 @@ from aiouffd.uffd import (
     address_of,
     kernel_features,
 )
+from tests.faulty import huge_pages as reserved_huge_pages
 
 try:
     AVAILABLE = kernel_features()
@@ -213,19 +214,8 @@ def memfd() -> Iterator[Callable[[int], int]]:
 @pytest.fixture
 def huge_pages() -> Iterator[int]:
     """Reserves four huge pages of 2 MiB, and gives them back."""
-    control = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
-    try:
-        before = int(control.read_text())
-        control.write_text(str(before + 4))
-    except OSError as error:
-        pytest.skip(f"cannot reserve huge pages: {error}")
-    got = int(control.read_text()) - before
-    try:
-        if got < 4:
-            pytest.skip("not enough free memory for huge pages")
-        yield got
-    finally:
-        control.write_text(str(max(0, int(control.read_text()) - got)))
+    with reserved_huge_pages(4):
+        yield 4
 
 
 @contextlib.contextmanager

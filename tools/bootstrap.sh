@@ -41,20 +41,41 @@ system_packages() {
             "package manager and run this again" >&2
         exit 1
     fi
-    local as_root=""
-    if [ "$(id -u)" -ne 0 ]; then
-        if command -v sudo >/dev/null && { sudo -n true 2>/dev/null || [ -t 0 ]; }; then
-            as_root="sudo"
-        else
-            echo "missing: $packages. As root run:" >&2
-            echo "    apt-get update && apt-get install --no-install-recommends $packages" >&2
-            exit 1
-        fi
+    if ! may_install; then
+        echo "missing: $packages. As root run:" >&2
+        echo "    apt-get update && apt-get install --no-install-recommends $packages" >&2
+        exit 1
     fi
-    say "installing $packages"
+    install_packages "$packages"
+}
+
+# Servers and tools of others that the tests and benchmarks talk to. Without them those skip.
+peers() {
+    local packages=""
+    command -v nbdkit >/dev/null || packages="nbdkit nbdkit-plugin-python"
+    command -v nbdcopy >/dev/null || packages="$packages libnbd-bin"
+    command -v qemu-nbd >/dev/null || packages="$packages qemu-utils"
+    command -v redis-server >/dev/null || packages="$packages redis-server"
+    [ -n "$packages" ] || return 0
+    if ! command -v apt-get >/dev/null || ! may_install || ! install_packages "$packages"; then
+        say "without $packages some tests and benchmarks will be skipped"
+    fi
+}
+
+as_root=""
+may_install() {
+    [ "$(id -u)" -ne 0 ] || return 0
+    as_root="sudo"
+    command -v sudo >/dev/null && { sudo -n true 2>/dev/null || [ -t 0 ]; }
+}
+
+install_packages() {
+    say "installing $1"
+    # No package may start its server here: the tests start their own.
     # shellcheck disable=SC2086
-    $as_root env DEBIAN_FRONTEND=noninteractive sh -c \
-        "apt-get update -qq && apt-get install -y -qq --no-install-recommends $packages" </dev/null
+    $as_root env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 sh -c \
+        "apt-get update -qq && apt-get install -y -qq --no-install-recommends $1" \
+        </dev/null >/dev/null
 }
 
 # virtual_environment VERSION PYTHON VENV EXTRA...
@@ -112,6 +133,7 @@ native_module() {
 
 find_pythons >/dev/null # says what is wrong with the default one
 system_packages
+case " $* " in *" test "* | *" bench "*) peers ;; esac
 found=$(find_pythons)
 while read -r version python venv; do
     virtual_environment "$version" "$python" "$venv" "$@"

@@ -14,14 +14,20 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import xml.etree.ElementTree as ET
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Seconds for one run of pytest. A test that is stuck in a page fault with the GIL held cannot be
 #: ended from inside, so timeout(1) stands outside.
-LIMIT = 600
+LIMIT = 900
+#: Jobs at a time.
+LANES = 2
+PRINTING = threading.Lock()
 PYTEST = ["-m", "pytest"]
 MAKE = ["make", "--no-print-directory", "-C", "native/tests"]
 C_TARGETS = ("test", "asan", "tsan")
@@ -50,107 +56,144 @@ def environments() -> list[Path]:
     return [venv / "bin" / "python" for venv in found if (venv / "bin" / "python").exists()]
 
 
-def heading(text: str) -> None:
-    print(f"\n== {text}", flush=True)
+@dataclass
+class Job:
+    """One run: a command, and how to read what it found. ``again`` gives the command that repeats
+    what failed, or None if that cannot be."""
+
+    name: str
+    command: list[str]
+    read: Callable[[int, str], Result]
+    again: Callable[[], list[str] | None]
+
+    def run(self, command: list[str] | None = None, name: str = "") -> Result:
+        """Its output goes to a file first: those of two lanes would mix."""
+        with tempfile.TemporaryFile("w+", errors="replace") as output:
+            status = subprocess.run(
+                ["timeout", "-k", "10", str(LIMIT), *(command or self.command)],
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONFAULTHANDLER": "1"},
+            ).returncode
+            output.seek(0)
+            text = output.read()
+        with PRINTING:
+            print(f"\n== {name or self.name}\n{text}", end="", flush=True)
+        result = self.read(status, text)
+        if status and not result.failed:
+            result.failed = 1
+            result.note = "no answer in time" if status in (124, 137) else f"exit status {status}"
+        return result
+
+    def run_again(self, first: Result) -> Result:
+        """What failed once more, alone: on a busy machine a limit may be missed for no fault of
+        ours. Whatever passes only then is told in the summary, because it wants looking into.
+        """
+        command = self.again()
+        if command is None:
+            return first
+        second = self.run(command, f"{self.name}, what failed once more")
+        rescued = max(first.failed - second.failed, 0)
+        note = f"{rescued} passed only when run again" if rescued else second.note
+        return Result(self.name, first.passed + rescued, second.failed, first.skipped, note)
 
 
-def run_pytest(name: str, command: list[str], report: Path) -> Result:
-    """Run ``command``, which writes ``report``, and count what that says."""
-    heading(name)
-    status = subprocess.run(
-        ["timeout", "-k", "10", str(LIMIT), *command],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONFAULTHANDLER": "1"},
-    ).returncode
+def counts_of(report: Path, name: str) -> Result:
+    """What a report of pytest says."""
     result = Result(name)
     try:
         suites = list(ET.parse(report).getroot().iter("testsuite"))
     except (OSError, ET.ParseError):
-        suites = []
+        return result
     for suite in suites:
         failed = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
         skipped = int(suite.get("skipped", 0))
         result.failed += failed
         result.skipped += skipped
         result.passed += int(suite.get("tests", 0)) - failed - skipped
-    if status and not result.failed:
-        result.failed = 1
-        result.note = "no answer in time" if status in (124, 137) else f"exit status {status}"
     return result
 
 
-def run_python(python: Path, arguments: list[str], folder: Path) -> Result:
+def failed_in(report: Path) -> list[str]:
+    """The names of what failed, as pytest takes them."""
+    names = []
+    try:
+        cases = list(ET.parse(report).getroot().iter("testcase"))
+    except (OSError, ET.ParseError):
+        return names
+    for case in cases:
+        if case.find("failure") is not None or case.find("error") is not None:
+            module, *within = (case.get("classname") or "").split(".Test", 1)
+            parts = [module.replace(".", "/") + ".py"]
+            parts += [f"Test{name}" for name in within]
+            names.append("::".join([*parts, case.get("name") or ""]))
+    return names
+
+
+def pytest_job(name: str, start: list[str], report: Path, arguments: list[str]) -> Job:
+    """Pytest by the command ``start``, which writes ``report``."""
+
+    def again() -> list[str] | None:
+        names = failed_in(report)
+        return [*start, *names] if names else None
+
+    return Job(name, [*start, *arguments], lambda _status, _text: counts_of(report, name), again)
+
+
+def python_job(python: Path, arguments: list[str], folder: Path) -> Job:
     name = python.parent.parent.name
     report = folder / f"{name}.xml"
-    cache = ["-o", f"cache_dir={folder / name}"]
-    command = [str(python), *PYTEST, *cache, f"--junitxml={report}", *arguments]
-    result = run_pytest(f"pytest in {name}", command, report)
-    if result.failed and not result.note:
-        result = run_again(result, [*command, "--lf"], report)
-    return result
+    # A cache of its own: two Pythons would write the same one.
+    start = [str(python), *PYTEST, "-o", f"cache_dir={folder / name}", f"--junitxml={report}"]
+    return pytest_job(f"pytest in {name}", start, report, arguments)
 
 
-def run_again(first: Result, command: list[str], report: Path) -> Result:
-    """What failed once more, alone: on a busy machine a limit may be missed for no fault of ours.
-
-    Whatever passes only then is told in the summary, because it wants looking into.
-    """
-    second = run_pytest(f"{first.name}, what failed once more", command, report)
-    rescued = first.failed - second.failed
-    return Result(
-        first.name,
-        first.passed + rescued,
-        second.failed,
-        first.skipped,
-        f"{rescued} passed only when run again" if rescued > 0 else second.note,
-    )
-
-
-def run_unprivileged(python: Path, arguments: list[str], folder: Path) -> Result:
+def unprivileged_job(python: Path, arguments: list[str], folder: Path) -> Job:
     """The same tests as a user without rights, but for those that need root."""
     name = python.parent.parent.name
     report = folder / f"{name}-unprivileged.xml"
     wrapper = str(ROOT / "tools" / "run_unprivileged.py")
-    command = [str(python), wrapper, str(report), "-m", "not needs_root", *arguments]
-    result = run_pytest(f"pytest in {name}, without privileges", command, report)
-    if result.failed and not result.note:
-        again = [str(python), wrapper, str(report), *failed_tests(report), *arguments]
-        result = run_again(result, again, report)
-    return result
+    start = [str(python), wrapper, str(report), "-m", "not needs_root"]
+    return pytest_job(f"pytest in {name}, without privileges", start, report, arguments)
 
 
-def failed_tests(report: Path) -> list[str]:
-    """The names of what failed, as pytest takes them."""
-    names = []
-    for case in ET.parse(report).getroot().iter("testcase"):
-        if case.find("failure") is not None or case.find("error") is not None:
-            path = (case.get("classname") or "").replace(".", "/") + ".py"
-            names.append(f"{path}::{case.get('name')}")
-    return names
-
-
-def run_c(target: str) -> Result:
+def c_job(target: str) -> Job:
     """One target of native/tests, which may say ``N passed, N failed`` itself."""
-    heading(f"native/tests: {target}")
-    done = subprocess.run(
-        ["timeout", "-k", "10", str(LIMIT), *MAKE, target],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
-    print(done.stdout, end="", flush=True)
-    counts = [(int(passed), int(failed)) for passed, failed in COUNTS.findall(done.stdout)]
-    result = Result(f"native/tests {target}")
-    result.passed = sum(passed for passed, _ in counts) or int(done.returncode == 0)
-    result.failed = sum(failed for _, failed in counts)
-    result.skipped = sum(int(skipped) for skipped in SKIPPED.findall(done.stdout))
-    if done.returncode and not result.failed:
-        result.failed, result.note = 1, f"exit status {done.returncode}"
-    return result
+    name = f"native/tests {target}"
+    command = [*MAKE, target]
+
+    def read(status: int, text: str) -> Result:
+        counts = [(int(passed), int(failed)) for passed, failed in COUNTS.findall(text)]
+        return Result(
+            name,
+            sum(passed for passed, _ in counts) or int(status == 0),
+            sum(failed for _, failed in counts),
+            sum(int(skipped) for skipped in SKIPPED.findall(text)),
+        )
+
+    return Job(name, command, read, lambda: command)
+
+
+def run_lanes(jobs: list[Job]) -> dict[str, Result]:
+    """Run the jobs, `LANES` at a time: tests wait more than they compute."""
+    waiting, results = deque(jobs), {}
+
+    def lane() -> None:
+        while True:
+            try:
+                job = waiting.popleft()
+            except IndexError:
+                return
+            results[job.name] = job.run()
+
+    lanes = [threading.Thread(target=lane) for _ in range(LANES)]
+    for thread in lanes:
+        thread.start()
+    for thread in lanes:
+        thread.join()
+    return results
 
 
 def main() -> int:
@@ -159,30 +202,29 @@ def main() -> int:
     parser.add_argument("arguments", nargs="*", help="for pytest, after --")
     options = parser.parse_args()
     root = os.geteuid() == 0
-    results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="aiouffd-tests-") as temporary:
         folder = Path(temporary)
+        jobs = []
         for number, python in enumerate(environments()):
-            if options.only in (None, "python"):
-                results.append(run_python(python, options.arguments, folder))
-            # One Python is enough for what depends on the user alone.
+            # One Python is enough for what depends on the user alone. The longest first.
             if options.only == "unprivileged" or (options.only is None and number == 0):
                 if root:
-                    results.append(run_unprivileged(python, options.arguments, folder))
+                    jobs.append(unprivileged_job(python, options.arguments, folder))
                 elif options.only:
                     print("this user is unprivileged already: the other tests do it")
-    if options.only in (None, "c"):
-        for target in C_TARGETS:
-            result = run_c(target)
-            if result.failed:
-                again = run_c(target)
-                again.note = again.note or "on the second run; the first had failures"
-                result = again
-            results.append(result)
+            if options.only in (None, "python"):
+                jobs.append(python_job(python, options.arguments, folder))
+        if options.only in (None, "c"):
+            jobs += [c_job(target) for target in C_TARGETS]
+        found = run_lanes(jobs)
+        results = [
+            job.run_again(found[job.name]) if found[job.name].failed else found[job.name]
+            for job in jobs
+        ]
     if not results:
         print("nothing was run: make setup first", file=sys.stderr)
         return 1
-    heading("summary")
+    print("\n== summary")
     for result in results:
         print(result)
     passed = sum(result.passed for result in results)
