@@ -1,0 +1,156 @@
+"""What the commands share: arguments that name a source, sizes, progress, and the loop."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib
+import json
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, TextIO, TypeVar
+
+from ..errors import AiouffdError
+from ..sources import as_source
+from ..sources.base import Source, aclose_source, open_source
+from ..sources.compose import RetrySource
+
+__all__ = [
+    "add_source_arguments",
+    "console_for",
+    "error_text",
+    "human",
+    "opened",
+    "progress",
+    "run",
+    "size_argument",
+    "source_of",
+]
+
+T = TypeVar("T")
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """`asyncio.run`, on uvloop's loop if it is installed: it receives and sends faster."""
+    factory: Callable[[], asyncio.AbstractEventLoop] | None
+    try:
+        factory = importlib.import_module("uvloop").new_event_loop
+    except ImportError:
+        factory = None
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(coroutine)
+
+
+# ---- arguments ----
+
+
+def size_argument(text: str) -> int:
+    """'64K' -> 65536."""
+    number = text.rstrip("KMGTkmgt")
+    unit = text[len(number) :].upper()
+    if not number.isdecimal() or unit not in _UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes such as 4096 or 64K")
+    return int(number) * _UNITS[unit]
+
+
+def option_argument(text: str) -> tuple[str, Any]:
+    """'name=value' -> the pair; a value that reads as JSON is that, any other is text."""
+    name, separator, value = text.partition("=")
+    if not separator or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """SOURCE and the options that say how to read it."""
+    parser.add_argument("source", metavar="SOURCE", help="a path or a URL")
+    parser.add_argument(
+        "-o",
+        "--option",
+        type=option_argument,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a keyword of the source; VALUE is JSON or text (may be repeated)",
+    )
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="how long to try again when the source fails for a while (default: 60)",
+    )
+
+
+def source_of(parsed: argparse.Namespace, **options: Any) -> Source:
+    """The source that the command line names, unopened."""
+    return as_source(parsed.source, **dict(parsed.option), **options)
+
+
+@asynccontextmanager
+async def opened(source: Source, patience: float | None = None) -> AsyncIterator[Source]:
+    """``source`` opened; with ``patience`` (seconds) it tries again after transient errors."""
+    if patience:
+        source = RetrySource(source, budget=patience)
+    await open_source(source)
+    try:
+        yield source
+    finally:
+        await aclose_source(source)
+
+
+# ---- output ----
+
+
+def human(count: float) -> str:
+    """1536 -> '1.5 KiB'."""
+    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            break
+        count /= 1024
+    return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.4g} {unit}"
+
+
+def error_text(error: Exception) -> str:
+    """An exception for the person at the terminal."""
+    if isinstance(error, OSError) and not isinstance(error, AiouffdError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return str(error)
+
+
+def console_for(stream: TextIO) -> Any:
+    """A rich console on ``stream``; None if rich is missing or nobody would see its colours."""
+    if not stream.isatty():
+        return None
+    try:
+        console = importlib.import_module("rich.console").Console
+    except ImportError:
+        return None
+    return console(file=stream, highlight=False)
+
+
+@contextmanager
+def progress(what: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """A progress bar on standard error for somebody who watches; gives a function that takes the
+    number of bytes that were added."""
+    console = None if quiet else console_for(sys.stderr)
+    if console is None:
+        yield lambda _count: None
+        return
+    from rich import progress as rich_progress
+
+    columns = (
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.DownloadColumn(binary_units=True),
+        rich_progress.TransferSpeedColumn(),
+        rich_progress.TimeRemainingColumn(),
+    )
+    with rich_progress.Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(task, count)

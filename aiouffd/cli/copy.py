@@ -1,0 +1,110 @@
+"""``aiouffd cat`` and ``aiouffd copy``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import Any
+
+from ..errors import UsageError
+from ..sources import as_source
+from ..sources.base import Source
+from ..sources.registry import scheme_of
+from .common import (
+    add_source_arguments,
+    human,
+    opened,
+    option_argument,
+    progress,
+    run,
+    size_argument,
+    source_of,
+)
+from .transfer import FileSink, PipeSink, SourceSink, transfer
+
+__all__ = ["add_to"]
+
+
+def add_to(commands: Any) -> None:
+    """Add these commands to the parser's ``commands``."""
+    cat = commands.add_parser("cat", help="write an object, or a part of it, to standard output")
+    copy = commands.add_parser(
+        "copy",
+        help="copy an object to a file, or to a source that can be written to",
+        description="Copy SOURCE to a file, which appears when it is complete (with holes where"
+        " SOURCE tells them), or to a URL that can be written to and is large enough.",
+    )
+    for parser in (cat, copy):
+        add_source_arguments(parser)
+        parser.add_argument(
+            "--offset", type=size_argument, default=0, metavar="N", help="bytes to leave out"
+        )
+        parser.add_argument(
+            "--length", type=size_argument, metavar="N", help="bytes to copy (default: the rest)"
+        )
+        parser.add_argument("--quiet", action="store_true", help="no progress bar")
+        parser.epilog = "N may end in K, M, G or T (powers of 1024)."
+    copy.add_argument("destination", metavar="DESTINATION", help="a path or a URL")
+    copy.add_argument(
+        "-O",
+        "--destination-option",
+        type=option_argument,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a keyword of the destination",
+    )
+    cat.set_defaults(run=_cat)
+    copy.set_defaults(run=_copy)
+
+
+def _length(parsed: argparse.Namespace, source: Source) -> int:
+    if parsed.length is not None:
+        return int(parsed.length)
+    if parsed.offset > source.size:
+        raise UsageError(f"offset {parsed.offset} is past the {source.size} bytes of the source")
+    return source.size - int(parsed.offset)
+
+
+def _cat(parsed: argparse.Namespace) -> int:
+    async def main() -> None:
+        async with opened(source_of(parsed), parsed.patience) as source:
+            length = _length(parsed, source)
+            quiet = parsed.quiet or sys.stdout.isatty()
+            with progress(parsed.source, length, quiet=quiet) as advance:
+                await transfer(source, PipeSink(sys.stdout.buffer), parsed.offset, length, advance)
+
+    run(main())
+    return 0
+
+
+def _copy(parsed: argparse.Namespace) -> int:
+    started = time.monotonic()
+
+    async def main() -> int:
+        async with opened(source_of(parsed), parsed.patience) as source:
+            length = _length(parsed, source)
+            with progress(parsed.source, length, quiet=parsed.quiet) as advance:
+                if scheme_of(parsed.destination) in (None, "file"):
+                    name = parsed.destination.removeprefix("file://")
+                    sink = FileSink(name, length)
+                    await transfer(source, sink, parsed.offset, length, advance)
+                    return length
+                options = {"writable": True, **dict(parsed.destination_option)}
+                target = as_source(parsed.destination, **options)
+                async with opened(target) as target:
+                    if target.size < length:
+                        raise UsageError(
+                            f"{parsed.destination} has {target.size} bytes, which is less than"
+                            f" the {length} to copy"
+                        )
+                    sink_to = SourceSink(target)
+                    await transfer(source, sink_to, parsed.offset, length, advance)
+        return length
+
+    length = run(main())
+    if not parsed.quiet:
+        seconds = max(time.monotonic() - started, 1e-6)
+        print(f"{human(length)} in {seconds:.2f} s, {human(length / seconds)}/s", file=sys.stderr)
+    return 0

@@ -1,0 +1,182 @@
+"""Several sources one after the other, as one: the shards of a model, the parts of an archive."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from bisect import bisect_right
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from itertools import accumulate
+from typing import Any
+
+from ...errors import UnsupportedError, UsageError
+from .. import as_source
+from ..base import (
+    BaseSource,
+    Buffer,
+    Source,
+    aclose_source,
+    check_length,
+    check_range,
+    holes_in_source,
+    open_source,
+    own_method,
+    read_into_source,
+)
+
+__all__ = ["ConcatSource", "together"]
+
+
+async def together(calls: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """Await all; when one fails, cancel the others, wait for their end, and raise its error."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+class ConcatSource(BaseSource):
+    """``sources`` end to end. Their sizes are known once it is open; see `starts`.
+
+    Reads that cross borders go to all parts at once. ``version`` tells all versions together,
+    and is None if one of them is unknown.
+    """
+
+    def __init__(self, sources: Iterable[Any]) -> None:
+        self._parts: list[Source] = [as_source(source) for source in sources]
+        if not self._parts:
+            raise UsageError("a concatenation needs at least one source")
+        self._starts: list[int] | None = None
+
+    def __repr__(self) -> str:
+        return f"<ConcatSource of {len(self._parts)} sources>"
+
+    @property
+    def parts(self) -> Sequence[Source]:
+        """What this is made of."""
+        return tuple(self._parts)
+
+    @property
+    def starts(self) -> Sequence[int]:
+        """Byte offsets at which the parts begin, and the size as the last item."""
+        if self._starts is None:
+            self._starts = [0, *accumulate(part.size for part in self._parts)]
+        return self._starts
+
+    @property
+    def size(self) -> int:
+        """Length of all together, in bytes."""
+        return self.starts[-1]
+
+    @property
+    def writable(self) -> bool:
+        """Whether all parts can be written to."""
+        return all(getattr(part, "writable", False) for part in self._parts)
+
+    async def open(self) -> None:
+        """Open all parts at a time; if one fails, close the others and raise its error."""
+        self._starts = None
+        tasks = [asyncio.ensure_future(open_source(part)) for part in self._parts]
+        try:
+            await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            ends = await asyncio.gather(*tasks, return_exceptions=True)
+            for part, end in zip(self._parts, ends, strict=True):
+                if end is None:
+                    await aclose_source(part)
+            raise
+        versions = [getattr(part, "version", None) for part in self._parts]
+        if None not in versions:
+            text = "\n".join(
+                f"{part.size} {name}" for part, name in zip(self._parts, versions, strict=True)
+            )
+            self.version = hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    async def aclose(self) -> None:
+        """Close all parts, also when closing one of them fails; then raises that error."""
+        ends = await asyncio.gather(*map(aclose_source, self._parts), return_exceptions=True)
+        for end in ends:
+            if end is not None:
+                raise end
+
+    def clone(self) -> ConcatSource:
+        """The same of clones, pinned to the same versions."""
+        other = ConcatSource(part.clone() for part in self._parts)
+        other.version = self.version
+        return other
+
+    def _pieces(self, offset: int, length: int) -> Iterator[tuple[Source, int, int, int]]:
+        """Parts with the offset and length to read there, and the part's first byte."""
+        check_range(offset, length, self.size)
+        starts = self.starts
+        index = max(0, bisect_right(starts, offset) - 1)
+        end = offset + length
+        while offset < end:
+            stop = min(end, starts[index + 1])
+            if stop > offset:
+                start = starts[index]
+                yield self._parts[index], offset - start, stop - offset, start
+                offset = stop
+            index += 1
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """Return ``length`` bytes at byte ``offset``; uncopied if they are of one part."""
+        pieces = list(self._pieces(offset, length))
+        if len(pieces) == 1:
+            part, start, count, _ = pieces[0]
+            return check_length(await part.read(start, count), count, offset=offset)
+        data = bytearray(length)
+        await self._fill(memoryview(data), pieces)
+        return data
+
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` from byte ``offset`` on."""
+        await self._fill(buffer, list(self._pieces(offset, len(buffer))))
+
+    async def _fill(self, buffer: memoryview, pieces: list[tuple[Source, int, int, int]]) -> None:
+        calls = []
+        at = 0
+        for part, start, count, _ in pieces:
+            calls.append(read_into_source(part, start, buffer[at : at + count]))
+            at += count
+        if len(calls) == 1:
+            await calls[0]
+        else:
+            await together(calls)
+
+    async def holes(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """Those of the parts."""
+        found: list[tuple[int, int]] = []
+        for part, start, count, base in self._pieces(offset, length):
+            for hole, extent in await holes_in_source(part, start, count):
+                if found and sum(found[-1]) == base + hole:
+                    found[-1] = (found[-1][0], found[-1][1] + extent)
+                else:
+                    found.append((base + hole, extent))
+        return found
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        """Write to the parts. Raises UnsupportedError if one of them cannot."""
+        view = memoryview(data).cast("B")
+        calls: list[Coroutine[Any, Any, None]] = []
+        at = 0
+        for part, start, count, _ in list(self._pieces(offset, view.nbytes)):
+            method = own_method(part, "write")
+            if method is None:
+                for call in calls:
+                    call.close()
+                raise UnsupportedError(f"{part!r} cannot be written to")
+            calls.append(method(start, view[at : at + count]))
+            at += count
+        await together(calls)
+
+    async def flush(self) -> None:
+        """Flush the parts that have a flush."""
+        methods = [own_method(part, "flush") for part in self._parts]
+        await together(method() for method in methods if method is not None)

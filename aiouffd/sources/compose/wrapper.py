@@ -1,0 +1,106 @@
+"""What sources around one other source have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import as_source
+from ..base import Buffer, Source, aclose_source, check_length, open_source, own_method
+
+__all__ = ["Wrapper"]
+
+
+class Wrapper:
+    """A source that is another one, so far: a base for those that change something about it.
+
+    Optional methods exist if the inner source has them: a subclass says what it does about
+    each by the underscored name (``_stream`` for ``stream``). Not a `BaseSource`, whose
+    defaults would hide what the inner source cannot do.
+    """
+
+    def __init__(self, source: Any, **options: Any) -> None:
+        self._inner: Source = as_source(source, **options)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self._inner!r}>"
+
+    @property
+    def inner(self) -> Source:
+        """What this is around."""
+        return self._inner
+
+    @property
+    def size(self) -> int:
+        """Length in bytes."""
+        return self._inner.size
+
+    @property
+    def version(self) -> str | None:
+        """The version that is pinned, None if unknown."""
+        return getattr(self._inner, "version", None)
+
+    @property
+    def writable(self) -> bool:
+        """Whether ``write`` may work."""
+        return bool(getattr(self._inner, "writable", False))
+
+    async def open(self) -> None:
+        """Open what is inside. Raises what that raises."""
+        await open_source(self._inner)
+
+    async def aclose(self) -> None:
+        """Close what is inside. Idempotent."""
+        await aclose_source(self._inner)
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """Return ``length`` bytes at byte ``offset``."""
+        return check_length(await self._inner.read(offset, length), length, offset=offset)
+
+    def clone(self) -> Source:
+        """The same around a clone of what is inside."""
+        raise NotImplementedError
+
+    def _if_inside(self, name: str) -> Any:
+        if own_method(self._inner, name) is None:
+            return None
+        return getattr(self, f"_{name}")
+
+    @property
+    def read_into(self) -> Any:
+        """``async (offset, buffer)``, or None."""
+        return self._if_inside("read_into")
+
+    @property
+    def stream(self) -> Any:
+        """``(offset, length)``, an async iterator, or None."""
+        return self._if_inside("stream")
+
+    @property
+    def holes(self) -> Any:
+        """``async (offset, length)``, or None."""
+        return self._if_inside("holes")
+
+    @property
+    def write(self) -> Any:
+        """``async (offset, data)``, or None."""
+        return self._if_inside("write")
+
+    @property
+    def flush(self) -> Any:
+        """``async ()``, or None."""
+        return self._if_inside("flush")
+
+    async def _read_into(self, offset: int, buffer: memoryview) -> None:
+        await own_method(self._inner, "read_into")(offset, buffer)
+
+    def _stream(self, offset: int, length: int) -> Any:
+        return own_method(self._inner, "stream")(offset, length)
+
+    async def _holes(self, offset: int, length: int) -> Any:
+        return await own_method(self._inner, "holes")(offset, length)
+
+    async def _write(self, offset: int, data: Buffer) -> None:
+        await own_method(self._inner, "write")(offset, data)
+
+    async def _flush(self) -> None:
+        await own_method(self._inner, "flush")()
