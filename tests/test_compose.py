@@ -307,6 +307,31 @@ async def test_a_bad_block_is_fetched_again() -> None:
     await source.aclose()
 
 
+async def test_holes_are_verified_too() -> None:
+    """A hole that the manifest knows nothing of is read, and found to be wrong."""
+    whole = bytearray(DATA)
+    whole[8192:20_480] = bytes(12_288)
+    manifest = await Manifest.make(MemorySource(bytes(whole)), block_size=4096, algorithm="crc32")
+
+    class Lying(FullSource):
+        async def holes(self, offset: int, length: int) -> list[tuple[int, int]]:
+            return [(offset, length)]
+
+    source = ChecksumSource(Lying(bytes(whole)), manifest)
+    await source.open()
+    assert await holes_in_source(source, 0, len(DATA)) == ((8192, 12_288),)
+    # Only whole blocks can be told.
+    assert await holes_in_source(source, 8193, 8191) == ((12_288, 4096),)
+    await source.aclose()
+
+
+async def test_manifest_from_a_source() -> None:
+    manifest = await Manifest.make(MemorySource(DATA), block_size=4096, algorithm="crc32")
+    assert await Manifest.fetch(manifest.to_bytes()) == manifest
+    with pytest.raises(UsageError):
+        await Manifest.fetch(DATA)
+
+
 async def test_a_bad_block_is_never_installed() -> None:
     manifest = await Manifest.make(MemorySource(DATA), block_size=4096, algorithm="crc32c")
     source = ChecksumSource(Corrupting(100_000, 10**6), manifest)

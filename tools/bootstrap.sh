@@ -52,10 +52,9 @@ system_packages() {
 # Servers and tools of others that the tests and benchmarks talk to. Without them those skip.
 peers() {
     local packages=""
-    command -v nbdkit >/dev/null || packages="nbdkit nbdkit-plugin-python"
+    command -v nbdkit >/dev/null || packages="nbdkit"
     command -v nbdcopy >/dev/null || packages="$packages libnbd-bin"
     command -v qemu-nbd >/dev/null || packages="$packages qemu-utils"
-    command -v redis-server >/dev/null || packages="$packages redis-server"
     [ -n "$packages" ] || return 0
     if ! command -v apt-get >/dev/null || ! may_install || ! install_packages "$packages"; then
         say "without $packages some tests and benchmarks will be skipped"

@@ -167,6 +167,16 @@ class Manifest:
         """Read a file that `save` wrote."""
         return cls.from_bytes(Path(path).read_bytes())
 
+    @classmethod
+    async def fetch(cls, source: Any, **options: Any) -> Manifest:
+        """Read the file from a URL, or from anything that is a source; opens and closes it."""
+        given = as_source(source, **options)
+        await open_source(given)
+        try:
+            return cls.from_bytes(bytes(await given.read(0, given.size)))
+        finally:
+            await aclose_source(given)
+
 
 class ChecksumSource(Wrapper):
     """``source``, every byte of which is verified against ``manifest`` before it is delivered.
@@ -195,6 +205,7 @@ class ChecksumSource(Wrapper):
         self._refetch = refetch
         self._digest = digest_function(given.algorithm)
         self._executor: ThreadPoolExecutor | None = None
+        self._zeros: dict[int, bytes] = {}
         self.bad_blocks = 0
 
     # Bytes have to be here before they can be verified.
@@ -233,6 +244,28 @@ class ChecksumSource(Wrapper):
     def clone(self) -> ChecksumSource:
         """The same around a clone."""
         return ChecksumSource(self._inner.clone(), self._manifest, refetch=self._refetch)
+
+    async def _holes(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """Those inside, as far as the manifest agrees: a hole is never read, nor verified then."""
+        step, size = self._manifest.block_size, self.size
+        found: list[tuple[int, int]] = []
+        for hole, extent in await super()._holes(offset, length):
+            end = hole + extent
+            for block in range(-(-hole // step), -(-end // step)):
+                start, stop = block * step, min((block + 1) * step, size)
+                if stop > end or self._manifest.digest(block) != self._of_zeros(stop - start):
+                    continue
+                if found and sum(found[-1]) == start:
+                    found[-1] = (found[-1][0], stop - found[-1][0])
+                else:
+                    found.append((start, stop - start))
+        return found
+
+    def _of_zeros(self, length: int) -> bytes:
+        """The checksum of so many zeros: of a whole block, or of the last one."""
+        if length not in self._zeros:
+            self._zeros[length] = self._digest(bytes(length))
+        return self._zeros[length]
 
     async def read(self, offset: int, length: int) -> Buffer:
         """Return ``length`` verified bytes at byte ``offset``. Raises `ChecksumError`."""

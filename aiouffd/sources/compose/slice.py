@@ -25,6 +25,16 @@ class SliceSource(Wrapper):
         self._length = length
 
     @property
+    def start(self) -> int:
+        """Where the part begins, in bytes."""
+        return self._offset
+
+    @property
+    def length(self) -> int | None:
+        """The length that was given, in bytes; None for all that follows."""
+        return self._length
+
+    @property
     def size(self) -> int:
         """Length of the part in bytes."""
         return self._length if self._length is not None else self._inner.size - self._offset
