@@ -8,7 +8,7 @@ theirs by an entry point in the group ``aiouffd.sources``, whose name is the sch
     ceph = "aiouffd_ceph:CephSource.from_url"
 
 An own scheme may not be replaced that way. A scheme that ends in ``+`` stands for all that begin
-with it: ``fsspec+`` gets ``fsspec+sftp://host/file``.
+with it: ``disk+`` gets ``disk+raid://host/file``.
 """
 
 from __future__ import annotations
@@ -64,24 +64,12 @@ _OWN = {
         Scheme("file", "aiouffd.sources.file:FileSource.from_url"),
         Scheme("http", "aiouffd.sources.http:HttpSource", "http"),
         Scheme("https", "aiouffd.sources.http:HttpSource", "http"),
-        Scheme("s3", "aiouffd.sources.objects:ObjectSource.from_url", "objects"),
-        Scheme("gs", "aiouffd.sources.objects:ObjectSource.from_url", "objects"),
-        Scheme("az", "aiouffd.sources.objects:ObjectSource.from_url", "objects"),
-        Scheme("obstore+", "aiouffd.sources.objects:ObjectSource.from_url", "objects"),
         Scheme("nbd", "aiouffd.sources.nbd:NbdSource.from_url"),
         Scheme("nbds", "aiouffd.sources.nbd:NbdSource.from_url"),
         Scheme("nbd+unix", "aiouffd.sources.nbd:NbdSource.from_url"),
         Scheme("nbds+unix", "aiouffd.sources.nbd:NbdSource.from_url"),
-        Scheme("redis", "aiouffd.sources.redis:RedisSource.from_url", "redis"),
-        Scheme("rediss", "aiouffd.sources.redis:RedisSource.from_url", "redis"),
-        Scheme("redis+unix", "aiouffd.sources.redis:RedisSource.from_url", "redis"),
-        Scheme("valkey", "aiouffd.sources.redis:RedisSource.from_url", "redis"),
-        Scheme("fsspec+", "aiouffd.sources.fsspec:FsspecSource.from_url", "fsspec"),
     )
 }
-
-#: Names that people write for schemes of ours.
-_ALIASES = {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az", "azure": "az", "adl": "az"}
 
 
 def scheme_of(text: str) -> str | None:
@@ -104,12 +92,7 @@ def lookup(name: str) -> Scheme:
     for point in metadata.entry_points(group=GROUP):
         if point.name in (name, family):
             return Scheme(name, point.value)
-    hint = (
-        f"write fsspec+{name}://, which needs aiouffd[fsspec], if fsspec has such a file system;"
-        " for a file of that name write ./ before it"
-    )
-    if name in _ALIASES:
-        hint = f"write {_ALIASES[name]}://, which needs aiouffd[objects]"
     raise UsageError(
-        f"unknown URL scheme {name!r}; known are {', '.join(known_schemes())}", hint=hint
+        f"unknown URL scheme {name!r}; known are {', '.join(known_schemes())}",
+        hint="for a file of that name write ./ before it; other stores can be given as a Source",
     )
