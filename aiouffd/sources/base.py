@@ -90,9 +90,14 @@ class Source(Protocol):
         ``(offset, length)`` of ranges within the given one that are known to read as zeros, in
         order and apart. They are then not read at all. A hint: what is not named may be zeros
         too, and a source that would have to ask for long names nothing.
+    ``read_now(offset, length) -> Buffer | None``
+        As ``read`` if the bytes are at hand, None if they would have to be waited for.
     ``async write(offset, data) -> None`` and ``async flush() -> None``
         For write-back: ``write`` takes a copy or finishes with ``data`` before it returns;
         after ``flush`` everything written is as durable as the source can make it.
+        ``writable``, if there is such an attribute, says whether it was opened for that.
+    ``async write_zeros(offset, length, *, hole) -> None``
+        As ``write`` of zeros; with ``hole`` the space may be given back.
     """
 
     @property

@@ -18,7 +18,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from ..errors import ClosedError, SourceChangedError, SourceError, UsageError
+from ..errors import (
+    ClosedError,
+    SourceChangedError,
+    SourceError,
+    UnsupportedError,
+    UsageError,
+)
+from ._fallocate import fallocate_zeros
 from .base import BaseSource, Buffer, check_range
 
 __all__ = ["FileSource"]
@@ -28,6 +35,7 @@ T = TypeVar("T")
 _INLINE_MAX = 256 << 10  # largest read tried on the loop's thread, bytes
 _PIECE = 4 << 20  # one preadv; between two a cancelled read stops, bytes
 _STREAM_CHUNK = 1 << 20  # bytes
+_HOLES_MAX = 4096
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 
 
@@ -37,11 +45,11 @@ class _Identity(NamedTuple):
     device: int
     inode: int
     size: int
-    mtime_ns: int
+    mtime_ns: int | None  # None where we write ourselves
 
     @classmethod
-    def of(cls, st: os.stat_result) -> _Identity:
-        return cls(st.st_dev, st.st_ino, st.st_size, st.st_mtime_ns)
+    def of(cls, st: os.stat_result, *, timed: bool) -> _Identity:
+        return cls(st.st_dev, st.st_ino, st.st_size, st.st_mtime_ns if timed else None)
 
 
 class _SharedFile:
@@ -50,10 +58,14 @@ class _SharedFile:
     Clones so keep reading the same file after its name was given to another one.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, writable: bool) -> None:
         # O_NONBLOCK: opening a pipe by mistake must not wait for a writer.
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        access = os.O_RDWR if writable else os.O_RDONLY
+        self.fd = os.open(path, access | os.O_CLOEXEC | os.O_NONBLOCK)
+        self.writable = writable
         self.nowait = bool(_NOWAIT)
+        # Whether SEEK_HOLE may find anything.
+        self.sparse = False
         self._users = 1
         self._lock = threading.Lock()
 
@@ -73,15 +85,16 @@ class _SharedFile:
                 self.fd = -1
 
     def identity(self) -> _Identity:
-        return _Identity.of(os.fstat(self.fd))
+        return _Identity.of(os.fstat(self.fd), timed=not self.writable)
 
 
 class FileSource(BaseSource):
     """A source over a file.
 
     Arguments:
-        path: the file, or a block device. Opened by ``open()``, read-only.
-        max_threads: how many blocking reads run at a time.
+        path: the file, or a block device. Opened by ``open()``.
+        max_threads: how many blocking calls run at a time.
+        writable: open it for `write` too. Its modification time is no part of the version then.
 
     ``version`` is made of device, inode, size and modification time; it is checked after every
     read, so a file that is written to raises SourceChangedError. A file *replaced* by a
@@ -94,12 +107,15 @@ class FileSource(BaseSource):
     SourceError that is not transient for an I/O error.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, max_threads: int = 4) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, max_threads: int = 4, writable: bool = False
+    ) -> None:
         if max_threads < 1:
             raise UsageError(f"max_threads must be at least 1, got {max_threads}")
         # Absolute now: the working directory may be another one when a clone opens.
         self._path = os.path.abspath(os.fspath(path))
         self._max_threads = max_threads
+        self._writable = writable
         self._identity: _Identity | None = None
         self._size = 0
         self._file: _SharedFile | None = None
@@ -151,7 +167,7 @@ class FileSource(BaseSource):
         executor = ThreadPoolExecutor(self._max_threads, "aiouffd-file")
         # Not a method: its thread must not be what keeps this object alive.
         opening = asyncio.get_running_loop().run_in_executor(
-            executor, _open, self._path, self._parent, self._identity
+            executor, _open, self._path, self._writable, self._parent, self._identity
         )
         try:
             file, identity, size = await _settle(opening)
@@ -165,7 +181,9 @@ class FileSource(BaseSource):
         self._identity = identity
         self._size = size
         self._parent = None
-        self.version = f"{identity.device:x}-{identity.inode}-{size}-{identity.mtime_ns}"
+        self.version = f"{identity.device:x}-{identity.inode}-{size}"
+        if identity.mtime_ns is not None:
+            self.version += f"-{identity.mtime_ns}"
 
     async def aclose(self) -> None:
         """Close the file. Reads in flight still finish, and the last closes it. Idempotent."""
@@ -223,13 +241,56 @@ class FileSource(BaseSource):
                 if not ahead.cancelled():
                     ahead.exception()
 
+    async def holes(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """Holes of the file (lseek(2), SEEK_HOLE), at most 4,096 of them."""
+        file = self._checked(offset, length)
+        found: list[tuple[int, int]] = []
+        at, end = offset, offset + length
+        while file.sparse and at < end and len(found) < _HOLES_MAX:
+            try:
+                hole = os.lseek(file.fd, at, os.SEEK_HOLE)
+                if hole >= end:
+                    break
+                at = min(_next_data(file.fd, hole), end)
+            except OSError:  # a file system that cannot tell
+                file.sparse = False
+                return []
+            found.append((hole, at - hole))
+        if found:
+            self._check_unchanged(file)
+        return found
+
+    @property
+    def writable(self) -> bool:
+        """Whether it was opened to be written to."""
+        return self._writable
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        """Write ``data`` at byte ``offset``, within the size that the file has.
+
+        Raises UnsupportedError without ``writable=True``; if cancelled, what has begun is written.
+        """
+        view = memoryview(data).cast("B")
+        file = self._checked_to_write(offset, view.nbytes)
+        await _settle(self._submit(file, lambda: self._put(file, offset, view)))
+
+    async def write_zeros(self, offset: int, length: int, *, hole: bool) -> None:
+        """Have zeros there (fallocate(2)): with ``hole`` without any space for them."""
+        file = self._checked_to_write(offset, length)
+        await _settle(self._submit(file, lambda: self._put_zeros(file, offset, length, hole)))
+
+    async def flush(self) -> None:
+        """Have what was written survive a crash of the machine (fdatasync(2))."""
+        file = self._checked_to_write(0, 0)
+        await _settle(self._submit(file, lambda: os.fdatasync(file.fd)))
+
     def clone(self) -> FileSource:
         """Return an unopened source over the same file, pinned to the version of this one.
 
         It reads through this one's descriptor as long as that is open when the clone opens,
         else through the path.
         """
-        other = FileSource(self._path, max_threads=self._max_threads)
+        other = FileSource(self._path, max_threads=self._max_threads, writable=self._writable)
         other._identity = self._identity
         other._size = self._size
         other.version = self.version
@@ -243,6 +304,29 @@ class FileSource(BaseSource):
             raise UsageError(f"{self!r} is not open", hint="await open() first")
         check_range(offset, length, self._size)
         return self._file
+
+    def _checked_to_write(self, offset: int, length: int) -> _SharedFile:
+        file = self._checked(offset, length)
+        if not file.writable:
+            raise UnsupportedError(
+                f"{self!r} is open for reading only", hint="pass writable=True when making it"
+            )
+        return file
+
+    def _put(self, file: _SharedFile, offset: int, data: memoryview) -> None:
+        try:
+            while data:
+                done = os.pwrite(file.fd, data[:_PIECE], offset)
+                data, offset = data[done:], offset + done
+        except OSError as exc:
+            raise self._failed(exc, offset, "writing") from exc
+
+    def _put_zeros(self, file: _SharedFile, offset: int, length: int, hole: bool) -> None:
+        if fallocate_zeros(file.fd, offset, length, hole=hole):
+            return
+        zeros = memoryview(bytes(min(length, _PIECE)))
+        for at in range(0, length, _PIECE):
+            self._put(file, offset + at, zeros[: length - at])
 
     def _submit(self, file: _SharedFile, func: Callable[[], T]) -> asyncio.Future[T]:
         """Run ``func`` on an own thread, with the file held open."""
@@ -313,29 +397,30 @@ class FileSource(BaseSource):
     def _truncated(self, offset: int) -> SourceError:
         return SourceChangedError(f"{self._path} ends at byte {offset}: it was truncated")
 
-    def _failed(self, exc: OSError, offset: int) -> SourceError:
+    def _failed(self, exc: OSError, offset: int, what: str = "reading") -> SourceError:
         if isinstance(exc, SourceError):
             return exc
         return SourceError(
-            f"reading {self._path} at byte {offset} failed: {exc.strerror}",
+            f"{what} {self._path} at byte {offset} failed: {exc.strerror}",
             transient=exc.errno in (errno.EINTR, errno.EAGAIN, errno.ENOMEM, errno.ETIMEDOUT),
             errno=exc.errno,
         )
 
 
 def _open(
-    path: str, parent: _SharedFile | None, expected: _Identity | None
+    path: str, writable: bool, parent: _SharedFile | None, expected: _Identity | None
 ) -> tuple[_SharedFile, _Identity, int]:
     """Open ``path``, or share ``parent``; return it with its identity and size in bytes."""
-    file = parent if parent is not None and parent.acquire() else _SharedFile(path)
+    file = parent if parent is not None and parent.acquire() else _SharedFile(path, writable)
     try:
         st = os.fstat(file.fd)
         if stat.S_ISDIR(st.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-        identity = _Identity.of(st)
+        identity = _Identity.of(st, timed=not writable)
         if expected is not None and identity != expected:
             raise SourceChangedError(f"{path} is not the file that was opened")
         if stat.S_ISREG(st.st_mode):
+            file.sparse = writable or st.st_blocks * 512 < st.st_size
             return file, identity, st.st_size
         try:
             # Only seeking tells the size of a block device; a pipe fails here.
@@ -345,6 +430,15 @@ def _open(
     except BaseException:
         file.release()
         raise
+
+
+def _next_data(fd: int, hole: int) -> int:
+    try:
+        return os.lseek(fd, hole, os.SEEK_DATA)
+    except OSError as exc:
+        if exc.errno != errno.ENXIO:
+            raise
+        return 1 << 62  # holes up to the end
 
 
 async def _settle(future: asyncio.Future[T], stop: threading.Event | None = None) -> T:

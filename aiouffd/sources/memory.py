@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..errors import UsageError
+from ..errors import UnsupportedError, UsageError
 from .base import BaseSource, Buffer, check_range
 
 __all__ = ["MemorySource"]
@@ -44,6 +44,24 @@ class MemorySource(BaseSource):
         """Return a slice of the memory, uncopied. Raises UsageError for a range outside it."""
         check_range(offset, length, self.size)
         return self._data[offset : offset + length]
+
+    def read_now(self, offset: int, length: int) -> Buffer:
+        """As `read`, without a coroutine."""
+        check_range(offset, length, self.size)
+        return self._data[offset : offset + length]
+
+    @property
+    def writable(self) -> bool:
+        """Whether the memory can be written to."""
+        return not self._data.readonly
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        """Copy ``data`` to byte ``offset``. Raises UnsupportedError for read-only memory."""
+        if self._data.readonly:
+            raise UnsupportedError(f"{self!r} is read-only", hint="give a bytearray, or the like")
+        view = memoryview(data).cast("B")
+        check_range(offset, view.nbytes, self.size)
+        self._data[offset : offset + view.nbytes] = view
 
     def clone(self) -> MemorySource:
         """Return a source over the same memory."""

@@ -213,6 +213,7 @@ class ChecksumSource(Wrapper):
     stream: Any = None
     write: Any = None
     flush: Any = None
+    write_zeros: Any = None
 
     @property
     def writable(self) -> bool:

@@ -14,6 +14,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any, TypeVar
 
 from ...errors import SourceError, UsageError
@@ -89,6 +90,14 @@ class RetrySource(Wrapper):
 
     async def _flush(self) -> None:
         await self._again(super()._flush)
+
+    async def _write_zeros(self, offset: int, length: int, *, hole: bool) -> None:
+        await self._again(partial(super()._write_zeros, hole=hole), offset, length)
+
+    @property
+    def read_now(self) -> Any:
+        """``(offset, length)``, or None."""
+        return getattr(self._inner, "read_now", None)
 
     async def _stream(self, offset: int, length: int) -> AsyncGenerator[Buffer, None]:
         end = offset + length

@@ -77,3 +77,7 @@ class SliceSource(Wrapper):
     async def _write(self, offset: int, data: Buffer) -> None:
         check_range(offset, memoryview(data).nbytes, self.size)
         await super()._write(self._offset + offset, data)
+
+    async def _write_zeros(self, offset: int, length: int, *, hole: bool) -> None:
+        check_range(offset, length, self.size)
+        await super()._write_zeros(self._offset + offset, length, hole=hole)

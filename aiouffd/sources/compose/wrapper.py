@@ -90,6 +90,11 @@ class Wrapper:
         """``async ()``, or None."""
         return self._if_inside("flush")
 
+    @property
+    def write_zeros(self) -> Any:
+        """``async (offset, length, *, hole)``, or None."""
+        return self._if_inside("write_zeros")
+
     async def _read_into(self, offset: int, buffer: memoryview) -> None:
         await own_method(self._inner, "read_into")(offset, buffer)
 
@@ -104,3 +109,6 @@ class Wrapper:
 
     async def _flush(self) -> None:
         await own_method(self._inner, "flush")()
+
+    async def _write_zeros(self, offset: int, length: int, *, hole: bool) -> None:
+        await own_method(self._inner, "write_zeros")(offset, length, hole=hole)

@@ -1,0 +1,676 @@
+"""An NBD server over any sources, on asyncio.
+
+Each client is one protocol object; what it asks for becomes a task, or nothing at all if the
+source has the bytes at hand. A client is read from only as long as there is room for what it
+asks for, so neither a greedy nor a stuck one makes the server grow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import socket
+import ssl as ssl_module
+import stat
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, cast
+
+from ..errors import AiouffdError, ClosedError, UsageError
+from ..sources.base import Source, check_length, holes_in_source, own_method
+from . import wire
+from .server_core import (
+    Negotiation,
+    Offer,
+    Request,
+    Requests,
+    data_head,
+    error_reply,
+    hole_chunk,
+    parts,
+    refusal,
+    status_reply,
+    wire_error,
+)
+from .uri import PORT, NbdAddress
+
+__all__ = ["NbdServer", "NbdServerStats"]
+
+log = logging.getLogger("aiouffd")
+
+#: Bytes asked of the kernel for a socket's send buffer, and of replies waiting in ours.
+SOCKET_BUFFER = 4 << 20
+#: A reply of up to so many bytes is sent in one piece with its header, at the price of a copy.
+JOINED = 16 * 1024
+#: Zeros are written in pieces of so many bytes where the source knows no better.
+ZEROS = bytes(1 << 20)
+#: Seconds between two lines in the log about a source that fails.
+COMPLAINTS = 10.0
+#: What a request costs beside its bytes.
+OVERHEAD = 512
+
+
+@dataclass(slots=True)
+class NbdServerStats:
+    """Counters of a server; bytes are of the exports' contents."""
+
+    clients: int = 0
+    clients_total: int = 0
+    refused: int = 0
+    requests: int = 0
+    failed: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    bytes_outstanding: int = 0
+
+
+class NbdServer:
+    """Serves sources as NBD exports: ``async with NbdServer({"": source}) as server``.
+
+    Arguments:
+        exports: sources by their names on the wire; they are open, and stay the caller's.
+            A client that names none gets the only one there is.
+        writable: let clients write; the sources need ``write``.
+        tls: an ssl.SSLContext for servers; clients may then ask for TLS.
+        tls_required: refuse clients that do not.
+        max_clients: connections at a time; more are closed at once.
+        max_requests: requests of one client that are worked on at a time.
+        memory: bytes of all clients' requests under way. Beside it each client
+            may always have one request, of at most 32 MiB.
+        handshake_timeout: seconds that a client has to choose an export.
+        stall_timeout: seconds after which a client is dropped that does not take its replies, or
+            does not finish what it sends. One that wants nothing may stay for ever.
+
+    Belongs to the event loop on which it was made.
+    """
+
+    def __init__(
+        self,
+        exports: Mapping[str, Source],
+        *,
+        writable: bool = False,
+        tls: ssl_module.SSLContext | None = None,
+        tls_required: bool = False,
+        max_clients: int = 64,
+        max_requests: int = 64,
+        memory: int = 256 << 20,
+        handshake_timeout: float = 10.0,
+        stall_timeout: float = 60.0,
+    ) -> None:
+        if not exports:
+            raise UsageError("a server without exports has nothing to serve")
+        if tls_required and tls is None:
+            raise UsageError("tls_required goes with tls", hint="pass tls=, an ssl.SSLContext")
+        if max_clients < 1 or max_requests < 1 or memory < 1:
+            raise UsageError("max_clients, max_requests and memory are at least 1")
+        if handshake_timeout <= 0 or stall_timeout <= 0:
+            raise UsageError("timeouts are positive numbers of seconds")
+        self._sources = dict(exports)
+        self._offers = {name: _offer(source, writable) for name, source in exports.items()}
+        for name in exports:
+            if len(name.encode()) > wire.STRING_MAX:
+                raise UsageError(f"an export's name has at most {wire.STRING_MAX} bytes")
+        self._tls = tls
+        self._tls_required = tls_required
+        self._max_clients = max_clients
+        self._max_requests = max_requests
+        self._memory = memory
+        self._handshake_timeout = handshake_timeout
+        self._stall_timeout = stall_timeout
+        self._loop = asyncio.get_running_loop()
+        self._listeners: list[asyncio.Server] = []
+        self._paths: list[tuple[str, tuple[int, int]]] = []
+        self._clients: set[_Client] = set()
+        self._starved: dict[_Client, None] = {}
+        self._watch: asyncio.TimerHandle | None = None
+        self._closing = False
+        self._complained = -COMPLAINTS
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.stats = NbdServerStats()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def listen(self, host: str = "127.0.0.1", port: int = PORT) -> str:
+        """Accept clients on a TCP port (0: any free one); returns the URL of the first export.
+
+        Raises OSError. May be called several times.
+        """
+        self._check_open()
+        listener = await self._loop.create_server(lambda: _Client(self), host, port)
+        self._listeners.append(listener)
+        number = listener.sockets[0].getsockname()[1]
+        name = next(iter(self._sources))
+        return str(NbdAddress(name, host, number, None, self._tls_required))
+
+    async def listen_unix(self, path: str | os.PathLike[str], mode: int = 0o600) -> str:
+        """Accept clients on a Unix socket; returns the URL of the first export.
+
+        ``mode`` says who may connect. A socket of that name that nobody listens on is replaced.
+        Raises OSError. May be called several times.
+        """
+        self._check_open()
+        name = _absolute(path)
+        sock = _bound(name, mode)
+        try:
+            listener = await self._loop.create_unix_server(lambda: _Client(self), sock=sock)
+        except BaseException:
+            sock.close()
+            os.unlink(name)
+            raise
+        found = os.stat(name)
+        self._paths.append((name, (found.st_dev, found.st_ino)))
+        self._listeners.append(listener)
+        export = next(iter(self._sources))
+        return str(NbdAddress(export, socket=name, tls=self._tls_required))
+
+    async def aclose(self, drain: float = 10.0) -> None:
+        """Stop: nobody new gets in, requests under way are answered, then clients are closed.
+
+        After ``drain`` seconds what is left is dropped. Idempotent.
+        """
+        self._closing = True
+        for listener in self._listeners:
+            listener.close()
+        self._listeners.clear()
+        for name, identity in self._paths:
+            # Somebody else's by now, perhaps: then it stays.
+            with contextlib.suppress(OSError):
+                found = os.stat(name)
+                if (found.st_dev, found.st_ino) == identity:
+                    os.unlink(name)
+        self._paths.clear()
+        for client in list(self._clients):
+            client.drain()
+        try:
+            async with asyncio.timeout(drain):
+                await self._idle.wait()
+        except TimeoutError:
+            log.warning("NBD: %d clients did not finish in time", len(self._clients))
+        finally:
+            for client in list(self._clients):
+                client.abort()
+            if self._watch is not None:
+                self._watch.cancel()
+                self._watch = None
+        await self._idle.wait()
+
+    def _check_open(self) -> None:
+        if self._closing:
+            raise ClosedError("the NBD server is closed")
+
+    # ---- what clients tell ----
+
+    def _joined(self, client: _Client) -> bool:
+        if self._closing or len(self._clients) >= self._max_clients:
+            self.stats.refused += 1
+            return False
+        self._clients.add(client)
+        self._idle.clear()
+        self.stats.clients = len(self._clients)
+        self.stats.clients_total += 1
+        if self._watch is None:
+            self._look_later()
+        return True
+
+    def _left(self, client: _Client) -> None:
+        self._clients.discard(client)
+        self._starved.pop(client, None)
+        self.stats.clients = len(self._clients)
+        if not self._clients:
+            self._idle.set()
+
+    def _room(self, client: _Client, cost: int) -> bool:
+        """Whether ``client`` may have ``cost`` bytes more; if not it is told when to ask again."""
+        if client.outstanding and self.stats.bytes_outstanding + cost > self._memory:
+            self._starved[client] = None
+            return False
+        return True
+
+    def _freed(self) -> None:
+        while self._starved and self.stats.bytes_outstanding < self._memory:
+            client = next(iter(self._starved))
+            del self._starved[client]
+            client.pump()
+            if client in self._starved:
+                return
+
+    def _complain(self, error: BaseException) -> None:
+        if not isinstance(error, AiouffdError | OSError):
+            log.error("NBD: a request failed", exc_info=error)
+            return
+        # A source that is away fails every request; once in a while is enough.
+        now = time.monotonic()
+        if now - self._complained > COMPLAINTS:
+            self._complained = now
+            log.warning("NBD: a request failed: %s (%d so far)", error, self.stats.failed + 1)
+
+    def _look_later(self) -> None:
+        pause = min(self._handshake_timeout, self._stall_timeout) / 4
+        self._watch = self._loop.call_later(max(pause, 0.01), self._look)
+
+    def _look(self) -> None:
+        """Drop who does not move. Runs while there are clients."""
+        self._watch = None
+        now = time.monotonic()
+        for client in list(self._clients):
+            reason = client.stalled(now, self._handshake_timeout, self._stall_timeout)
+            if reason:
+                log.info("NBD: dropped a client that %s", reason)
+                client.abort()
+        if self._clients:
+            self._look_later()
+
+
+def _offer(source: Source, writable: bool) -> Offer:
+    flags = wire.FLAG_HAS_FLAGS | wire.FLAG_SEND_DF | wire.FLAG_CAN_MULTI_CONN
+    if writable:
+        if own_method(source, "write") is None or not getattr(source, "writable", True):
+            raise UsageError(f"{source!r} cannot be written to")
+        flags |= wire.FLAG_SEND_FLUSH | wire.FLAG_SEND_FUA | wire.FLAG_SEND_WRITE_ZEROES
+    else:
+        flags |= wire.FLAG_READ_ONLY
+    return Offer(source.size, flags)
+
+
+def _absolute(path: str | os.PathLike[str]) -> str:
+    return os.path.abspath(os.fspath(path))
+
+
+def _bound(path: str, mode: int) -> socket.socket:
+    """A socket at ``path`` that nobody without permission could ever connect to."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        try:
+            sock.bind(path)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or not _is_dead(path):
+                raise
+            os.unlink(path)
+            sock.bind(path)
+        # Until it listens, connecting is refused.
+        os.chmod(path, mode)
+        return sock
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _is_dead(path: str) -> bool:
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+    return False
+
+
+class _Client(asyncio.BufferedProtocol):
+    """One connection."""
+
+    def __init__(self, server: NbdServer) -> None:
+        self._server = server
+        self._stats = server.stats
+        self._transport: asyncio.Transport | None = None
+        self._negotiation: Negotiation | None = Negotiation(
+            server._offers, tls=server._tls is not None, tls_required=server._tls_required
+        )
+        self._scratch = memoryview(bytearray(4096))
+        self._requests = Requests()
+        self._source: Source | None = None
+        self._read_now: Any = None
+        self._has_holes = False
+        self._offer = next(iter(server._offers.values()))
+        self._structured = self._allocation = False
+        self._tasks: dict[asyncio.Task[None], Request] = {}
+        self._upgrade: asyncio.Task[None] | None = None
+        self._early = bytearray()
+        self._pieces = False
+        self._reading = True
+        self._writing = True
+        self._draining = False
+        self._ended = False
+        self._made = self._since = time.monotonic()
+        self._unsent = 0
+        #: Bytes of requests that are being worked on.
+        self.outstanding = 0
+
+    # ---- the protocol's callbacks ----
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        if not self._server._joined(self):
+            self._ended = True
+            self._transport.abort()
+            return
+        sock = transport.get_extra_info("socket")
+        if sock is not None:
+            with contextlib.suppress(OSError):  # these are wishes
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER)
+                if sock.family != socket.AF_UNIX:
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    # Who has vanished without a word does not keep his place for ever.
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self._uses(self._transport)
+        self._send_negotiation()
+
+    def _uses(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        transport.set_write_buffer_limits(high=SOCKET_BUFFER)
+        # asyncio before 3.12 joins what it is given as a list, and after that forgets to pause us.
+        self._pieces = "uvloop" in type(transport).__module__
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._scratch if self._negotiation is not None else self._requests.get_buffer()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._since = time.monotonic()
+        try:
+            if self._upgrade is not None:
+                # Encrypted, and here before the task has heard that it may go on.
+                self._early += self._scratch[:nbytes]
+                if len(self._early) > SOCKET_BUFFER:
+                    self.abort()
+            elif self._negotiation is not None:
+                self._negotiate(bytes(self._scratch[:nbytes]))
+            else:
+                self._requests.received(nbytes)
+            self.pump()
+        except AiouffdError as error:
+            log.info("NBD: dropped a client: %s", error)
+            self.abort()
+
+    def eof_received(self) -> bool:
+        return False
+
+    def pause_writing(self) -> None:
+        self._writing = False
+        self._since = time.monotonic()
+        self._unsent = 1 << 62
+
+    def resume_writing(self) -> None:
+        self._writing = True
+        self.pump()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._ended:
+            return
+        self._ended = True
+        if self._upgrade is not None:
+            self._upgrade.cancel()
+        for task, request in list(self._tasks.items()):
+            # What was to be written was received whole, and is written.
+            if request.command in (wire.CMD_READ, wire.CMD_BLOCK_STATUS):
+                task.cancel()
+        self._requests.ready.clear()
+        if not self._tasks:
+            self._server._left(self)
+
+    # ---- negotiation ----
+
+    def _negotiate(self, data: bytes) -> None:
+        negotiation = self._negotiation
+        assert negotiation is not None
+        transport = self._transport
+        assert transport is not None
+        rest = negotiation.feed(data)
+        self._send_negotiation()
+        if negotiation.aborted:
+            transport.close()
+        elif negotiation.wants_tls:
+            transport.pause_reading()
+            self._upgrade = self._server._loop.create_task(self._start_tls())
+        elif negotiation.chosen is not None:
+            self._negotiation = None
+            self._source = source = self._server._sources[negotiation.chosen]
+            self._offer = self._server._offers[negotiation.chosen]
+            self._structured = negotiation.structured
+            self._allocation = negotiation.allocation
+            self._has_holes = own_method(source, "holes") is not None
+            if not self._has_holes or not self._structured:
+                self._read_now = getattr(source, "read_now", None)
+            self._requests.feed(rest)
+
+    def _send_negotiation(self) -> None:
+        assert self._negotiation is not None
+        assert self._transport is not None
+        data = self._negotiation.take()
+        if data:
+            self._transport.write(data)
+
+    async def _start_tls(self) -> None:
+        server, negotiation, transport = self._server, self._negotiation, self._transport
+        assert server._tls is not None
+        assert negotiation is not None
+        assert transport is not None
+        try:
+            upgraded = await server._loop.start_tls(
+                transport,
+                self,
+                server._tls,
+                server_side=True,
+                ssl_handshake_timeout=server._handshake_timeout,
+            )
+            if upgraded is None:  # the client went away meanwhile
+                raise ConnectionResetError
+        except Exception as error:
+            log.info("NBD: a client's TLS handshake failed: %s", error or type(error).__name__)
+            transport.abort()
+            self._upgrade = None
+            self.connection_lost(None)
+            return
+        self._upgrade = None
+        self._uses(upgraded)
+        negotiation.tls_started()
+        early, self._early = bytes(self._early), bytearray()
+        try:
+            self._negotiate(early)
+            self.pump()
+        except AiouffdError as error:
+            log.info("NBD: dropped a client: %s", error)
+            self.abort()
+
+    # ---- requests ----
+
+    def pump(self) -> None:
+        """Begin what there is room for, and read on if that is all."""
+        requests, server = self._requests, self._server
+        ready = requests.ready
+        while ready and not self._ended:
+            request = ready[0]
+            if self._draining:
+                ready.popleft()
+                self._refuse(request, wire.ESHUTDOWN, "the server is shutting down")
+                continue
+            cost = OVERHEAD
+            if request.command in (wire.CMD_READ, wire.CMD_WRITE):
+                cost += min(request.length, wire.PAYLOAD_MAX)
+            if (
+                not self._writing
+                or len(self._tasks) >= server._max_requests
+                or not server._room(self, cost)
+            ):
+                break
+            ready.popleft()
+            self._begin(request, cost)
+        if self._ended or self._transport is None:
+            return
+        if requests.disconnected or self._draining:
+            if not self._tasks and not ready:
+                self._transport.close()
+            return
+        wanted = not ready
+        if wanted != self._reading:
+            self._reading = wanted
+            if wanted:
+                self._transport.resume_reading()
+            else:
+                self._transport.pause_reading()
+
+    def _refuse(self, request: Request, number: int, text: str) -> None:
+        assert self._transport is not None
+        self._stats.failed += 1
+        self._transport.write(error_reply(request, number, text, structured=self._structured))
+
+    def _begin(self, request: Request, cost: int) -> None:
+        self._stats.requests += 1
+        number = refusal(
+            request, self._offer, structured=self._structured, allocation=self._allocation
+        )
+        if number:
+            self._refuse(request, number, "the request is not in order")
+            return
+        if request.command == wire.CMD_READ and self._read_now is not None:
+            data = self._read_now(request.offset, request.length)
+            if data is not None:
+                self._send_data(request, request.offset, data, last=True)
+                return
+        self.outstanding += cost
+        self._stats.bytes_outstanding += cost
+        task = self._server._loop.create_task(self._serve(request))
+        self._tasks[task] = request
+        task.add_done_callback(lambda task: self._done(task, cost))
+
+    def _done(self, task: asyncio.Task[None], cost: int) -> None:
+        request = self._tasks.pop(task)
+        self.outstanding -= cost
+        self._stats.bytes_outstanding -= cost
+        error = None if task.cancelled() else task.exception()
+        if self._ended:
+            if not self._tasks:
+                self._server._left(self)
+        elif task.cancelled():
+            self._refuse(request, wire.ESHUTDOWN, "the server is shutting down")
+        elif error is not None:
+            self._server._complain(error)
+            # The text stays here: it may tell of things that are not the client's.
+            self._refuse(request, wire_error(error), "the source failed")
+        self.pump()
+        self._server._freed()
+
+    async def _serve(self, request: Request) -> None:
+        source = self._source
+        assert source is not None
+        command, offset, length = request.command, request.offset, request.length
+        if command == wire.CMD_READ:
+            await self._read(source, request)
+            return
+        if command == wire.CMD_BLOCK_STATUS:
+            reply = status_reply(request, await holes_in_source(source, offset, length))
+            self._send(reply)
+            return
+        if command == wire.CMD_WRITE:
+            assert request.data is not None
+            await source.write(offset, request.data)  # type: ignore[attr-defined]
+            self._stats.bytes_written += length
+        elif command == wire.CMD_WRITE_ZEROES:
+            await _write_zeros(source, request)
+            self._stats.bytes_written += length
+        if command == wire.CMD_FLUSH or request.flags & wire.CMD_FLAG_FUA:
+            flush = own_method(source, "flush")
+            if flush is not None:
+                await flush()
+        self._send(error_reply(request, 0, "", structured=self._structured))
+
+    async def _read(self, source: Source, request: Request) -> None:
+        offset, length = request.offset, request.length
+        holes: tuple[tuple[int, int], ...] = ()
+        if self._has_holes and self._structured:
+            holes = tuple(await holes_in_source(source, offset, length))
+        if not holes or (request.flags & wire.CMD_FLAG_DF and holes != ((offset, length),)):
+            data = check_length(await source.read(offset, length), length, offset=offset)
+            self._send_data(request, offset, data, last=True)
+            return
+        for start, count, zeros in parts(offset, length, holes):
+            last = start + count == offset + length
+            if zeros:
+                self._send(hole_chunk(request, start, count, last=last))
+                self._stats.bytes_read += count
+            else:
+                data = check_length(await source.read(start, count), count, offset=start)
+                self._send_data(request, start, data, last=last)
+
+    def _send(self, data: bytes) -> None:
+        if not self._ended and self._transport is not None:
+            self._transport.write(data)
+
+    def _send_data(self, request: Request, offset: int, data: memoryview, *, last: bool) -> None:
+        transport = self._transport
+        if self._ended or transport is None:
+            return
+        length = len(data)
+        self._stats.bytes_read += length
+        head = data_head(request, offset, length, structured=self._structured, last=last)
+        if length <= JOINED:
+            transport.write(b"".join((head, data)))
+        elif self._pieces:
+            transport.writelines((head, data))
+        else:
+            transport.write(head)
+            transport.write(data)
+
+    # ---- the end ----
+
+    def stalled(self, now: float, handshake: float, stall: float) -> str | None:
+        """Why this client should go; None if it may stay."""
+        if self._negotiation is not None:
+            return "did not choose an export" if now - self._made > handshake else None
+        transport = self._transport
+        if not self._writing and transport is not None:
+            unsent = transport.get_write_buffer_size()
+            if unsent < self._unsent:
+                self._unsent, self._since = unsent, now
+            elif now - self._since > stall:
+                return "does not take its replies"
+        elif self._requests.receiving and self._reading and now - self._since > stall:
+            return "does not finish what it sends"
+        return None
+
+    def drain(self) -> None:
+        """Answer what is under way, and close."""
+        if self._negotiation is not None:
+            self.abort()
+            return
+        self._draining = True
+        if self._reading and self._transport is not None:
+            self._reading = False
+            self._transport.pause_reading()
+        self.pump()
+
+    def abort(self) -> None:
+        """Close at once."""
+        for task in self._tasks:
+            task.cancel()
+        if self._transport is not None:
+            self._transport.abort()
+
+
+async def _write_zeros(source: Source, request: Request) -> None:
+    offset, end = request.offset, request.offset + request.length
+    own = own_method(source, "write_zeros")
+    if own is not None:
+        await own(offset, request.length, hole=not request.flags & wire.CMD_FLAG_NO_HOLE)
+        return
+    while offset < end:
+        count = min(len(ZEROS), end - offset)
+        await source.write(offset, memoryview(ZEROS)[:count])  # type: ignore[attr-defined]
+        offset += count

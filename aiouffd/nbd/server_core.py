@@ -1,0 +1,511 @@
+"""A server's side of NBD without I/O: bytes in, requests out, replies packed.
+
+`Negotiation` is fed what the client sends until it has chosen an export. `Requests` then takes
+over: like `client_core.Replies` it says where the next bytes shall go, so that the data of a
+large write is received where it stays. Everything that a client can make large has a limit.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import deque
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal
+
+from . import wire
+from .wire import NbdProtocolError
+
+__all__ = ["Negotiation", "Offer", "Request", "Requests", "wire_error"]
+
+#: Longest option, and how many of them, before the client counts as hostile.
+OPTION_MAX, OPTIONS_MAX = 64 * 1024, 1000
+#: Bytes of the buffer for headers and the data of small writes.
+HEAD = 64 * 1024
+#: Data of a write that is still to come, in bytes, from which on it is received where it stays.
+DIRECT = 4096
+#: Our id of the context base:allocation.
+ALLOCATION_ID = 1
+#: Extents of one answer. What lies behind them the client asks for again.
+EXTENTS_MAX = 4096
+
+_KNOWN_CLIENT_FLAGS = wire.FLAG_FIXED_NEWSTYLE | wire.FLAG_NO_ZEROES
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """An export as clients see it. Sizes in bytes."""
+
+    size: int
+    flags: int
+    minimum: int = 1
+    preferred: int = 65536
+    maximum: int = wire.PAYLOAD_MAX
+    description: str = ""
+
+
+Step = Generator[int | Literal["tls"], bytes, None]
+
+
+class Negotiation:
+    """Newstyle negotiation, for one client.
+
+    `feed` what the client sends; send what `take` gives. When `wants_tls` turns true: send what
+    there is, upgrade the connection, and call `tls_started`. It ends with `chosen` set, or with
+    `aborted` (send what `take` gives, then close). Raises NbdProtocolError.
+    """
+
+    def __init__(
+        self,
+        offers: Mapping[str, Offer],
+        *,
+        tls: bool = False,
+        tls_required: bool = False,
+    ) -> None:
+        self._offers = offers
+        self._tls = tls
+        self._tls_required = tls_required
+        self._encrypted = False
+        self._in = bytearray()
+        self._out = bytearray()
+        #: Name of the export that the client took.
+        self.chosen: str | None = None
+        self.aborted = False
+        self.structured = False
+        self.allocation = False
+        self._allocation_of: str | None = None
+        self._ended = False
+        self._steps = self._run()
+        self._need: int | Literal["tls"] = next(self._steps)
+
+    @property
+    def wants_tls(self) -> bool:
+        """Whether the connection is to be upgraded now."""
+        return self._need == "tls" and not self._ended
+
+    def take(self) -> bytes:
+        """What is to be sent."""
+        data = bytes(self._out)
+        self._out.clear()
+        return data
+
+    def feed(self, data: bytes) -> bytes:
+        """Bytes from the client; returns those that come after the negotiation."""
+        self._in += data
+        while not self._ended and isinstance(self._need, int) and len(self._in) >= self._need:
+            part = bytes(self._in[: self._need])
+            del self._in[: self._need]
+            self._advance(part)
+        if self.wants_tls and self._in:
+            # Injected by somebody in between, who hopes that it will count as encrypted.
+            raise NbdProtocolError("the client sent data before TLS had started")
+        if not self._ended:
+            return b""
+        rest = bytes(self._in)
+        self._in.clear()
+        return rest
+
+    def tls_started(self) -> None:
+        """The connection is encrypted now."""
+        self._encrypted = True
+        # Nothing of what was said in the clear counts.
+        self.structured = self.allocation = False
+        self._advance(b"")
+
+    def _advance(self, data: bytes) -> None:
+        try:
+            self._need = self._steps.send(data)
+        except StopIteration:
+            self._ended = True
+
+    # ---- the conversation ----
+
+    def _run(self) -> Step:
+        self._out += wire.GREETING.pack(
+            wire.MAGIC, wire.OPTION_MAGIC, wire.FLAG_FIXED_NEWSTYLE | wire.FLAG_NO_ZEROES
+        )
+        flags = wire.CLIENT_FLAGS.unpack((yield wire.CLIENT_FLAGS.size))[0]
+        if flags & ~_KNOWN_CLIENT_FLAGS:
+            raise NbdProtocolError("the client wants what no server knows")
+        pad = not flags & wire.FLAG_NO_ZEROES
+        for _ in range(OPTIONS_MAX):
+            magic, option, length = wire.OPTION.unpack((yield wire.OPTION.size))
+            if magic != wire.OPTION_MAGIC:
+                raise NbdProtocolError("the client sent something that is no option")
+            if length > OPTION_MAX:
+                raise NbdProtocolError("the client sent an option that is too long")
+            payload = b""
+            if length:
+                payload = yield length
+            if option == wire.OPT_STARTTLS:
+                if self._starts_tls(payload):
+                    yield "tls"
+            elif self._option(option, payload, pad):
+                return
+        raise NbdProtocolError("the client asks for options without end")
+
+    def _reply(self, option: int, kind: int, payload: bytes = b"") -> None:
+        self._out += wire.option_reply(option, kind, payload)
+
+    def _starts_tls(self, payload: bytes) -> bool:
+        option = wire.OPT_STARTTLS
+        if payload or self._encrypted:
+            self._reply(option, wire.REP_ERR_INVALID)
+        elif not self._tls:
+            self._reply(option, wire.REP_ERR_POLICY, b"there is no TLS here")
+        else:
+            self._reply(option, wire.REP_ACK)
+            return True
+        return False
+
+    def _option(self, option: int, payload: bytes, pad: bool) -> bool:
+        """Answer an option. True if the negotiation is over."""
+        if option == wire.OPT_ABORT:
+            self._reply(option, wire.REP_ACK)
+            self.aborted = True
+        elif self._tls_required and not self._encrypted:
+            if option == wire.OPT_EXPORT_NAME:
+                raise NbdProtocolError("the client wants an export without TLS")
+            self._reply(option, wire.REP_ERR_TLS_REQD, b"this server is for TLS only")
+        elif option == wire.OPT_EXPORT_NAME:
+            self._export_name(payload, pad)
+        elif option == wire.OPT_LIST:
+            self._list(payload)
+        elif option in (wire.OPT_GO, wire.OPT_INFO):
+            self._go(option, payload)
+        elif option == wire.OPT_STRUCTURED_REPLY:
+            self.structured = self.structured or not payload
+            self._reply(option, wire.REP_ERR_INVALID if payload else wire.REP_ACK)
+        elif option in (wire.OPT_SET_META_CONTEXT, wire.OPT_LIST_META_CONTEXT):
+            self._meta_context(option, payload)
+        else:
+            self._reply(option, wire.REP_ERR_UNSUP)
+        return self.aborted or self.chosen is not None
+
+    def _find(self, name: str) -> str | None:
+        """The export's own name: the only export there is also answers to the empty one."""
+        if name in self._offers:
+            return name
+        if not name and len(self._offers) == 1:
+            return next(iter(self._offers))
+        return None
+
+    def _choose(self, name: str) -> None:
+        self.chosen = name
+        self.allocation = self.allocation and self._allocation_of == name
+
+    def _export_name(self, payload: bytes, pad: bool) -> None:
+        name = self._find(_text(payload))
+        if name is None:
+            raise NbdProtocolError("the client wants an export that does not exist")
+        offer = self._offers[name]
+        self._out += wire.EXPORT.pack(offer.size, offer.flags)
+        if pad:
+            self._out += bytes(wire.EXPORT_PADDING)
+        self._choose(name)
+
+    def _list(self, payload: bytes) -> None:
+        if payload:
+            self._reply(wire.OPT_LIST, wire.REP_ERR_INVALID)
+            return
+        for name, offer in self._offers.items():
+            described = wire.string(name) + offer.description.encode()
+            self._reply(wire.OPT_LIST, wire.REP_SERVER, described)
+        self._reply(wire.OPT_LIST, wire.REP_ACK)
+
+    def _go(self, option: int, payload: bytes) -> None:
+        taken = _take_string(payload)
+        if taken is None or len(taken[1]) < 2:
+            self._reply(option, wire.REP_ERR_INVALID)
+            return
+        wanted, rest = taken
+        count = wire.U16.unpack_from(rest)[0]
+        if len(rest) != 2 + 2 * count:
+            self._reply(option, wire.REP_ERR_INVALID)
+            return
+        asked = {wire.U16.unpack_from(rest, 2 + 2 * at)[0] for at in range(count)}
+        name = self._find(wanted)
+        if name is None:
+            self._reply(option, wire.REP_ERR_UNKNOWN, b"there is no such export")
+            return
+        offer = self._offers[name]
+        info = wire.EXPORT_INFO.pack(wire.INFO_EXPORT, offer.size, offer.flags)
+        self._reply(option, wire.REP_INFO, info)
+        if wire.INFO_NAME in asked:
+            text = wire.U16.pack(wire.INFO_NAME) + name.encode()
+            self._reply(option, wire.REP_INFO, text)
+        if wire.INFO_DESCRIPTION in asked and offer.description:
+            text = wire.U16.pack(wire.INFO_DESCRIPTION) + offer.description.encode()
+            self._reply(option, wire.REP_INFO, text)
+        sizes = wire.BLOCK_SIZE_INFO.pack(
+            wire.INFO_BLOCK_SIZE, offer.minimum, offer.preferred, offer.maximum
+        )
+        self._reply(option, wire.REP_INFO, sizes)
+        self._reply(option, wire.REP_ACK)
+        if option == wire.OPT_GO:
+            self._choose(name)
+
+    def _meta_context(self, option: int, payload: bytes) -> None:
+        taken = _take_string(payload)
+        queries = None if taken is None else _take_strings(taken[1])
+        listing = option == wire.OPT_LIST_META_CONTEXT
+        if taken is None or queries is None or not self.structured:
+            self._reply(option, wire.REP_ERR_INVALID)
+            return
+        name = self._find(taken[0])
+        if name is None:
+            self._reply(option, wire.REP_ERR_UNKNOWN, b"there is no such export")
+            return
+        wanted = {wire.BASE_ALLOCATION} | ({"base:"} if listing else set())
+        found = bool(wanted.intersection(queries)) or (listing and not queries)
+        if not listing:
+            self.allocation, self._allocation_of = found, name
+        if found:
+            number = 0 if listing else ALLOCATION_ID
+            context = wire.U32.pack(number) + wire.BASE_ALLOCATION.encode()
+            self._reply(option, wire.REP_META_CONTEXT, context)
+        self._reply(option, wire.REP_ACK)
+
+
+def _text(data: bytes) -> str:
+    """A name, of which what is no UTF-8 finds no export."""
+    return data.decode("utf-8", "surrogateescape")
+
+
+def _take_string(data: bytes) -> tuple[str, bytes] | None:
+    """A string and what follows it."""
+    if len(data) < 4:
+        return None
+    length = wire.U32.unpack_from(data)[0]
+    if length > wire.STRING_MAX or len(data) < 4 + length:
+        return None
+    return _text(data[4 : 4 + length]), data[4 + length :]
+
+
+def _take_strings(data: bytes) -> list[str] | None:
+    """A counted list of strings that is all there is."""
+    if len(data) < 4:
+        return None
+    count = wire.U32.unpack_from(data)[0]
+    rest, found = data[4:], []
+    for _ in range(min(count, OPTION_MAX)):
+        taken = _take_string(rest)
+        if taken is None:
+            return None
+        text, rest = taken
+        found.append(text)
+    return None if rest or len(found) != count else found
+
+
+# ---- transmission ----
+
+
+class Request:
+    """What a client asks for. ``data`` is what it wants written."""
+
+    __slots__ = ("command", "cookie", "data", "flags", "length", "offset")
+
+    def __init__(self, command: int, flags: int, cookie: int, offset: int, length: int) -> None:
+        self.command = command
+        self.flags = flags
+        self.cookie = cookie
+        self.offset = offset
+        self.length = length
+        self.data: bytearray | None = None
+
+
+class Requests:
+    """The client's side of transmission, parsed.
+
+    Receive into `get_buffer()` and say how much came by `received`; or `feed` it bytes. Complete
+    requests collect in `ready`, at most as many as one buffer holds. `disconnected` is set when
+    the client said goodbye. Raises NbdProtocolError; nothing works after that.
+    """
+
+    def __init__(self, largest_write: int = wire.PAYLOAD_MAX) -> None:
+        self._largest = largest_write
+        self.ready: deque[Request] = deque()
+        self.disconnected = False
+        self._head = memoryview(bytearray(HEAD))
+        self._start = self._end = 0
+        self._request: Request | None = None
+        self._target = memoryview(b"")
+
+    @property
+    def receiving(self) -> bool:
+        """Whether a write's data is under way."""
+        return self._request is not None
+
+    def get_buffer(self) -> memoryview:
+        """Where the next bytes go."""
+        if len(self._target) >= DIRECT and self._start == self._end:
+            return self._target
+        if self._start == self._end:
+            self._start = self._end = 0
+        elif self._end == HEAD:
+            rest = self._end - self._start
+            self._head[:rest] = bytes(self._head[self._start : self._end])
+            self._start, self._end = 0, rest
+        return self._head[self._end :]
+
+    def received(self, count: int) -> None:
+        """``count`` bytes came into what `get_buffer` gave."""
+        if len(self._target) >= DIRECT and self._start == self._end:
+            self._target = self._target[count:]
+            if not self._target:
+                self._written()
+            return
+        self._end += count
+        self._parse()
+
+    def feed(self, data: bytes) -> None:
+        """For bytes that came otherwise."""
+        view = memoryview(data)
+        while view and not self.disconnected:
+            buffer = self.get_buffer()
+            count = min(len(buffer), len(view))
+            buffer[:count] = view[:count]
+            self.received(count)
+            view = view[count:]
+
+    def _parse(self) -> None:
+        while not self.disconnected:
+            have = self._end - self._start
+            if self._request is not None:
+                count = min(len(self._target), have)
+                self._target[:count] = self._head[self._start : self._start + count]
+                self._start += count
+                self._target = self._target[count:]
+                if self._target:
+                    return
+                self._written()
+                continue
+            if have < wire.REQUEST.size:
+                return
+            magic, flags, command, cookie, offset, length = wire.REQUEST.unpack_from(
+                self._head, self._start
+            )
+            self._start += wire.REQUEST.size
+            if magic != wire.REQUEST_MAGIC:
+                raise NbdProtocolError("the client sent something that is no request")
+            if command == wire.CMD_DISC:
+                self.disconnected = True
+                return
+            request = Request(command, flags, cookie, offset, length)
+            if command == wire.CMD_WRITE:
+                if length > self._largest:
+                    raise NbdProtocolError("the client writes more at a time than is allowed")
+                request.data = bytearray(length)
+                self._request, self._target = request, memoryview(request.data)
+            else:
+                self.ready.append(request)
+
+    def _written(self) -> None:
+        assert self._request is not None
+        self.ready.append(self._request)
+        self._request, self._target = None, memoryview(b"")
+
+
+_WRITING = (wire.CMD_WRITE, wire.CMD_WRITE_ZEROES)
+_FLAGS_OF = {
+    wire.CMD_READ: wire.CMD_FLAG_DF,
+    wire.CMD_WRITE: wire.CMD_FLAG_FUA,
+    wire.CMD_FLUSH: 0,
+    wire.CMD_WRITE_ZEROES: wire.CMD_FLAG_FUA | wire.CMD_FLAG_NO_HOLE,
+    wire.CMD_BLOCK_STATUS: wire.CMD_FLAG_REQ_ONE,
+}
+
+
+def refusal(request: Request, offer: Offer, *, structured: bool, allocation: bool) -> int:
+    """The error that a request gets without being tried; 0 if it is in order."""
+    command, length = request.command, request.length
+    # FUA is allowed with every command where it is offered, and means nothing for most.
+    allowed = _FLAGS_OF.get(command)
+    if allowed is None or request.flags & ~(allowed | wire.CMD_FLAG_FUA):
+        return wire.EINVAL
+    if command in _WRITING and offer.flags & wire.FLAG_READ_ONLY:
+        return wire.EPERM
+    if command == wire.CMD_FLUSH:
+        return 0
+    if command == wire.CMD_BLOCK_STATUS and not allocation:
+        return wire.EINVAL
+    if command == wire.CMD_READ:
+        if request.flags & wire.CMD_FLAG_DF and not structured:
+            return wire.EINVAL
+        if length > offer.maximum:
+            return wire.EINVAL
+    if not length or request.offset + length > offer.size:
+        return wire.ENOSPC if command in _WRITING and length else wire.EINVAL
+    return 0
+
+
+def error_reply(request: Request, number: int, text: str, *, structured: bool) -> bytes:
+    """A reply that says that it went wrong; 0 that it went well, with nothing to tell."""
+    if not structured or request.command not in (wire.CMD_READ, wire.CMD_BLOCK_STATUS):
+        return wire.SIMPLE_REPLY.pack(wire.SIMPLE_MAGIC, number, request.cookie)
+    said = text.encode()[:500]
+    payload = wire.ERROR.pack(number, len(said)) + said
+    return _chunk(request, wire.CHUNK_ERROR, len(payload), last=True) + payload
+
+
+def data_head(
+    request: Request, offset: int, length: int, *, structured: bool, last: bool = True
+) -> bytes:
+    """What stands before the bytes of a read, or of a part of it."""
+    if not structured:
+        return wire.SIMPLE_REPLY.pack(wire.SIMPLE_MAGIC, 0, request.cookie)
+    head = _chunk(request, wire.CHUNK_OFFSET_DATA, 8 + length, last=last)
+    return head + wire.OFFSET.pack(offset)
+
+
+def hole_chunk(request: Request, offset: int, length: int, *, last: bool) -> bytes:
+    """A part of a read that is zeros, which are not sent."""
+    head = _chunk(request, wire.CHUNK_OFFSET_HOLE, wire.HOLE.size, last=last)
+    return head + wire.HOLE.pack(offset, length)
+
+
+def status_reply(request: Request, holes: Sequence[tuple[int, int]]) -> bytes:
+    """The extents of a range, of which ``holes`` (offset and length, in order) are zeros."""
+    most = 1 if request.flags & wire.CMD_FLAG_REQ_ONE else EXTENTS_MAX
+    packed = wire.U32.pack(ALLOCATION_ID)
+    for _, length, zeros in islice(parts(request.offset, request.length, holes), most):
+        packed += wire.EXTENT.pack(length, wire.STATE_HOLE | wire.STATE_ZERO if zeros else 0)
+    return _chunk(request, wire.CHUNK_BLOCK_STATUS, len(packed), last=True) + packed
+
+
+def parts(
+    offset: int, length: int, holes: Sequence[tuple[int, int]]
+) -> Generator[tuple[int, int, bool], None, None]:
+    """Offset and length of what follows each other in a range, and whether it is zeros."""
+    end = offset + length
+    for start, count in holes:
+        start, stop = max(start, offset), min(start + count, end)
+        if start >= stop:
+            continue
+        if start > offset:
+            yield offset, start - offset, False
+        yield start, stop - start, True
+        offset = stop
+    if offset < end:
+        yield offset, end - offset, False
+
+
+def _chunk(request: Request, kind: int, length: int, *, last: bool) -> bytes:
+    flags = wire.CHUNK_FLAG_DONE if last else 0
+    return wire.CHUNK.pack(wire.STRUCTURED_MAGIC, flags, kind, request.cookie, length)
+
+
+_SAME = {
+    number: number
+    for number in (wire.EPERM, wire.EIO, wire.ENOMEM, wire.EINVAL, wire.ENOSPC, wire.ESHUTDOWN)
+}
+_OTHERS = {errno.EDQUOT: wire.ENOSPC, errno.EFBIG: wire.ENOSPC, errno.EROFS: wire.EPERM}
+
+
+def wire_error(error: BaseException) -> int:
+    """The protocol's number for an exception."""
+    if isinstance(error, PermissionError):
+        return wire.EPERM
+    number: Any = getattr(error, "errno", None)
+    return _SAME.get(number) or _OTHERS.get(number) or wire.EIO
