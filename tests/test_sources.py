@@ -430,7 +430,8 @@ def test_as_source_itself() -> None:
 @pytest.mark.parametrize(
     ("obj", "options", "words"),
     [
-        ("s3://bucket/key", {}, "known are file, http, https"),
+        ("ftp://host/key", {}, "known are"),
+        ("s3a://bucket/key", {}, "s3://"),
         ("file://other/x", {}, "this machine"),
         ("http:///x", {}, "not an http"),
         (reader, {}, "size="),

@@ -64,12 +64,20 @@ _OWN = {
         Scheme("file", "aiouffd.sources.file:FileSource.from_url"),
         Scheme("http", "aiouffd.sources.http:HttpSource", "http"),
         Scheme("https", "aiouffd.sources.http:HttpSource", "http"),
+        Scheme("s3", "aiouffd.sources.objects:ObjectSource.from_url", "objects"),
+        Scheme("gs", "aiouffd.sources.objects:ObjectSource.from_url", "objects"),
+        Scheme("az", "aiouffd.sources.objects:ObjectSource.from_url", "objects"),
+        Scheme("obstore+", "aiouffd.sources.objects:ObjectSource.from_url", "objects"),
         Scheme("nbd", "aiouffd.sources.nbd:NbdSource.from_url"),
         Scheme("nbds", "aiouffd.sources.nbd:NbdSource.from_url"),
         Scheme("nbd+unix", "aiouffd.sources.nbd:NbdSource.from_url"),
         Scheme("nbds+unix", "aiouffd.sources.nbd:NbdSource.from_url"),
     )
 }
+
+
+#: Names that people write for schemes of ours.
+_ALIASES = {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az", "azure": "az", "adl": "az"}
 
 
 def scheme_of(text: str) -> str | None:
@@ -92,7 +100,9 @@ def lookup(name: str) -> Scheme:
     for point in metadata.entry_points(group=GROUP):
         if point.name in (name, family):
             return Scheme(name, point.value)
+    hint = "for a file of that name write ./ before it; other stores can be given as a Source"
+    if name in _ALIASES:
+        hint = f"write {_ALIASES[name]}://, which needs aiouffd[objects]"
     raise UsageError(
-        f"unknown URL scheme {name!r}; known are {', '.join(known_schemes())}",
-        hint="for a file of that name write ./ before it; other stores can be given as a Source",
+        f"unknown URL scheme {name!r}; known are {', '.join(known_schemes())}", hint=hint
     )
