@@ -78,12 +78,13 @@ def open(
     writable: bool = False,
     kind: Kind = "anonymous",
     user_mode_only: bool | None = None,
+    cache: bool | str | os.PathLike[str] | None = None,
     trace: Callable[[FlightEvent], None] | None = None,
     **options: Any,
 ) -> LazyBuffer:
     """A lazy buffer over ``source``; use it with ``async with``, or ``await`` it and `aclose`.
 
-    :param source: a URL (``http://``, ``https://``, ``file://``), a path, bytes, or a `Source`.
+    :param source: a URL (``http://``, ``s3://``, ``nbd://``, ...), a path, bytes, or a `Source`.
     :param block_size: bytes fetched at a time when access is random: a power of two, at
         least one page (64 KiB by default; 2 MiB for huge pages).
     :param readahead: how much to keep under way ahead of sequential or strided access, in bytes
@@ -97,6 +98,8 @@ def open(
     :param writable: allow the program to write. What it writes stays in this memory.
     :param kind: the memory: see `Pager.map`.
     :param user_mode_only: see `Pager`.
+    :param cache: keep what is fetched on disk, for the next time: in this directory, or in
+        the usual one if True. More settings: `aiouffd.sources.cache.CachedSource`.
     :param trace: called on the loop with a `FlightEvent` for each finished fetch.
     :param options: the rest goes to the source (``headers=`` for HTTP, ...).
 
@@ -112,6 +115,7 @@ def open(
         writable=writable,
         kind=kind,
         user_mode_only=user_mode_only,
+        cache=cache,
         trace=trace,
         options=options,
     )
@@ -136,6 +140,7 @@ class LazyBuffer:
         writable: bool,
         kind: Kind,
         user_mode_only: bool | None,
+        cache: bool | str | os.PathLike[str] | None,
         trace: Callable[[FlightEvent], None] | None,
         options: dict[str, Any],
     ) -> None:
@@ -161,9 +166,14 @@ class LazyBuffer:
             "writable": writable,
             "kind": kind,
             "user_mode_only": user_mode_only,
+            "cache": cache,
             **options,
         }
         self._source: Source = as_source(source, **options)
+        if cache is not None and cache is not False:
+            from .sources.cache import cached
+
+            self._source = cached(self._source, cache)
         self._block_size = block_size or (BLOCK_SIZE if not huge else 2 << 20)
         self._readahead = READAHEAD if readahead is None else readahead
         self._policy = Policy(errors, deadline)

@@ -101,3 +101,26 @@ def test_a_reader_that_has_seen_enough(path: str) -> None:
     )
     assert done.stdout == DATA[:5]
     assert not done.stderr
+
+
+def test_cache(path: str, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    for _ in range(2):
+        done = run("cat", f"--cache={cache}", path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == DATA
+    assert sum(file.stat().st_size for file in cache.rglob("*.seg")) > len(DATA)
+
+
+def test_copy(path: str, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    done = run("copy", path, str(target))
+    assert done.returncode == 0, done.stderr
+    assert target.read_bytes() == DATA
+    assert b"250 KiB in" in done.stderr
+    done = run("copy", "--quiet", "--offset=1K", "--length=10", path, str(target))
+    assert target.read_bytes() == DATA[1024:1034]
+    assert not done.stderr
+    done = run("copy", path, str(tmp_path / "no" / "folder"))
+    assert done.returncode == 1
+    assert b"Traceback" not in done.stderr

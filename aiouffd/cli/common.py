@@ -85,11 +85,24 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="how long to try again when the source fails for a while (default: 60)",
     )
+    parser.add_argument(
+        "--cache",
+        nargs="?",
+        const=True,
+        metavar="DIRECTORY",
+        help="keep what is read on disk, and read from there what is (default: the user's cache)",
+    )
 
 
 def source_of(parsed: argparse.Namespace, **options: Any) -> Source:
     """The source that the command line names, unopened."""
-    return as_source(parsed.source, **dict(parsed.option), **options)
+    source = as_source(parsed.source, **dict(parsed.option), **options)
+    if parsed.cache is None:
+        return source
+    from ..sources.cache import cached
+
+    wrapped: Source = cached(source, parsed.cache)
+    return wrapped
 
 
 @asynccontextmanager

@@ -1,0 +1,252 @@
+"""Names and places: the directory, what an object is called in it, and its last known version."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import stat
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from ...errors import UsageError
+from ..compose import ChecksumSource, ConcatSource, RetrySource, SliceSource
+from ..compose.checksum import ALGORITHMS
+
+__all__ = [
+    "DATA",
+    "LATEST",
+    "LOCK",
+    "Format",
+    "Latest",
+    "Unsafe",
+    "check_block_size",
+    "check_directory",
+    "default_directory",
+    "derive_key",
+    "display_name",
+    "forget_older",
+    "key_directory",
+    "make_directory",
+    "own_file",
+    "read_latest",
+    "remove",
+    "root_of",
+    "without_password",
+    "write_latest",
+]
+
+#: Changes whenever the meaning of the files does; other versions are left alone.
+VERSION = "v1"
+LATEST, LOCK = "latest", "lock"
+DATA = ".seg"
+_TAG = b"Signature: 8a477f597d28d172789f06886806bc55\n# Bytes that aiouffd can fetch again.\n"
+_RECORD_SEAL = 8
+_PAGE = 4096
+#: Blocks in a segment file.
+PER_SEGMENT = 256
+
+
+class Unsafe(OSError):
+    """The directory is not ours alone to write, so nothing in it can be believed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One version of an object, and how it lies in its segment files. Sizes in bytes."""
+
+    key: str
+    version: str
+    size: int
+    block_size: int
+    algorithm: str
+
+    @property
+    def identity(self) -> bytes:
+        """32 bytes that no other version, size or format has."""
+        parts = [self.key, self.version, str(self.size), str(self.block_size), self.algorithm]
+        # JSON, so that no two lists of parts give one text.
+        return hashlib.sha256(json.dumps([VERSION, PER_SEGMENT, *parts]).encode()).digest()
+
+    @property
+    def name(self) -> str:
+        """The entry's directory within that of its key."""
+        return self.identity.hex()[:32]
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks the object has; the last may be short."""
+        return -(-self.size // self.block_size)
+
+    @property
+    def record_size(self) -> int:
+        """A flag, the digest, and a seal over both."""
+        return 1 + ALGORITHMS[self.algorithm] + _RECORD_SEAL
+
+    @property
+    def data_start(self) -> int:
+        """Where the first block begins in a segment file."""
+        length = PER_SEGMENT * self.record_size
+        return length + -length % _PAGE
+
+
+@dataclass(frozen=True, slots=True)
+class Latest:
+    """What was last seen of an object; sizes in bytes."""
+
+    name: str
+    version: str
+    size: int
+
+
+def default_directory() -> Path:
+    """``$XDG_CACHE_HOME/aiouffd``, else ``~/.cache/aiouffd``."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The specification wants relative ones ignored.
+    return Path(base if os.path.isabs(base) else os.path.expanduser("~/.cache")) / "aiouffd"
+
+
+def root_of(directory: str | os.PathLike[str] | None) -> Path:
+    """Where our files are within ``directory``."""
+    return Path(os.path.abspath(directory or default_directory())) / VERSION
+
+
+def key_directory(root: Path, key: str) -> Path:
+    """What belongs to one key, all versions of it."""
+    return root / hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def derive_key(source: Any) -> str | None:
+    """What names the object behind ``source`` for good, or None. Two names for one object cost
+    space only; one name for two objects is told apart by version and size."""
+    if isinstance(source, RetrySource | ChecksumSource):
+        return derive_key(source.inner)
+    if isinstance(source, SliceSource):
+        inner = derive_key(source.inner)
+        return None if inner is None else f"{inner}#slice={source.start},{source.length}"
+    if isinstance(source, ConcatSource):
+        keys = [derive_key(part) for part in source.parts]
+        return None if None in keys else "concat:" + json.dumps(keys)
+    url = getattr(source, "url", None)
+    if isinstance(url, str):
+        return without_password(url)
+    path = getattr(source, "path", None)
+    return f"file://{path}" if isinstance(path, str) else None
+
+
+def without_password(url: str) -> str:
+    """The URL without user and password."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def display_name(key: str) -> str:
+    """For people: the key without what may be secret, which a signature in a query is."""
+    if "://" not in key or key.startswith("concat:"):
+        return key if "?" not in key else key.partition("?")[0] + "?..."
+    parts = urlsplit(key)
+    return urlunsplit(parts._replace(query="...")) if parts.query else key
+
+
+def make_directory(root: Path) -> None:
+    """Make ``root`` and what is above it, for us alone. Raises OSError, Unsafe among them."""
+    parent = root.parent
+    if not parent.is_dir():
+        parent.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            parent.mkdir(mode=0o700)
+        with contextlib.suppress(OSError):
+            (parent / "CACHEDIR.TAG").write_bytes(_TAG)
+    check_directory(parent)
+    with contextlib.suppress(FileExistsError):
+        root.mkdir(mode=0o700)
+    check_directory(root)
+
+
+def check_directory(path: Path) -> None:
+    """Whoever else can write here could put bytes with fitting checksums in."""
+    found = path.stat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise Unsafe(f"{path} is not a directory")
+    if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise Unsafe(f"{path} can be written to by others")
+
+
+def own_file(found: os.stat_result) -> bool:
+    """Whether a file of the cache can be believed to be ours."""
+    return (
+        stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
+    )
+
+
+def write_latest(directory: Path, latest: Latest) -> None:
+    """Remember what was seen; the file appears complete or not at all. Raises OSError."""
+    if read_latest(directory) == latest:
+        return
+    body = json.dumps(
+        {"name": latest.name, "version": latest.version, "size": latest.size}
+    ).encode()
+    part = directory / f".{LATEST}.{os.getpid()}.{time.monotonic_ns()}.part"
+    try:
+        with open(part, "xb", opener=_private) as file:
+            file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body + b"\n")
+        try:
+            part.replace(directory / LATEST)
+        except IsADirectoryError:
+            remove(directory / LATEST)
+            part.replace(directory / LATEST)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Remove what is where a file of ours should be, as far as nothing else is lost by that."""
+    try:
+        path.unlink(missing_ok=True)
+    except IsADirectoryError:
+        path.rmdir()
+
+
+def read_latest(directory: Path) -> Latest | None:
+    """What was last seen, or None if that is unknown or cannot be believed."""
+    try:
+        fd = os.open(directory / LATEST, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(fd, "rb") as file:
+            if not own_file(os.fstat(fd)):
+                return None
+            seal, _, body = file.read(1 << 20).rstrip(b"\n").partition(b"\n")
+        if hashlib.sha256(body).hexdigest().encode() != seal:
+            return None
+        found = json.loads(body)
+        return Latest(str(found["name"]), str(found["version"]), int(found["size"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def forget_older(directory: Path, current: str) -> None:
+    """Have what is cached of other versions evicted first. It stays readable until then, for
+    whoever still has such a version open."""
+    # Others may be evicting them already.
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(directory):
+            if entry.name == current or not entry.is_dir(follow_symlinks=False):
+                continue
+            for segment in os.scandir(entry.path):
+                os.utime(segment.path, (0, 0), follow_symlinks=False)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+
+def check_block_size(block_size: int) -> None:
+    """Raise UsageError unless it is a power of two from 4096 to 64 MiB."""
+    if not 4096 <= block_size <= 64 << 20 or block_size & block_size - 1:
+        raise UsageError(
+            f"the block size of a cache must be a power of two from 4096 to 64 MiB,"
+            f" got {block_size}"
+        )
