@@ -5,7 +5,8 @@ Layers, each importing only from those below it::
     cli, doctor               the command line
     sync, buffer              lazy buffers: what most people use
     flights, readahead        fetching blocks: retries, deadlines, looking ahead
-    sources                   where bytes come from
+    workingset                which parts were needed, in which order
+    sources, nbd              where bytes come from, and serving them by NBD
     pager, region, rescue     the fault-serving framework and its second loop
     uffd, abi, probe          the kernel ABI, typed
     _native                   the C core (native/)
@@ -37,5 +38,7 @@ from .region import Fault as Fault
 from .region import Region as Region
 from .sources import Source as Source
 from .uffd import Userfaultfd as Userfaultfd
+from .workingset import Recording as Recording
+from .workingset import WorkingSet as WorkingSet
 
 __version__ = "0.1.0"

@@ -13,7 +13,7 @@ import logging
 import os
 import warnings
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncIterator, Callable, Generator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,8 @@ from .region import Errors, Kind, Region
 from .rescue import service
 from .sources import MemorySource, as_source
 from .sources.base import Source, aclose_source, open_source
+from .sources.names import display_name
+from .workingset import Recording, WorkingSet, observe
 
 __all__ = ["BufferStats", "LazyBuffer", "open"]
 
@@ -79,6 +81,7 @@ def open(
     kind: Kind = "anonymous",
     user_mode_only: bool | None = None,
     cache: bool | str | os.PathLike[str] | None = None,
+    prefetch: WorkingSet | str | os.PathLike[str] | None = None,
     trace: Callable[[FlightEvent], None] | None = None,
     **options: Any,
 ) -> LazyBuffer:
@@ -100,6 +103,8 @@ def open(
     :param user_mode_only: see `Pager`.
     :param cache: keep what is fetched on disk, for the next time: in this directory, or in
         the usual one if True. More settings: `aiouffd.sources.cache.CachedSource`.
+    :param prefetch: a working set, or the file of one, that is brought in the background from
+        the start on. It is left alone, with a warning in the log, if it is of another version.
     :param trace: called on the loop with a `FlightEvent` for each finished fetch.
     :param options: the rest goes to the source (``headers=`` for HTTP, ...).
 
@@ -116,6 +121,7 @@ def open(
         kind=kind,
         user_mode_only=user_mode_only,
         cache=cache,
+        prefetch=prefetch,
         trace=trace,
         options=options,
     )
@@ -141,6 +147,7 @@ class LazyBuffer:
         kind: Kind,
         user_mode_only: bool | None,
         cache: bool | str | os.PathLike[str] | None,
+        prefetch: WorkingSet | str | os.PathLike[str] | None,
         trace: Callable[[FlightEvent], None] | None,
         options: dict[str, Any],
     ) -> None:
@@ -167,6 +174,7 @@ class LazyBuffer:
             "kind": kind,
             "user_mode_only": user_mode_only,
             "cache": cache,
+            "prefetch": prefetch,
             **options,
         }
         self._source: Source = as_source(source, **options)
@@ -174,6 +182,9 @@ class LazyBuffer:
             from .sources.cache import cached
 
             self._source = cached(self._source, cache)
+        if prefetch is not None and not isinstance(prefetch, WorkingSet):
+            prefetch = WorkingSet.load(prefetch)
+        self._prefetch = prefetch
         self._block_size = block_size or (BLOCK_SIZE if not huge else 2 << 20)
         self._readahead = READAHEAD if readahead is None else readahead
         self._policy = Policy(errors, deadline)
@@ -215,6 +226,9 @@ class LazyBuffer:
             if self._size:
                 self._map()
             self._open = True
+            if self._prefetch is not None:
+                self._start_prefetch(self._prefetch)
+            observe(self)
         except BaseException:
             await aclose_source(self._source)
             raise
@@ -444,6 +458,64 @@ class LazyBuffer:
             step = min(COPY_STEP, length - start)
             self._guarded(self._check(), offset + start, ffi.addressof(target, start), step)
 
+    async def prefetch(self, working_set: WorkingSet) -> bool:
+        """Bring what a working set names, in its order, behind what threads wait for.
+
+        Returns False if the source failed too often; a touch asks again for the rest. Raises
+        SourceChangedError when the working set is of another version or size.
+        """
+        self._check()
+        assert self._sink is not None
+        if working_set.is_stale(getattr(self._source, "version", None), self._size):
+            raise SourceChangedError(
+                f"the working set is of version {working_set.version},"
+                f" the source is at {getattr(self._source, 'version', None)}"
+            )
+        return await self._sink.fetcher.prefetch(working_set.blocks(self._block_size))
+
+    def _start_prefetch(self, working_set: WorkingSet) -> None:
+        if self._sink is None or isinstance(self._source, MemorySource):
+            return
+        if working_set.is_stale(getattr(self._source, "version", None), self._size):
+            log.warning(
+                "the working set is of version %s and is not used for %r",
+                working_set.version,
+                self,
+            )
+            return
+        self._sink.prefetch(working_set.blocks(self._block_size))
+
+    def record(self) -> Recording:
+        """``with buf.record() as recording``: note which blocks are needed, in which order.
+
+        Blocks that are resident already are not seen, so begin right after opening. Meanwhile
+        there is no readahead, which would bring blocks unseen. `Recording.working_set` has the
+        result, at any time. On the buffer's loop. Raises UsageError for a buffer over memory,
+        whose blocks are served without anybody hearing of it, and while another one records.
+        """
+        self._check()
+        assert self._sink is not None
+        if isinstance(self._source, MemorySource):
+            raise UsageError("there is nothing to record: these bytes are at hand")
+        blocks: dict[int, None] = {}
+        recording = Recording(
+            blocks,
+            self._block_size,
+            source=self._name,
+            version=getattr(self._source, "version", None),
+            size=self._size,
+            stop=self._sink.stop_recording,
+        )
+        self._sink.record(blocks)
+        return recording
+
+    @property
+    def _name(self) -> str:
+        """What working sets call the source."""
+        if isinstance(self._given, (str, Path)):
+            return display_name(str(self._given))
+        return type(self._source).__name__
+
     @asynccontextmanager
     async def pin(self, offset: int = 0, length: int | None = None) -> AsyncIterator[memoryview]:
         """``async with buf.pin(offset, length) as view``: resident, and stays so inside."""
@@ -554,6 +626,11 @@ def _reopen(given: Any, settings: dict[str, Any], version: str | None) -> LazyBu
     return buffer
 
 
+def _retrieve(task: asyncio.Task[bool]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        log.debug("prefetching ended early", exc_info=task.exception())
+
+
 class _BufferSink:
     """Brings the blocks of one buffer: on its loop, and when need be on the rescue loop.
 
@@ -578,6 +655,8 @@ class _BufferSink:
         self._trace = trace
         self._closed = False
         self.fetcher = self._fetcher(source)
+        self._prefetching: asyncio.Task[bool] | None = None
+        self._recording: dict[int, None] | None = None
         # Of the rescue loop only.
         self._rescuer: Fetcher | None = None
         self._rescue_queue: deque[int] = deque()
@@ -598,6 +677,26 @@ class _BufferSink:
             flight_blocks=piece,
             trace=self._trace,
         )
+
+    def prefetch(self, runs: Iterable[tuple[int, int]]) -> None:
+        """In the background, until all is there or the buffer closes."""
+        self._prefetching = asyncio.get_running_loop().create_task(self.fetcher.prefetch(runs))
+        self._prefetching.add_done_callback(_retrieve)
+
+    def record(self, blocks: dict[int, None]) -> None:
+        """Note in ``blocks`` what is needed from now on."""
+        if self._recording is not None:
+            raise UsageError("somebody records already")
+        self._set_recording(blocks)
+
+    def stop_recording(self) -> None:
+        self._set_recording(None)
+
+    def _set_recording(self, blocks: dict[int, None] | None) -> None:
+        self._recording = self.fetcher.recording = blocks
+        if self._rescuer is not None:
+            # On another loop, where at worst its next step still sees the old one.
+            self._rescuer.recording = blocks
 
     def miss(self, block: int, *_message: int) -> None:
         self.fetcher.miss(block)
@@ -642,6 +741,7 @@ class _BufferSink:
                 pause = min(pause * 2, 5.0)
         self._clone = clone
         self._rescuer = self._fetcher(clone)
+        self._rescuer.recording = self._recording
         while self._rescue_queue and not self._closed:
             self._rescuer.miss(self._rescue_queue.popleft())
 
@@ -659,7 +759,10 @@ class _BufferSink:
     async def stop(self) -> None:
         """Cancel what is under way, on both loops, and wait for it. Idempotent."""
         self._closed = True
-        tasks = self.fetcher.cancel()
+        tasks: list[asyncio.Task[Any]] = [*self.fetcher.cancel()]
+        if self._prefetching is not None:
+            self._prefetching.cancel()
+            tasks.append(self._prefetching)
         if tasks:
             await asyncio.gather(*tasks, return_exceptions=True)
         if self._rescue_start is not None:

@@ -24,7 +24,7 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,8 +49,10 @@ log = logging.getLogger("aiouffd")
 RETRY_FIRST, RETRY_LONGEST = 0.05, 10.0
 #: Longest install in one native call (or one huge page), for the sake of the loop's latency.
 INSTALL_STEP = 1024 * 1024
-#: Flights of one fetcher that run at a time.
-MAX_FLIGHTS = 32
+#: Flights of one fetcher that run at a time, and how many of them may be prefetch.
+MAX_FLIGHTS, MAX_PREFETCH = 32, 24
+#: Failures in a row after which prefetching is given up, and the pause after each, in seconds.
+PREFETCH_FAILURES, PREFETCH_PAUSE = 8, 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ class FlightEvent:
     length: int
     started: float
     finished: float
-    cause: str  # "fault", "readahead" or "fetch"
+    cause: str  # "fault", "readahead", "fetch" or "prefetch"
 
 
 @dataclass(slots=True)
@@ -100,7 +102,7 @@ class Flight:
         self.first = first
         self.count = count
         self.cause = cause
-        self.wanted = cause != "readahead"
+        self.wanted = cause in ("fault", "fetch")
         self.since = time.monotonic()
         self.task: asyncio.Task[None] | None = None
         self.error: BaseException | None = None
@@ -158,6 +160,8 @@ class Fetcher:
         self._step = max(INSTALL_STEP, region.page_size)
         self._movable = region.kind == "anonymous" and region.address % HUGE == 0
         self._closed = False
+        #: While somebody records: blocks that were needed, in order.
+        self.recording: dict[int, None] | None = None
         self._stream = own_method(source, "stream")
         self._read_into = own_method(source, "read_into")
         self._holes = own_method(source, "holes")
@@ -166,17 +170,21 @@ class Fetcher:
 
     def miss(self, block: int, *_message: int) -> None:
         """A thread waits for ``block``, whose fetch is ours now."""
+        if self.recording is not None:
+            self.recording.setdefault(block)
         if block in self._flights:
             # The rescue loop has told us of it while it was under way here.
             self.hit(block)
             return
         self._tally.faults += 1
         self._launch(Flight(block, 1, "fault"))
-        if self._readahead is not None:
+        if self._readahead is not None and self.recording is None:
             self._read_ahead(block)
 
     def hit(self, block: int) -> None:
         """A thread waits for ``block``, which is in flight."""
+        if self.recording is not None:
+            self.recording.setdefault(block)
         self._tally.faults += 1
         flight = self._flights.get(block)
         if flight is not None and not flight.wanted:
@@ -187,7 +195,7 @@ class Fetcher:
                     self._later.remove(flight)
                     self._urgent.append(flight)
                 self._fill()
-        if self._readahead is not None:
+        if self._readahead is not None and self.recording is None:
             self._read_ahead(block)
 
     def _read_ahead(self, block: int) -> None:
@@ -212,6 +220,9 @@ class Fetcher:
 
     async def fetch(self, first: int, count: int) -> None:
         """Make blocks resident; heals poisoned ones. Raises what the source raised."""
+        if self.recording is not None:
+            for block in range(first, first + count):
+                self.recording.setdefault(block)
         window = 4 * self._flight_blocks
         mine: deque[Flight] = deque()
         block, end = first, first + count
@@ -230,6 +241,35 @@ class Fetcher:
                 block += step
             if mine:
                 await mine.popleft().wait()
+
+    async def prefetch(self, runs: Iterable[tuple[int, int]]) -> bool:
+        """Bring runs of blocks before anybody waits for them, in this order, behind what somebody
+        waits for. False if the source failed so often that the rest was left to touches."""
+        mine: deque[Flight] = deque()
+        failures = 0
+
+        async def settle(most: int) -> None:
+            nonlocal failures
+            while len(mine) > most and failures < PREFETCH_FAILURES:
+                try:
+                    await mine.popleft().wait()
+                    failures = 0
+                except SourceError:
+                    failures += 1
+                    await asyncio.sleep(PREFETCH_PAUSE)
+
+        for first, count in runs:
+            for block in range(first, first + count, self._flight_blocks):
+                some = min(self._flight_blocks, first + count - block)
+                for run_first, run_count in self._take(block, some, heal=False):
+                    flight = Flight(run_first, run_count, "prefetch")
+                    self._launch(flight)
+                    mine.append(flight)
+                await settle(MAX_PREFETCH - 1)
+                if failures >= PREFETCH_FAILURES or self._closed:
+                    return False
+        await settle(0)
+        return failures < PREFETCH_FAILURES
 
     # -------------------------------------------------------------- flights
 

@@ -15,6 +15,7 @@ from .buffer import _reopen as _reopen_lazy
 from .buffer import open as _open
 from .errors import UsageError
 from .rescue import service
+from .workingset import Recording, WorkingSet
 
 __all__ = ["SyncBuffer", "open"]
 
@@ -110,6 +111,14 @@ class SyncBuffer:
         self.fetch(offset, length)
         with self.view[offset : offset + length] as view:
             yield view
+
+    def prefetch(self, working_set: WorkingSet) -> bool:
+        """See `LazyBuffer.prefetch`."""
+        return bool(self._run(self._buffer.prefetch(working_set)))
+
+    def record(self) -> Recording:
+        """See `LazyBuffer.record`."""
+        return self._buffer.record()
 
     def close(self) -> None:
         """See `LazyBuffer.aclose`; blocks. Idempotent."""

@@ -23,6 +23,7 @@ from aiouffd.errors import ClosedError, SourceChangedError, SourceError, UsageEr
 from aiouffd.sources import cache
 from aiouffd.sources.cache import CachedSource, cached, clear, layout, segment, usage
 from aiouffd.sources.compose import ConcatSource, RetrySource, SliceSource
+from aiouffd.sources.names import display_name
 from tests.faulty import FullSource, PlainSource, transient
 from tests.scenarios import caching, torture
 from tests.scenarios.caching import BLOCK, NoSource, cached_blocks, damage, read_at_random, source
@@ -320,7 +321,7 @@ def test_keys(tmp_path: Path) -> None:
 
     url = "http://user:secret@host:1/a?x=1"
     assert key(url) == "http://host:1/a?x=1"
-    assert layout.display_name(key(url)) == "http://host:1/a?..."
+    assert display_name(key(url)) == "http://host:1/a?..."
     assert key(tmp_path / "f") == f"file://{tmp_path}/f"
     assert key(RetrySource(url)) == key(url)
     parts = [SliceSource(url, 5, 6), SliceSource(url, 5), url, ConcatSource([url, url])]

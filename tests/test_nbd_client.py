@@ -19,9 +19,10 @@ import aiouffd
 from aiouffd.errors import AiouffdError, ClosedError, SourceChangedError, SourceError, UsageError
 from aiouffd.nbd import wire
 from aiouffd.nbd.client_core import Export, Handshake, Replies, Request
-from aiouffd.nbd.extents import Ranges, ZeroMap
+from aiouffd.nbd.extents import ZeroMap
 from aiouffd.nbd.uri import NbdAddress, parse
 from aiouffd.nbd.wire import NbdProtocolError
+from aiouffd.ranges import Ranges
 from aiouffd.sources.nbd import NbdSource
 from tests.scenarios import torture
 from tests.servers import nbd

@@ -11,11 +11,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from ...errors import UsageError
 from ..compose import ChecksumSource, ConcatSource, RetrySource, SliceSource
 from ..compose.checksum import ALGORITHMS
+from ..names import without_password
 
 __all__ = [
     "DATA",
@@ -28,7 +28,6 @@ __all__ = [
     "check_directory",
     "default_directory",
     "derive_key",
-    "display_name",
     "forget_older",
     "key_directory",
     "make_directory",
@@ -36,7 +35,6 @@ __all__ = [
     "read_latest",
     "remove",
     "root_of",
-    "without_password",
     "write_latest",
 ]
 
@@ -136,20 +134,6 @@ def derive_key(source: Any) -> str | None:
         return without_password(url)
     path = getattr(source, "path", None)
     return f"file://{path}" if isinstance(path, str) else None
-
-
-def without_password(url: str) -> str:
-    """The URL without user and password."""
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-
-
-def display_name(key: str) -> str:
-    """For people: the key without what may be secret, which a signature in a query is."""
-    if "://" not in key or key.startswith("concat:"):
-        return key if "?" not in key else key.partition("?")[0] + "?..."
-    parts = urlsplit(key)
-    return urlunsplit(parts._replace(query="...")) if parts.query else key
 
 
 def make_directory(root: Path) -> None:

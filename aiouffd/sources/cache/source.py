@@ -31,6 +31,7 @@ from ..base import (
 from ..compose.checksum import digest_function
 from ..compose.concat import together
 from ..file import _settle
+from ..names import display_name, without_password
 from . import layout
 from .entry import Entry
 from .layout import Format, Latest
@@ -114,7 +115,7 @@ class CachedSource(BaseSource):
         if key is None:
             key = layout.derive_key(self._inner)
         if key is None and isinstance(source, str):
-            key = layout.without_password(source)
+            key = without_password(source)
         if key is None:
             raise UsageError(
                 f"{self._inner!r} has no URL to tell its bytes by",
@@ -511,7 +512,7 @@ def _runs(blocks: list[int], most: int) -> list[tuple[int, int]]:
 def _prepare(root: Path, form: Format) -> tuple[Entry, bool]:
     """What is cached, and whether more can be. Raises OSError if the directory is unusable."""
     entry = Entry(root, form)
-    latest = Latest(layout.display_name(form.key), form.version, form.size)
+    latest = Latest(display_name(form.key), form.version, form.size)
     tries = 3
     while True:
         tries -= 1

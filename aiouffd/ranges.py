@@ -1,0 +1,61 @@
+"""Sets of numbers as ranges: what of an object is known, held or wanted."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+
+__all__ = ["Ranges"]
+
+
+class Ranges:
+    """A set of integers as sorted, disjoint ranges that do not touch."""
+
+    __slots__ = ("_ends", "_starts")
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def add(self, start: int, end: int) -> None:
+        """Put ``start`` to ``end`` in; merges with what it touches."""
+        if start >= end:
+            return
+        first = bisect_left(self._ends, start)
+        last = bisect_right(self._starts, end)
+        if first < last:
+            start = min(start, self._starts[first])
+            end = max(end, self._ends[last - 1])
+        self._starts[first:last] = [start]
+        self._ends[first:last] = [end]
+
+    def remove(self, start: int, end: int) -> None:
+        """Take ``start`` to ``end`` out."""
+        first = bisect_right(self._ends, start)
+        last = bisect_left(self._starts, end)
+        if first >= last or start >= end:
+            return
+        kept = []
+        if self._starts[first] < start:
+            kept.append((self._starts[first], start))
+        if self._ends[last - 1] > end:
+            kept.append((end, self._ends[last - 1]))
+        self._starts[first:last] = [piece[0] for piece in kept]
+        self._ends[first:last] = [piece[1] for piece in kept]
+
+    def within(self, start: int, end: int) -> list[tuple[int, int]]:
+        """The parts of ``start`` to ``end`` that are in, as pairs of offset and length."""
+        first = bisect_right(self._ends, start)
+        found = []
+        while first < len(self._starts) and self._starts[first] < end:
+            low, high = max(start, self._starts[first]), min(end, self._ends[first])
+            found.append((low, high - low))
+            first += 1
+        return found
+
+    def covers(self, start: int, end: int) -> bool:
+        """Whether all of ``start`` to ``end`` is in."""
+        at = bisect_right(self._starts, start) - 1
+        return start >= end or (at >= 0 and self._ends[at] >= end)

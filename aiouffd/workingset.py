@@ -1,0 +1,354 @@
+"""Working sets: which parts of an object a program needs, in which order.
+
+Recorded once (`LazyBuffer.record`, ``aiouffd record``), they are brought ahead the next time
+(``aiouffd.open(..., prefetch=)``), so that the program finds them there and waits for none.
+
+A file of one begins with two lines of text::
+
+    aiouffd working set 1
+    {"source": ..., "version": ..., "size": ..., "ranges": ..., "bytes": ..., "crc32": ...}
+
+``source`` is what people call the object, without password and query; ``version`` is the source's
+(null if it knows none) and ``size`` its length in bytes: of another object the working set is
+stale. Then follow, compressed by zlib, ``ranges`` pairs of integers: the distance from the
+end of the range before (from 0 for the first) to the beginning of this one, and its length, both
+in bytes. They are in the order in which they were first needed, and apart. Each integer
+is seven bits per byte, the lowest first, with the highest bit set in all bytes but the last;
+distances are stored as ``2 * n``, or ``-2 * n - 1`` if they are negative. ``bytes`` is the sum of
+all lengths, and ``crc32`` is that of the pairs before compression.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from .errors import UsageError
+from .ranges import Ranges
+
+if TYPE_CHECKING:
+    from .buffer import LazyBuffer
+
+__all__ = ["Recording", "WorkingSet", "record_opens"]
+
+_MAGIC = b"aiouffd working set 1\n"
+#: Longest header, and longest list of ranges, in bytes.
+_HEAD_MAX, _BODY_MAX = 64 * 1024, 256 << 20
+#: Ranges that count as needed at the same time.
+_TOGETHER = 64
+
+
+class WorkingSet:
+    """Ranges of bytes of one version of an object, in the order of their first use.
+
+    Immutable. ``ranges`` are pairs of offset and length in bytes; what is named twice counts once,
+    where it came first. Raises UsageError for ranges outside of ``size``.
+    """
+
+    def __init__(
+        self,
+        ranges: Iterable[tuple[int, int]],
+        *,
+        size: int,
+        version: str | None = None,
+        source: str = "",
+    ) -> None:
+        self._ranges = tuple(_apart(ranges, size))
+        self._size = size
+        self._version = version
+        self._source = source
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """Offsets and lengths in bytes, apart, in order of first use."""
+        return self._ranges
+
+    @property
+    def total(self) -> int:
+        """How many bytes that are."""
+        return sum(length for _, length in self._ranges)
+
+    @property
+    def size(self) -> int:
+        """Length of the object in bytes."""
+        return self._size
+
+    @property
+    def version(self) -> str | None:
+        """The version of the object, None if the source knew none."""
+        return self._version
+
+    @property
+    def source(self) -> str:
+        """What people call the object."""
+        return self._source
+
+    def __repr__(self) -> str:
+        return f"<WorkingSet of {self.total} bytes in {len(self._ranges)} ranges of {self._source}>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, WorkingSet) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple[Any, ...]:
+        return self._ranges, self._size, self._version
+
+    def is_stale(self, version: str | None, size: int) -> bool:
+        """Whether this is of another version of the object. Without versions the size tells."""
+        if size != self._size:
+            return True
+        return None not in (version, self._version) and version != self._version
+
+    def blocks(self, block_size: int) -> Iterator[tuple[int, int]]:
+        """First and count of blocks of ``block_size`` bytes, in an order to fetch them in; some
+        may come twice.
+
+        That of first use, but for neighbours that were needed at about the same time: these come
+        together, because one request for both costs the source's latency once.
+        """
+        left = iter(self._ranges)
+        while ranges := list(islice(left, _TOGETHER)):
+            runs: list[tuple[int, int]] = []
+            for offset, length in sorted(ranges):
+                first, end = offset // block_size, -(-(offset + length) // block_size)
+                if runs and sum(runs[-1]) >= first:
+                    runs[-1] = (runs[-1][0], max(sum(runs[-1]), end) - runs[-1][0])
+                else:
+                    runs.append((first, end - first))
+            yield from runs
+
+    # ------------------------------------------------------------- set operations
+
+    def union(self, other: WorkingSet) -> WorkingSet:
+        """What is in either: first this one's in its order, then what the other adds."""
+        self._check_same(other)
+        return self._with([*self._ranges, *other._ranges])
+
+    def intersection(self, other: WorkingSet) -> WorkingSet:
+        """What is in both, in the order of this one."""
+        self._check_same(other)
+        others = Ranges()
+        for offset, length in other._ranges:
+            others.add(offset, offset + length)
+        return self._with(
+            part
+            for offset, length in self._ranges
+            for part in others.within(offset, offset + length)
+        )
+
+    __or__ = union
+    __and__ = intersection
+
+    def _with(self, ranges: Iterable[tuple[int, int]]) -> WorkingSet:
+        return WorkingSet(ranges, size=self._size, version=self._version, source=self._source)
+
+    def _check_same(self, other: WorkingSet) -> None:
+        if self.is_stale(other._version, other._size):
+            raise UsageError(
+                f"these working sets are of different versions: {self._version} with"
+                f" {self._size} bytes, and {other._version} with {other._size}"
+            )
+
+    # ---------------------------------------------------------------------- files
+
+    def to_bytes(self) -> bytes:
+        """What `save` writes."""
+        body = bytearray()
+        end = 0
+        for offset, length in self._ranges:
+            distance = offset - end
+            _put(body, 2 * distance if distance >= 0 else -2 * distance - 1)
+            _put(body, length)
+            end = offset + length
+        head = {
+            "source": self._source,
+            "version": self._version,
+            "size": self._size,
+            "ranges": len(self._ranges),
+            "bytes": self.total,
+            "crc32": zlib.crc32(body),
+        }
+        return _MAGIC + json.dumps(head).encode() + b"\n" + zlib.compress(body, 6)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """Read what `to_bytes` gave. Raises UsageError for anything else."""
+        if not data.startswith(_MAGIC):
+            raise UsageError("this is not a working set")
+        line = data[len(_MAGIC) : len(_MAGIC) + _HEAD_MAX].partition(b"\n")[0]
+        try:
+            head = json.loads(line)
+            size, count, version = head["size"], head["ranges"], head["version"]
+            numbers = (size, count, head["bytes"], head["crc32"])
+            if not all(type(number) is int and number >= 0 for number in numbers):
+                raise ValueError("a number is not one")
+            if version is not None and not isinstance(version, str):
+                raise ValueError("the version is not text")
+            inflate = zlib.decompressobj()
+            body = inflate.decompress(data[len(_MAGIC) + len(line) + 1 :], _BODY_MAX)
+            if not inflate.eof or inflate.unused_data or zlib.crc32(body) != head["crc32"]:
+                raise ValueError("it is damaged")
+            found = cls(_pairs(body), size=size, version=version, source=str(head["source"]))
+            if len(found._ranges) != count or found.total != head["bytes"]:
+                raise ValueError("its ranges are not apart")
+        except (ValueError, KeyError, TypeError, IndexError, zlib.error) as error:
+            raise UsageError(f"this is no usable working set: {error}") from error
+        return found
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a file; it appears complete or not at all. Raises OSError."""
+        target = Path(path)
+        part = target.with_name(f".{target.name}.{os.getpid()}.part")
+        try:
+            part.write_bytes(self.to_bytes())
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a file. Raises OSError, and UsageError if it is not a working set."""
+        return cls.from_bytes(Path(path).read_bytes())
+
+
+def _apart(ranges: Iterable[tuple[int, int]], size: int) -> list[tuple[int, int]]:
+    """The same bytes in the same order, none of them twice."""
+    seen = Ranges()
+    found: list[tuple[int, int]] = []
+    for offset, length in ranges:
+        if offset < 0 or length < 0 or offset + length > size:
+            raise UsageError(f"{length} bytes at {offset} are not within an object of {size} bytes")
+        at, end = offset, offset + length
+        for known, count in [*seen.within(at, end), (end, 0)]:
+            if known > at:
+                if found and sum(found[-1]) == at:
+                    found[-1] = (found[-1][0], known - found[-1][0])
+                else:
+                    found.append((at, known - at))
+            at = known + count
+        seen.add(offset, end)
+    return found
+
+
+def _put(target: bytearray, number: int) -> None:
+    while number > 127:
+        target.append(number & 127 | 128)
+        number >>= 7
+    target.append(number)
+
+
+def _pairs(data: bytes) -> Iterator[tuple[int, int]]:
+    at = end = 0
+
+    def take() -> int:
+        nonlocal at
+        number = shift = 0
+        while True:
+            byte = data[at]
+            at += 1
+            number |= (byte & 127) << shift
+            if byte < 128:
+                return number
+            shift += 7
+            if shift > 63:
+                raise ValueError("a number is too long")
+
+    while at < len(data):
+        distance, length = take(), take()
+        offset = end + (-(distance + 1) // 2 if distance & 1 else distance // 2)
+        if not length:
+            raise ValueError("a range is empty")
+        end = offset + length
+        yield offset, length
+
+
+class Recording:
+    """What was needed since `LazyBuffer.record`; a context manager that stops at its end."""
+
+    def __init__(
+        self,
+        blocks: dict[int, None],
+        block_size: int,
+        *,
+        source: str,
+        version: str | None,
+        size: int,
+        stop: Callable[[], None],
+    ) -> None:
+        self._blocks = blocks
+        self._block_size = block_size
+        self._source, self._version, self._size = source, version, size
+        self._stop: Callable[[], None] | None = stop
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Record nothing more. Idempotent."""
+        stop, self._stop = self._stop, None
+        if stop is not None:
+            stop()
+
+    def working_set(self) -> WorkingSet:
+        """What was recorded so far, in whole blocks. Any thread."""
+        size = self._block_size
+        # One step for other threads, as far as the interpreter is concerned.
+        blocks = list(self._blocks)
+        return WorkingSet(
+            ((block * size, min(size, self._size - block * size)) for block in blocks),
+            size=self._size,
+            version=self._version,
+            source=self._source,
+        )
+
+
+_observers: list[Callable[[LazyBuffer], None]] = []
+
+
+def observe(buffer: LazyBuffer) -> None:
+    """A buffer was opened."""
+    for observer in list(_observers):
+        observer(buffer)
+
+
+@contextlib.contextmanager
+def record_opens(source: str) -> Iterator[Callable[[], WorkingSet | None]]:
+    """Record every buffer that this process opens over ``source``, which is the text that
+    `aiouffd.open` is given. The function that it gives returns the union, None if there were none.
+
+    Of buffers over different versions only those count that are of the first one's.
+    """
+    recordings: list[Recording] = []
+
+    def opened(buffer: LazyBuffer) -> None:
+        if str(buffer._given) == source and len(buffer):
+            recordings.append(buffer.record())
+
+    def union() -> WorkingSet | None:
+        found: WorkingSet | None = None
+        for recording in recordings:
+            other = recording.working_set()
+            if found is None:
+                found = other
+            elif not found.is_stale(other.version, other.size):
+                found = found | other
+        return found
+
+    _observers.append(opened)
+    try:
+        yield union
+    finally:
+        _observers.remove(opened)
+        for recording in recordings:
+            recording.stop()
