@@ -55,6 +55,7 @@ peers() {
     command -v nbdkit >/dev/null || packages="nbdkit"
     command -v nbdcopy >/dev/null || packages="$packages libnbd-bin"
     command -v qemu-nbd >/dev/null || packages="$packages qemu-utils"
+    command -v redis-server >/dev/null || packages="$packages redis-server"
     [ -n "$packages" ] || return 0
     if ! command -v apt-get >/dev/null || ! may_install || ! install_packages "$packages"; then
         say "without $packages some tests and benchmarks will be skipped"

@@ -72,6 +72,11 @@ _OWN = {
         Scheme("nbds", "aiouffd.sources.nbd:NbdSource.from_url"),
         Scheme("nbd+unix", "aiouffd.sources.nbd:NbdSource.from_url"),
         Scheme("nbds+unix", "aiouffd.sources.nbd:NbdSource.from_url"),
+        Scheme("redis", "aiouffd.sources.redis:RedisSource.from_url", "redis"),
+        Scheme("rediss", "aiouffd.sources.redis:RedisSource.from_url", "redis"),
+        Scheme("redis+unix", "aiouffd.sources.redis:RedisSource.from_url", "redis"),
+        Scheme("valkey", "aiouffd.sources.redis:RedisSource.from_url", "redis"),
+        Scheme("fsspec+", "aiouffd.sources.fsspec:FsspecSource.from_url", "fsspec"),
     )
 }
 
@@ -100,7 +105,10 @@ def lookup(name: str) -> Scheme:
     for point in metadata.entry_points(group=GROUP):
         if point.name in (name, family):
             return Scheme(name, point.value)
-    hint = "for a file of that name write ./ before it; other stores can be given as a Source"
+    hint = (
+        f"write fsspec+{name}://, which needs aiouffd[fsspec], if fsspec has such a file system;"
+        " for a file of that name write ./ before it"
+    )
     if name in _ALIASES:
         hint = f"write {_ALIASES[name]}://, which needs aiouffd[objects]"
     raise UsageError(

@@ -1,0 +1,452 @@
+"""Bytes in Redis or Valkey: one string, a hash of blocks, or a key for each block.
+
+URLs are ``redis://[user:password@]host[:port]/DB/KEY`` (``rediss://`` with TLS, ``valkey://`` is
+the same) and ``redis+unix:///path/of/the/socket?db=DB&key=KEY``; the key is percent-encoded, and
+may have slashes. What lies under the key:
+
+``layout="string"``
+    One string with all the bytes (at most 512 MiB: Redis has no longer ones).
+``layout="hash"``
+    A hash whose field ``0`` has the first ``block_size`` bytes, field ``1`` the next, and so on.
+    Its fields ``size``, ``block_size`` and, if there is one, ``version`` tell the rest.
+``layout="keys"``
+    KEY has ``{block}`` in it: ``model:{block}`` stands for ``model:0``, ``model:1``, ... Size,
+    block size and version are fields of the hash ``model:meta``.
+
+The last block may be short. Reads that are made in one turn of the loop go out together, as one
+transaction (MULTI/EXEC) that also asks for size and version, so that what is delivered is
+of the version that was opened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import importlib
+import warnings
+from typing import Any, Literal
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+from ..errors import (
+    AiouffdError,
+    ClosedError,
+    ShortReadError,
+    SourceChangedError,
+    SourceError,
+    SourceTimeoutError,
+    UnsupportedError,
+    UsageError,
+)
+from .base import BaseSource, Buffer, SourcePermissionError, check_range
+
+__all__ = ["RedisSource"]
+
+Layout = Literal["string", "hash", "keys"]
+
+#: Bytes of one transaction, if more is asked for at a time.
+_BATCH = 4 << 20
+#: In what servers say to those who have no or a wrong password.
+_DENIED = ("NOAUTH", "NOPERM", "WRONGPASS", "already authenticated")
+
+
+class _Read:
+    """A read that waits for its turn."""
+
+    __slots__ = ("answer", "length", "offset")
+
+    def __init__(self, offset: int, length: int, answer: asyncio.Future[Buffer]) -> None:
+        self.offset = offset
+        self.length = length
+        self.answer = answer
+
+
+class RedisSource(BaseSource):
+    """A source over what lies under a key of a Redis or Valkey server (needs aiouffd[redis]).
+
+    Arguments:
+        url: of the server, as redis-py takes it (``redis://host:6379/0``, ``unix://path``).
+        key: see the module; for ``layout="keys"`` with ``{block}`` in it.
+        layout: how the bytes lie there.
+        size: in bytes, if the server has no metadata.
+        block_size: in bytes, likewise.
+        missing: what a block is that is not there: an ``"error"``, or ``"zeros"``.
+        connections: to the server, at most.
+        timeout: seconds for connecting, and for each answer.
+        options: more for redis-py's connections (``ssl_ca_certs=``, ...).
+
+    A string whose length changes, and metadata whose version or size changes, raises
+    SourceChangedError. A string that is overwritten by one of the same length is not noticed:
+    use a hash with a ``version``.
+
+    ``open()`` raises FileNotFoundError when there is nothing under the key, UsageError when it
+    is of another type or its metadata are missing.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        key: str | bytes,
+        *,
+        layout: Layout = "string",
+        size: int | None = None,
+        block_size: int | None = None,
+        missing: Literal["error", "zeros"] = "error",
+        connections: int = 4,
+        timeout: float = 10.0,
+        **options: Any,
+    ) -> None:
+        if layout not in ("string", "hash", "keys"):
+            raise UsageError(f"layout is 'string', 'hash' or 'keys', not {layout!r}")
+        if missing not in ("error", "zeros"):
+            raise UsageError(f"missing is 'error' or 'zeros', not {missing!r}")
+        if connections < 1 or timeout <= 0:
+            raise UsageError("connections is at least 1, and timeout positive")
+        if (size is not None and size < 0) or (block_size is not None and block_size < 1):
+            raise UsageError("size and block_size are numbers of bytes")
+        self._key = key.encode("utf-8", "surrogateescape") if isinstance(key, str) else key
+        if layout == "keys" and b"{block}" not in self._key:
+            raise UsageError(
+                "the key of layout='keys' has {block} where the block's number goes",
+                hint="'model:{block}' for model:0, model:1, ...",
+            )
+        self._module = _import_redis()
+        self._url = url
+        self._layout: Layout = layout
+        self._given = (size, block_size)
+        self._settings: dict[str, Any] = {
+            "layout": layout,
+            "size": size,
+            "block_size": block_size,
+            "missing": missing,
+            "connections": connections,
+            "timeout": timeout,
+            **options,
+        }
+        self._zeros = missing == "zeros"
+        self._connections = connections
+        self._timeout = timeout
+        self._options = options
+        self._meta = self._key if layout == "hash" else self._key.replace(b"{block}", b"meta")
+        self._size: int | None = None
+        self._block_size = block_size or 0
+        self._client: Any = None
+        self._waiting: list[_Read] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closed = False
+
+    @classmethod
+    def from_url(cls, url: str, **options: Any) -> RedisSource:
+        """The source for a URL, see the module; ``options`` are those of the class."""
+        parts = urlsplit(url)
+        scheme = parts.scheme.replace("valkey", "redis")
+        if scheme == "redis+unix":
+            query = parse_qs(parts.query)
+            keys = query.get("key", [])
+            if parts.netloc or not parts.path or len(keys) != 1:
+                raise UsageError(
+                    "a Redis URL for a Unix socket has its path and a key",
+                    hint="write redis+unix:///path/of/the/socket?db=0&key=name",
+                )
+            database = query.get("db", ["0"])[0]
+            server, key = f"unix://{parts.path}?db={quote(database)}", keys[0]
+        else:
+            database, _, key = parts.path.removeprefix("/").partition("/")
+            server, key = f"{scheme}://{parts.netloc}/{database}", unquote(key)
+            if scheme not in ("redis", "rediss") or not parts.hostname or not key:
+                raise UsageError(
+                    "a Redis URL has a server, a number of a database and a key",
+                    hint="write redis://host:6379/0/key",
+                )
+        if not database.isdecimal():
+            raise UsageError(f"{database!r} is no number of a database")
+        return cls(server, key, **options)
+
+    @property
+    def _name(self) -> str:
+        parts = urlsplit(self._url)
+        host = parts.netloc.rpartition("@")[2] or parts.path
+        return f"{parts.scheme}://{host} {self._key.decode('utf-8', 'backslashreplace')}"
+
+    def __repr__(self) -> str:
+        return f"<RedisSource {self._name}>"
+
+    def __del__(self) -> None:
+        if getattr(self, "_client", None) is not None and not self._closed:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+
+    @property
+    def size(self) -> int:
+        """Length in bytes. Raises UsageError before ``open()``."""
+        if self._size is None:
+            raise UsageError(f"the size of {self!r} is not known yet", hint="await open() first")
+        return self._size
+
+    # ------------------------------------------------------------ open and close
+
+    async def open(self) -> None:
+        """Connect, and ask for size, block size and version."""
+        if self._closed:
+            raise ClosedError(f"{self!r} is closed")
+        if self._client is not None:
+            return
+        asyncio_redis = importlib.import_module("redis.asyncio")
+        pool = asyncio_redis.BlockingConnectionPool.from_url(
+            self._url,
+            max_connections=self._connections,
+            timeout=None,
+            socket_timeout=self._timeout,
+            socket_connect_timeout=self._timeout,
+            decode_responses=False,
+            **self._options,
+        )
+        # Retrying is the failure policy's.
+        client = asyncio_redis.Redis(connection_pool=pool)
+        try:
+            size, block_size, version = await self._describe(client)
+        except BaseException as error:
+            await _disconnect(client, pool)
+            if not isinstance(error, Exception) or isinstance(error, FileNotFoundError):
+                raise
+            raise self._translated(error) from error
+        if self._size is not None and (size, version) != (self._size, self.version):
+            await _disconnect(client, pool)
+            raise self._changed()
+        self._size, self._block_size, self.version = size, block_size, version
+        self._client = client
+        self._loop = asyncio.get_running_loop()
+
+    async def _describe(self, client: Any) -> tuple[int, int, str | None]:
+        if self._layout == "string":
+            async with client.pipeline(transaction=True) as pipe:
+                pipe.exists(self._key)
+                pipe.strlen(self._key)
+                exists, length = await pipe.execute()
+            if not exists:
+                raise FileNotFoundError(errno.ENOENT, "there is no such key", self._name)
+            if self._given[0] not in (None, length):
+                raise UsageError(f"{self._name} has {length} bytes, not {self._given[0]}")
+            return length, 0, None
+        found = await client.hmget(self._meta, "size", "block_size", "version")
+        if not any(found) and None in self._given:
+            if not await client.exists(self._meta):
+                raise FileNotFoundError(errno.ENOENT, "there is no such key", self._name)
+            raise UsageError(
+                f"{self._name} does not tell its size and block size",
+                hint="pass size= and block_size=, or set these fields",
+            )
+        size, block_size, version = found
+        try:
+            numbers = [
+                int(field) if given is None else given
+                for field, given in zip((size, block_size), self._given, strict=True)
+            ]
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"size and block_size of {self._name} are not numbers") from error
+        if numbers[0] < 0 or numbers[1] < 1:
+            raise UsageError(f"size and block_size of {self._name} cannot be")
+        return (
+            numbers[0],
+            numbers[1],
+            None if version is None else version.decode("utf-8", "replace"),
+        )
+
+    async def aclose(self) -> None:
+        """Disconnect. Reads in flight raise ClosedError. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        waiting, self._waiting = self._waiting, []
+        self._fail(waiting, ClosedError(f"{self!r} is closed"))
+        client, self._client = self._client, None
+        if client is not None:
+            await _disconnect(client, client.connection_pool)
+
+    def clone(self) -> RedisSource:
+        """Another source for the same key, pinned to this version."""
+        other = RedisSource(self._url, self._key, **self._settings)
+        other._size, other.version = self._size, self.version
+        return other
+
+    # ------------------------------------------------------------------- reading
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """Return ``length`` bytes at byte ``offset``; errors as the class describes."""
+        if self._closed:
+            raise ClosedError(f"{self!r} is closed")
+        if self._client is None:
+            raise UsageError(f"{self!r} is not open", hint="await open() first")
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            raise UsageError(
+                f"{self!r} belongs to another event loop", hint="use a clone() on this one"
+            )
+        check_range(offset, length, self.size)
+        if not length:
+            return b""
+        if not self._waiting:
+            # After those who are ready to run with us have asked too.
+            loop.call_soon(self._send)
+        read = _Read(offset, length, loop.create_future())
+        self._waiting.append(read)
+        return await read.answer
+
+    def _send(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        assert self._loop is not None
+        while waiting and not self._closed:
+            batch: list[_Read] = []
+            total = 0
+            while waiting and (not batch or total + waiting[0].length <= _BATCH):
+                total += waiting[0].length
+                batch.append(waiting.pop(0))
+            task = self._loop.create_task(self._bring(batch))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        self._fail(waiting, ClosedError(f"{self!r} is closed"))
+
+    async def _bring(self, batch: list[_Read]) -> None:
+        try:
+            bring = self._bring_string if self._layout == "string" else self._bring_blocks
+            await bring([read for read in batch if not read.answer.done()])
+        except asyncio.CancelledError:
+            self._fail(batch, ClosedError(f"{self!r} is closed"))
+            raise
+        except Exception as error:
+            failure = self._translated(error)
+            if failure is not error:
+                failure.__cause__ = error
+            self._fail(batch, failure)
+
+    @staticmethod
+    def _fail(reads: list[_Read], error: BaseException) -> None:
+        for read in reads:
+            if not read.answer.done():
+                read.answer.set_exception(error)
+
+    async def _bring_string(self, batch: list[_Read]) -> None:
+        async with self._client.pipeline(transaction=True) as pipe:
+            pipe.strlen(self._key)
+            for read in batch:
+                pipe.getrange(self._key, read.offset, read.offset + read.length - 1)
+            length, *answers = await pipe.execute()
+        if length != self._size:
+            raise self._changed()
+        for read, data in zip(batch, answers, strict=True):
+            self._answer(read, data)
+
+    async def _bring_blocks(self, batch: list[_Read]) -> None:
+        step = self._block_size
+        blocks = sorted(
+            {
+                block
+                for read in batch
+                for block in range(read.offset // step, (read.offset + read.length - 1) // step + 1)
+            }
+        )
+        async with self._client.pipeline(transaction=True) as pipe:
+            pipe.hmget(self._meta, "size", "version")
+            if self._layout == "hash":
+                pipe.hmget(self._key, [str(block) for block in blocks])
+            else:
+                pipe.mget([self._key.replace(b"{block}", b"%d" % block) for block in blocks])
+            (size, version), values = await pipe.execute()
+        self._check(size, version)
+        found = dict(zip(blocks, values, strict=True))
+        for read in batch:
+            try:
+                data = self._gather(read, found)
+            except SourceError as error:
+                self._fail([read], error)
+            else:
+                self._answer(read, data)
+
+    def _check(self, size: bytes | None, version: bytes | None) -> None:
+        if _text(version) != self.version or (size is not None and int(size) != self._size):
+            raise self._changed()
+
+    def _gather(self, read: _Read, found: dict[int, bytes | None]) -> Buffer:
+        step, end = self._block_size, read.offset + read.length
+        parts: list[Any] = []
+        at = read.offset
+        while at < end:
+            block, start = divmod(at, step)
+            whole = min(step, self.size - block * step)
+            stop = min(whole, end - block * step)
+            data = found[block]
+            if data is None:
+                if not self._zeros:
+                    raise SourceError(
+                        f"{self._name}: block {block} is missing",
+                        transient=False,
+                        hint="missing='zeros' takes it for zeros",
+                    )
+                data = bytes(whole)
+            if len(data) != whole:
+                raise ShortReadError(
+                    f"{self._name}: block {block} has {len(data)} bytes instead of {whole}"
+                )
+            parts.append(memoryview(data)[start:stop])
+            at = block * step + stop
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _answer(self, read: _Read, data: Buffer) -> None:
+        if read.answer.done():
+            return
+        if len(data) != read.length:
+            self._fail([read], self._changed())
+        else:
+            read.answer.set_result(data)
+
+    # -------------------------------------------------------------------- errors
+
+    def _changed(self) -> SourceChangedError:
+        return SourceChangedError(f"{self._name} has changed since it was opened")
+
+    def _translated(self, error: Exception) -> BaseException:
+        if isinstance(error, AiouffdError):
+            return error
+        kinds = self._module.exceptions
+        name = self._name
+        text = str(error)
+        # The connection's setting-up wraps what the server said to it.
+        denied = kinds.AuthenticationError | kinds.NoPermissionError
+        if (
+            isinstance(error, denied)
+            or isinstance(error.__cause__, denied)
+            or (any(word in text for word in _DENIED))
+        ):
+            return SourcePermissionError(
+                f"{name}: access denied", transient=False, errno=errno.EACCES
+            )
+        if isinstance(error, kinds.TimeoutError | TimeoutError):
+            return SourceTimeoutError(f"{name}: no answer within {self._timeout} s")
+        if isinstance(error, kinds.ConnectionError | OSError):
+            return SourceError(f"{name}: the connection failed", errno=errno.ECONNRESET)
+        if isinstance(error, kinds.ResponseError | kinds.ExecAbortError):
+            if "WRONGTYPE" in text:
+                return UsageError(f"{name} is not a {self._layout}", hint="see layout=")
+            again = text.startswith(("LOADING", "BUSY", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN"))
+            return SourceError(f"{name}: {text[:200]}", transient=again)
+        return SourceError(f"{name}: {type(error).__name__}", transient=False)
+
+
+def _text(data: bytes | None) -> str | None:
+    return None if data is None else data.decode("utf-8", "replace")
+
+
+async def _disconnect(client: Any, pool: Any) -> None:
+    await client.aclose()
+    await pool.disconnect()
+
+
+def _import_redis() -> Any:
+    try:
+        return importlib.import_module("redis")
+    except ModuleNotFoundError as error:
+        raise UnsupportedError(
+            "reading from Redis needs redis", hint="pip install aiouffd[redis]"
+        ) from error
