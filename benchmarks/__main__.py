@@ -53,6 +53,7 @@ GROUPS = (
     Group("scan", "scan", "cold scans over TCP"),
     Group("http", "http", "cold scan and first byte over HTTP"),
     Group("fuse", "fuse", "cold scan against a FUSE file system in Python"),
+    Group("nbd", "nbd", "NBD both ways, against nbdkit, nbdcopy and nbdfuse"),
     Group("loop", "loop_latency", "gaps of the event loop, and wake-ups when idle"),
     Group("size", "size", "cost against size and number of regions, on one CPU", True),
 )
