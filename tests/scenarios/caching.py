@@ -127,7 +127,8 @@ def damage(directory: Path, chance: random.Random, *, gently: bool = False) -> s
 
 
 def _damage(directory: Path, chance: random.Random, gently: bool) -> str:
-    files = [path for path in directory.rglob("*") if path.is_file()]
+    # Not through a planted link, which may lead anywhere.
+    files = [path for path in directory.rglob("*") if path.is_file() and not path.is_symlink()]
     if not files:
         return "nothing there"
     path = chance.choice(files)
@@ -158,8 +159,10 @@ def _damage(directory: Path, chance: random.Random, gently: bool) -> str:
         case "open":
             path.chmod(0o666)
         case "link":
+            elsewhere = directory.with_name(f"{directory.name}-elsewhere")
+            elsewhere.write_bytes(bytes(size))
             path.unlink()
-            path.symlink_to("/etc/passwd")
+            path.symlink_to(elsewhere)
         case _:
             path.unlink()
             path.mkdir()
