@@ -21,7 +21,7 @@ from typing import Any
 
 from ._lib import ffi, lib
 from .errors import AiouffdError, ClosedError, SourceChangedError, SourceError, UsageError
-from .flights import Fetcher, FlightEvent, Policy, Tally
+from .flights import Fetcher, FlightEvent, Policy
 from .pager import Pager, shared_pagers
 from .readahead import Readahead
 from .region import Errors, Kind, Region
@@ -29,6 +29,7 @@ from .rescue import service
 from .sources import MemorySource, as_source
 from .sources.base import Source, aclose_source, open_source
 from .sources.names import display_name
+from .tally import Tally
 from .workingset import Recording, WorkingSet, observe
 
 __all__ = ["BufferStats", "LazyBuffer", "open"]

@@ -19,14 +19,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from .errors import (
     AiouffdError,
@@ -38,17 +36,16 @@ from .errors import (
 )
 from .readahead import Readahead
 from .region import Errors, Region
-from .sources.base import Source, check_length, own_method, read_into_source
-from .staging import HUGE, SMALL, Stages
+from .sources.base import Source
+from .tally import Tally
+from .transfer import Begun, Mover, Progress
 
-__all__ = ["Fetcher", "FlightEvent", "Policy", "Tally"]
+__all__ = ["Fetcher", "FlightEvent", "Policy"]
 
 log = logging.getLogger("aiouffd")
 
 #: First and longest pause between two tries, in seconds.
 RETRY_FIRST, RETRY_LONGEST = 0.05, 10.0
-#: Longest install in one native call (or one huge page), for the sake of the loop's latency.
-INSTALL_STEP = 1024 * 1024
 #: Flights of one fetcher that run at a time, and how many of them may be prefetch.
 MAX_FLIGHTS, MAX_PREFETCH = 32, 24
 #: Failures in a row after which prefetching is given up, and the pause after each, in seconds.
@@ -74,37 +71,21 @@ class FlightEvent:
     cause: str  # "fault", "readahead", "fetch" or "prefetch"
 
 
-@dataclass(slots=True)
-class Tally:
-    """Counters of one buffer, shared by its fetchers."""
-
-    faults: int = 0
-    flights: int = 0
-    fetched_bytes: int = 0
-    readahead_bytes: int = 0
-    retries: int = 0
-    failures: int = 0
-    rescued: int = 0
-    last_error: str | None = None
-    #: Finished flights by duration: item i counts those under 2**i milliseconds.
-    seconds: list[int] = field(default_factory=lambda: [0] * 20)
-
-    def landed(self, duration: float) -> None:
-        self.seconds[min(19, max(0, int(duration * 1000)).bit_length())] += 1
-
-
 class Flight:
     """A run of blocks under way. Await `wait` for its end."""
 
-    __slots__ = ("_done", "cause", "count", "error", "finished", "first", "since", "task", "wanted")
+    __slots__ = ("_done", "begun", "cause", "count", "error", "finished", "first", "since",
+                 "started", "task", "wanted")  # fmt: skip
 
     def __init__(self, first: int, count: int, cause: str) -> None:
         self.first = first
         self.count = count
         self.cause = cause
         self.wanted = cause in ("fault", "fetch")
-        self.since = time.monotonic()
+        self.since = self.started = time.monotonic()
+        # What brings it: a task, or for a small one what is under way without.
         self.task: asyncio.Task[None] | None = None
+        self.begun: Begun | None = None
         self.error: BaseException | None = None
         self.finished = False
         self._done: asyncio.Future[None] | None = None
@@ -144,7 +125,6 @@ class Fetcher:
         trace: Callable[[FlightEvent], None] | None = None,
     ) -> None:
         self._region = region
-        self._source = source
         self._policy = policy
         self._tally = tally
         self._failures = failures
@@ -156,15 +136,12 @@ class Fetcher:
         self._running = 0
         self._urgent: deque[Flight] = deque()
         self._later: deque[Flight] = deque()
-        self._stages = Stages()
-        self._step = max(INSTALL_STEP, region.page_size)
-        self._movable = region.kind == "anonymous" and region.address % HUGE == 0
+        self._mover = Mover(region, source, tally, failures, self._landed)
+        # A deadline needs a timer, and so a task.
+        self._direct = policy.deadline is None
         self._closed = False
         #: While somebody records: blocks that were needed, in order.
         self.recording: dict[int, None] | None = None
-        self._stream = own_method(source, "stream")
-        self._read_into = own_method(source, "read_into")
-        self._holes = own_method(source, "holes")
 
     # ------------------------------------------------------------- the sink
 
@@ -190,7 +167,7 @@ class Fetcher:
         if flight is not None and not flight.wanted:
             flight.wanted = True
             flight.since = time.monotonic()
-            if flight.task is None:
+            if flight.task is None and flight.begun is None:
                 with contextlib.suppress(ValueError):
                     self._later.remove(flight)
                     self._urgent.append(flight)
@@ -284,7 +261,24 @@ class Fetcher:
     def _start(self, flight: Flight) -> None:
         self._running += 1
         self._tally.flights += 1
+        flight.started = time.monotonic()
+        if self._direct and flight.count == 1:
+            region = self._region
+            offset = flight.first * region.block_size
+            length = min(region.block_size, region.length - offset)
+            flight.begun = self._mover.begin(offset, length, flight)
+            if flight.begun is not None:
+                return
         flight.task = self._loop.create_task(self._fly(flight))
+
+    def _landed(self, flight: Flight, error: BaseException | None) -> None:
+        """The end of a flight that had no task."""
+        flight.begun = None
+        if error is None:
+            self._settle(flight, None)
+        elif not self._closed:
+            # The failure policy is a task's business, and it begins with a try of its own.
+            flight.task = self._loop.create_task(self._fly(flight))
 
     def _fill(self) -> None:
         while self._running < MAX_FLIGHTS and (self._urgent or self._later) and not self._closed:
@@ -292,7 +286,6 @@ class Fetcher:
 
     async def _fly(self, flight: Flight) -> None:
         error: BaseException | None = None
-        started = time.monotonic()
         try:
             await self._attempts(flight)
         except asyncio.CancelledError as cancelled:
@@ -303,35 +296,41 @@ class Fetcher:
             if not isinstance(failure, Exception):
                 raise
         finally:
-            finished = time.monotonic()
-            self._running -= 1
-            for block in range(flight.first, flight.first + flight.count):
-                if self._flights.get(block) is flight:
-                    del self._flights[block]
-            if error is not None and not self._region.closed:
-                # Whoever waits still is woken, and faults again or finds the poison.
-                self._region.end(flight.first, flight.count)
-            elif error is None:
-                self._tally.landed(finished - started)
-                if flight.cause == "readahead" and self._readahead and not self._closed:
-                    self._launch_ahead(self._readahead.landed(flight.first, flight.count))
-            flight.finish(error)
-            if self._trace is not None and error is None:
-                block_size = self._region.block_size
-                self._trace(
-                    FlightEvent(
-                        flight.first * block_size,
-                        flight.count * block_size,
-                        started,
-                        finished,
-                        flight.cause,
-                    )
+            self._settle(flight, error)
+
+    def _settle(self, flight: Flight, error: BaseException | None) -> None:
+        """A flight has ended: tell who waits, and start what waited for its place."""
+        finished = time.monotonic()
+        self._running -= 1
+        flights = self._flights
+        for block in range(flight.first, flight.first + flight.count):
+            if flights.get(block) is flight:
+                del flights[block]
+        if error is not None and not self._region.closed:
+            # Whoever waits still is woken, and faults again or finds the poison.
+            self._region.end(flight.first, flight.count)
+        elif error is None:
+            self._tally.landed(finished - flight.started)
+            if flight.cause == "readahead" and self._readahead and not self._closed:
+                self._launch_ahead(self._readahead.landed(flight.first, flight.count))
+        flight.finish(error)
+        if self._trace is not None and error is None:
+            block_size = self._region.block_size
+            self._trace(
+                FlightEvent(
+                    flight.first * block_size,
+                    flight.count * block_size,
+                    flight.started,
+                    finished,
+                    flight.cause,
                 )
+            )
+        if self._urgent or self._later:
             self._fill()
 
     async def _attempts(self, flight: Flight) -> None:
         pause = RETRY_FIRST
-        progress = _Progress(flight.first * self._region.block_size)
+        progress = Progress(flight.first * self._region.block_size)
         end = min((flight.first + flight.count) * self._region.block_size, self._region.length)
         while True:
             before = progress.offset
@@ -387,15 +386,15 @@ class Fetcher:
         flight.wanted = True
         return True
 
-    async def _with_deadline(self, flight: Flight, progress: _Progress, end: int) -> None:
+    async def _with_deadline(self, flight: Flight, progress: Progress, end: int) -> None:
         deadline = self._policy.deadline
         if self._policy.errors == "hard" or deadline is None:
-            await self._transfer(progress, end)
+            await self._mover.move(progress, end)
             return
         left = flight.since + deadline - time.monotonic()
         try:
             async with asyncio.timeout(max(left, 0.001)):
-                await self._transfer(progress, end)
+                await self._mover.move(progress, end)
         except TimeoutError as late:
             if isinstance(late, AiouffdError):
                 raise
@@ -434,154 +433,6 @@ class Fetcher:
             with contextlib.suppress(AiouffdError):
                 self._region.poison(start, length)
 
-    # ------------------------------------------------------------- transfers
-
-    async def _transfer(self, progress: _Progress, end: int) -> None:
-        """Fetch and install bytes from ``progress`` to ``end``, moving ``progress`` along.
-
-        Whole pages that the source knows to be zeros are not asked for.
-        """
-        if self._holes is not None:
-            page = self._region.page_size
-            for start, length in await self._holes(progress.offset, end - progress.offset):
-                first = start + -start % page
-                stop = start + length
-                # The rest of the object's last page is zeros anyhow.
-                stop = stop if stop == self._region.length else stop - stop % page
-                if first < stop and first >= progress.offset:
-                    await self._bring(progress, first)
-                    await self._zero(progress, stop)
-        await self._bring(progress, end)
-
-    async def _zero(self, progress: _Progress, end: int) -> None:
-        region, pause = self._region, 0.001
-        while progress.offset < end:
-            length = end - progress.offset
-            try:
-                region.zero(progress.offset, length + -length % region.page_size, heal=True)
-            except KernelError as error:
-                if error.errno != errno.EAGAIN:
-                    raise
-                self._advance(progress, error.done)
-                await asyncio.sleep(pause)
-                pause = min(pause * 2, 0.1)
-            else:
-                self._advance(progress, length)
-
-    async def _bring(self, progress: _Progress, end: int) -> None:
-        length = end - progress.offset
-        if length <= 0:
-            return
-        if self._stream is not None and length > SMALL:
-            await self._by_stream(progress, end)
-        elif self._read_into is not None:
-            await self._by_stage(progress, end)
-        else:
-            data = check_length(
-                await self._source.read(progress.offset, length), length, offset=progress.offset
-            )
-            self._tally.fetched_bytes += length
-            for start in range(0, length, self._step):
-                if start:
-                    await asyncio.sleep(0)
-                await self._install(progress, data[start : start + self._step])
-
-    async def _by_stage(self, progress: _Progress, end: int) -> None:
-        """One request per huge page or less, for each request costs the source's latency."""
-        stages = self._stages
-        while progress.offset < end:
-            length = min(HUGE - progress.offset % HUGE, end - progress.offset)
-            huge = stages.take_huge() if length > SMALL else None
-            if huge is None:
-                size = max(length, self._region.page_size)
-                stage = stages.take_small() if size <= SMALL else memoryview(bytearray(size))
-                await self._by_copy(progress, stage[:length])
-                # Not after a failure: a careless source might still write to it.
-                stages.give_small(stage)
-            else:
-                try:
-                    if length == HUGE and self._movable:
-                        await self._by_huge_page(progress, huge)
-                    else:
-                        await self._by_copy(progress, huge[1][:length])
-                except BaseException:
-                    stages.lose_huge()
-                    raise
-                stages.give_huge(huge)
-
-    async def _by_copy(self, progress: _Progress, part: memoryview) -> None:
-        await read_into_source(self._source, progress.offset, part)
-        self._tally.fetched_bytes += len(part)
-        for start in range(0, len(part), self._step):
-            await self._install(progress, part[start : start + self._step])
-
-    async def _by_huge_page(self, progress: _Progress, stage: tuple[int, memoryview]) -> None:
-        address, view = stage
-        await read_into_source(self._source, progress.offset, view)
-        self._tally.fetched_bytes += HUGE
-        try:
-            self._region.move_in(progress.offset, address, HUGE)
-            self._advance(progress, HUGE)
-        except KernelError as error:
-            if error.errno != errno.EAGAIN:
-                raise
-            await self._install(progress, view)
-
-    async def _by_stream(self, progress: _Progress, end: int) -> None:
-        """Install whole pages straight from the source's chunks; only their ragged edges,
-        less than a page each, are copied."""
-        assert self._stream is not None
-        page = self._region.page_size
-        edge = bytearray()
-        start = progress.offset
-        received = 0
-        async with contextlib.aclosing(self._stream(start, end - start)) as chunks:
-            async for chunk in chunks:
-                view = memoryview(chunk)
-                if view.format != "B" or view.ndim != 1:
-                    view = view.cast("B")
-                received += view.nbytes
-                if received > end - start:
-                    raise SourceError(f"the source sent more than bytes {start}-{end}")
-                self._tally.fetched_bytes += view.nbytes
-                if edge:
-                    missing = page - len(edge)
-                    edge += view[:missing]
-                    view = view[missing:]
-                    if len(edge) < page:
-                        continue
-                    await self._install(progress, edge)
-                    edge = bytearray()
-                whole = view.nbytes & ~(page - 1)
-                for at in range(0, whole, self._step):
-                    await self._install(progress, view[at : min(at + self._step, whole)])
-                edge += view[whole:]
-        if edge and progress.offset + len(edge) == end:
-            await self._install(progress, edge)
-        if progress.offset < end:
-            raise SourceError(f"the source ended at byte {start + received}, {end} were expected")
-
-    async def _install(self, progress: _Progress, data: Any) -> None:
-        region, offset = self._region, progress.offset
-        try:
-            region.install(offset, data, heal=True)
-        except KernelError as error:
-            if error.errno != errno.EAGAIN:
-                raise
-            await region.install_async(
-                offset + error.done, memoryview(data)[error.done :], heal=True
-            )
-        self._advance(progress, len(data))
-
-    def _advance(self, progress: _Progress, length: int) -> None:
-        first = progress.offset
-        progress.offset += length
-        progress.pieces += 1
-        if self._failures:
-            size = self._region.block_size
-            for block in range(first // size, (progress.offset - 1) // size + 1):
-                self._failures.pop(block, None)
-
     # ----------------------------------------------------------------- close
 
     @property
@@ -598,17 +449,10 @@ class Fetcher:
         self._later.clear()
         tasks = []
         for flight in set(self._flights.values()):
-            if flight.task is not None and not flight.task.done():
+            if flight.begun is not None:
+                flight.begun.cancel()
+                self._settle(flight, ClosedError("the buffer is closed"))
+            elif flight.task is not None and not flight.task.done():
                 flight.task.cancel()
                 tasks.append(flight.task)
         return tasks
-
-
-class _Progress:
-    """How far a flight has come, in bytes from the start of the object, and in how many pieces."""
-
-    __slots__ = ("offset", "pieces")
-
-    def __init__(self, offset: int) -> None:
-        self.offset = offset
-        self.pieces = 0

@@ -293,6 +293,11 @@ class Region:
                 ffi.release(source)
             raise
 
+    def install_from(self, offset: int, pointer: Any, length: int) -> int:
+        """As `install` with ``heal``, of ``length`` bytes at a cffi pointer to memory that is not
+        lazy; for callers that keep one to a buffer of theirs."""
+        return self._apply(_COPY, offset, pointer, length, True, None)
+
     def move_in(self, offset: int, address: int, length: int) -> int:
         """As `install`, from private anonymous memory at ``address`` that is given away.
 

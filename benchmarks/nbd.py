@@ -79,8 +79,13 @@ def nbdfuse(path: Path, folder: Path) -> Iterator[mmap.mmap]:
         ):
             yield memory
     finally:
-        subprocess.run(["fusermount3", "-u", str(mountpoint)], check=True)
-        process.wait()
+        try:
+            subprocess.run(["fusermount3", "-u", str(mountpoint)], check=True)
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            process.wait()
 
 
 def _touch_at_random(memory, places: list[numpy.ndarray]) -> float:

@@ -56,6 +56,7 @@ peers() {
     command -v nbdcopy >/dev/null || packages="$packages libnbd-bin"
     command -v qemu-nbd >/dev/null || packages="$packages qemu-utils"
     command -v redis-server >/dev/null || packages="$packages redis-server"
+    command -v fusermount3 >/dev/null || packages="$packages fuse3"
     [ -n "$packages" ] || return 0
     if ! command -v apt-get >/dev/null || ! may_install || ! install_packages "$packages"; then
         say "without $packages some tests and benchmarks will be skipped"

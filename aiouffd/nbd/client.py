@@ -67,6 +67,9 @@ def _translated(address: NbdAddress, error: BaseException) -> BaseException:
             transient=False,
             hint="pass tls= with an ssl.SSLContext that trusts its authority",
         )
+    if isinstance(error, ssl_module.SSLError):
+        # Its number is OpenSSL's, not the system's.
+        return SourceError(f"{address}: TLS failed: {error.reason or error}")
     if isinstance(error, OSError):
         number = error.errno if error.errno in errno.errorcode else None
         reason = os.strerror(number) if number else error.strerror or type(error).__name__
@@ -98,6 +101,8 @@ class Connection(asyncio.BufferedProtocol):
         self._flushing = False
         self._heard = 0.0
         self._watch: asyncio.TimerHandle | None = None
+        # Bytes given to the transport, and what it had got rid of when we looked.
+        self._said = self._taken = 0
         #: Bytes of reads and writes that were asked for and not answered.
         self.outstanding = 0
         self.lost = False
@@ -122,8 +127,16 @@ class Connection(asyncio.BufferedProtocol):
             assert transport is not None
             self._ready = self._loop.create_future()
             name = address.host or ("localhost" if tls.check_hostname else None)
-            upgraded = await self._loop.start_tls(transport, self, tls, server_hostname=name)
-            self._transport = cast(asyncio.Transport, upgraded)
+            try:
+                upgraded = await self._loop.start_tls(transport, self, tls, server_hostname=name)
+                if upgraded is None:
+                    raise ConnectionResetError("the server hung up during the TLS handshake")
+            except BaseException:
+                # Of a connection that ends in the middle of that, we may not be told.
+                transport.abort()
+                self.connection_lost(None)
+                raise
+            self._transport = upgraded
             handshake.tls_started()
             self._send_handshake()
         await self._ready
@@ -224,12 +237,19 @@ class Connection(asyncio.BufferedProtocol):
         if self._watch is None:
             self._watch = self._loop.call_later(self._timeout, self._look)
 
+    @property
+    def gathers(self) -> bool:
+        """Whether something waits to be sent, with which more can go."""
+        return self._flushing and not self.lost
+
     def _flush(self) -> None:
         self._flushing = False
         out, self._out = self._out, []
         if self.lost or self._transport is None or not out:
             return
-        self._transport.write(out[0] if len(out) == 1 else b"".join(out))
+        data = out[0] if len(out) == 1 else b"".join(out)
+        self._said += len(data)
+        self._transport.write(data)
 
     def _look(self) -> None:
         """Whether the server has been silent for too long while it owes something."""
@@ -237,6 +257,13 @@ class Connection(asyncio.BufferedProtocol):
         replies = self._replies
         if self.lost or replies is None or not replies.busy:
             return
+        assert self._transport is not None
+        unsent = self._transport.get_write_buffer_size()
+        taken = self._said - unsent
+        if unsent and taken != self._taken:
+            # It has not got yet what it is to write, and is busy with that.
+            self._heard = time.monotonic()
+        self._taken = taken
         left = self._heard + self._timeout - time.monotonic()
         if left <= 0:
             # Not `_error`: the requests may do better on another connection.

@@ -11,7 +11,7 @@ import errno
 import os
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from ..errors import SourceError, UnsupportedError
 from ..sources.base import SourcePermissionError
@@ -24,8 +24,9 @@ __all__ = ["Export", "Handshake", "Replies", "Request"]
 REPLY_MAX, REPLIES_MAX = 64 * 1024, 1000
 #: Bytes of the buffer for headers and small payloads.
 HEAD = 64 * 1024
-#: Payload that is still to come, in bytes, from which on it is received where it belongs.
-DIRECT = 4096
+#: Payload that is still to come, in bytes, from which on it is received where it belongs. Less
+#: is copied there, so that many small replies are one receive.
+DIRECT = 32 * 1024
 #: Longest chunk that is neither data nor a hole: block status, in bytes.
 STATUS_MAX = 4 << 20
 
@@ -248,15 +249,23 @@ class Handshake:
         return Export(size, flags, minimum, preferred, largest, structured, allocation)
 
 
+class Carrier(Protocol):
+    """What requests are sent on."""
+
+    #: Bytes of reads and writes that were asked for and not answered, and a little for each.
+    outstanding: int
+
+
 class Request:
-    """One request under way. ``done(error)`` is called once, with None if all went well.
+    """One request under way. ``done(error)`` is called once, with None if all went well; never
+    if it was cancelled.
 
     ``target`` is where a read's bytes go; after `cancel` nothing is written there any more.
     ``extents`` are what BLOCK_STATUS found: length and flags, in order.
     """
 
-    __slots__ = ("command", "data", "done", "error", "extents", "flags", "got", "length", "offset",
-                 "spans", "target")  # fmt: skip
+    __slots__ = ("_carrier", "cancelled", "command", "data", "done", "error", "extents", "flags",
+                 "got", "length", "offset", "spans", "target")  # fmt: skip
 
     def __init__(
         self,
@@ -276,19 +285,39 @@ class Request:
         self.target = target
         self.data = data
         self.flags = flags
-        self.reset()
-
-    def reset(self) -> None:
-        """As before anything was answered: to be sent again on another connection."""
+        self.cancelled = False
+        self._carrier: Carrier | None = None
         self.got = 0
         self.error: SourceError | None = None
         self.spans: list[tuple[int, int]] | None = None
         self.extents: list[tuple[int, int]] | None = None
 
+    def reset(self) -> None:
+        """As before anything was answered: to be sent again on another connection."""
+        self._put_down()
+        self.got = 0
+        self.error = self.spans = self.extents = None
+
     def cancel(self) -> None:
         """Nobody wants the answer any more: it is thrown away when it comes."""
         self.target = None
-        self.done = _ignore
+        self.cancelled = True
+
+    def carried_by(self, carrier: Carrier) -> None:
+        """Count for ``carrier`` until it is answered."""
+        self._carrier = carrier
+        carrier.outstanding += self.length + 4096
+
+    def _put_down(self) -> None:
+        carrier, self._carrier = self._carrier, None
+        if carrier is not None:
+            carrier.outstanding -= self.length + 4096
+
+    def finish(self, error: BaseException | None) -> None:
+        """It has been answered, or never will be."""
+        self._put_down()
+        if not self.cancelled:
+            self.done(error)
 
     def pack(self, cookie: int) -> bytes:
         """The header to send."""
@@ -301,7 +330,7 @@ class Replies:
     """The server's side of transmission, parsed.
 
     Receive into `get_buffer()` and say how much came by `received`; or `feed` it bytes. Calls
-    ``Request.done`` for what is complete. Raises NbdProtocolError; nothing works after that.
+    `Request.finish` for what is complete. Raises NbdProtocolError; nothing works after that.
     """
 
     def __init__(self, export: Export) -> None:
@@ -377,6 +406,8 @@ class Replies:
             have = self._end - self._start
             if have < 4:
                 return
+            if have >= 28 and self._whole(have):
+                continue
             magic = wire.U32.unpack_from(self._head, self._start)[0]
             if magic == wire.SIMPLE_MAGIC:
                 if have < 16:
@@ -387,6 +418,38 @@ class Replies:
                     return
             else:
                 raise NbdProtocolError("the server sent something that is no reply")
+
+    def _whole(self, have: int) -> bool:
+        """Take what nearly every small read is answered by: one chunk, with all of its bytes, that
+        is here already. Whatever is not exactly that is left to `_chunk`."""
+        start = self._start
+        magic, flags, kind, cookie, length, offset = wire.DATA_CHUNK.unpack_from(self._head, start)
+        if (
+            kind != wire.CHUNK_OFFSET_DATA
+            or magic != wire.STRUCTURED_MAGIC
+            or not flags & wire.CHUNK_FLAG_DONE
+            or have < 20 + length
+            or not self._export.structured
+        ):
+            return False
+        request = self.requests.get(cookie)
+        if (
+            request is None
+            or request.command != wire.CMD_READ
+            or request.offset != offset
+            or request.length != length - 8
+            or request.got
+            or request.error is not None
+            or request.spans is not None
+        ):
+            return False
+        del self.requests[cookie]
+        self._start = start + 20 + length
+        if request.target is not None:
+            request.target[:] = self._head[start + 28 : start + 20 + length]
+        request.got = request.length
+        request.finish(None)
+        return True
 
     def _payload(self, count: int) -> None:
         request = self._request
@@ -421,12 +484,12 @@ class Replies:
             raise NbdProtocolError("the server mixed two kinds of reply")
         del self.requests[cookie]
         if error:
-            request.done(_error(error, b"", request))
+            request.finish(_error(error, b"", request))
         elif request.command == wire.CMD_READ and request.length:
             request.got = request.length
             self._expect(request, 0, request.length, True)
         else:
-            request.done(None)
+            request.finish(None)
 
     def _expect(self, request: Request, at: int, length: int, finish: bool) -> None:
         self._request, self._at, self._left, self._finish = request, at, length, finish
@@ -525,14 +588,14 @@ class Replies:
 
     def _complete(self, request: Request) -> None:
         if request.error is not None:
-            request.done(request.error)
+            request.finish(request.error)
             return
         if request.command == wire.CMD_READ:
             if request.got != request.length or (request.spans and not _tiles(request.spans)):
                 raise NbdProtocolError("the server left out bytes of a read, or sent some twice")
         elif request.command == wire.CMD_BLOCK_STATUS and not request.extents:
             raise NbdProtocolError("the server answered a question for extents without any")
-        request.done(None)
+        request.finish(None)
 
 
 def _tiles(spans: list[tuple[int, int]]) -> bool:
@@ -543,10 +606,6 @@ def _tiles(spans: list[tuple[int, int]]) -> bool:
             return False
         at += count
     return True
-
-
-def _ignore(_error: BaseException | None) -> None:
-    """For requests that nobody waits for."""
 
 
 #: Errors that may pass: those of a server that is short of something, or in the middle of it.

@@ -116,6 +116,8 @@ REQUEST: Final = Struct(">IHHQQI")
 SIMPLE_REPLY: Final = Struct(">IIQ")
 #: Magic, flags, type, cookie, length.
 CHUNK: Final = Struct(">IHHQI")
+#: The same with the offset that follows where the chunk has data.
+DATA_CHUNK: Final = Struct(">IHHQIQ")
 
 CHUNK_FLAG_DONE: Final = 1
 CHUNK_NONE: Final = 0

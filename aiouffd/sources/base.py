@@ -90,6 +90,11 @@ class Source(Protocol):
         ``(offset, length)`` of ranges within the given one that are known to read as zeros, in
         order and apart. They are then not read at all. A hint: what is not named may be zeros
         too, and a source that would have to ask for long names nothing.
+    ``begin_read(offset, buffer, done) -> Request | None``
+        As ``read_into``, for small reads without a task or a future: starts it, and calls
+        ``done(None)`` or ``done(error)`` from the loop later, never before it has returned.
+        ``Request.cancel()``: ``done`` is not called and nothing is written to ``buffer`` any more.
+        None if this one needs ``read_into``, or may be a hole.
     ``read_now(offset, length) -> Buffer | None``
         As ``read`` if the bytes are at hand, None if they would have to be waited for.
     ``async write(offset, data) -> None`` and ``async flush() -> None``

@@ -31,6 +31,8 @@ log = logging.getLogger("aiouffd")
 
 #: Bytes whose extents are asked for at a time, and how often for one such area.
 AREA, ASKS = 1 << 30, 64
+#: Requests that are gathered on one connection, in bytes, and how many bytes it may have under way.
+SMALL, GATHERED = 16 * 1024, 512 * 1024
 #: First and longest pause between two tries to connect, in seconds.
 PAUSE_FIRST, PAUSE_LONGEST = 0.02, 1.0
 
@@ -92,6 +94,7 @@ class NbdSource(BaseSource):
         self._expected: Export | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._live: list[Connection] = []
+        self._gathering: Connection | None = None
         self._orphans: deque[Request] = deque()
         self._connecting: asyncio.Task[None] | None = None
         self._growing: asyncio.Task[None] | None = None
@@ -193,12 +196,12 @@ class NbdSource(BaseSource):
         self._live.remove(connection)
         if self._closed:
             for request in requests:
-                request.done(ClosedError(f"{self!r} was closed during a request"))
+                request.finish(ClosedError(f"{self!r} was closed during a request"))
             return
         if error is not None:
             log.warning("%s: %s", self._address, error)
             for request in requests:
-                request.done(error)
+                request.finish(error)
             return
         for request in requests:
             request.reset()
@@ -259,7 +262,7 @@ class NbdSource(BaseSource):
             if isinstance(error, asyncio.CancelledError):
                 failure = ClosedError(f"{self!r} was closed during a request")
             while self._orphans:
-                self._orphans.popleft().done(failure)
+                self._orphans.popleft().finish(failure)
             raise
 
     async def _connected(self) -> None:
@@ -319,21 +322,21 @@ class NbdSource(BaseSource):
     # ------------------------------------------------------------------- reads
 
     def _submit(self, request: Request) -> None:
-        """On the connection that has least to do."""
-        best = self._live[0]
-        for connection in self._live:
-            if connection.outstanding < best.outstanding:
-                best = connection
-        cost = request.length + 4096
-        best.outstanding += cost
-        done = request.done
-
-        def finished(error: BaseException | None) -> None:
-            best.outstanding -= cost
-            request.done = done
-            done(error)
-
-        request.done = finished
+        """On the connection that has least to do; but what is small goes with what is about to
+        be sent anyway, so that the faults of one wake-up are one send."""
+        best = self._gathering
+        if (
+            best is None
+            or not best.gathers
+            or request.length > SMALL
+            or best.outstanding > GATHERED
+        ):
+            best = self._live[0]
+            for connection in self._live:
+                if connection.outstanding < best.outstanding:
+                    best = connection
+            self._gathering = best
+        request.carried_by(best)
         best.submit(request)
 
     def begin_read(self, offset: int, buffer: memoryview, done: Done) -> Request | None:
@@ -341,7 +344,8 @@ class NbdSource(BaseSource):
 
         For callers who want neither a task nor a future per read. Called on the loop, as is
         ``done``. Returns what can be cancelled (``cancel()``: ``done`` is not called and
-        nothing is written any more), or None if it cannot be one request now: `read_into` can.
+        nothing is written any more), or None if it cannot be one request now, or is a hole for
+        all that is known: `holes` and `read_into` can.
         """
         length = len(buffer)
         export = self._export
@@ -353,6 +357,7 @@ class NbdSource(BaseSource):
             or offset % export.minimum
             or length % export.minimum
             or offset + length > export.size
+            or self.known_holes(offset, length) != []
         ):
             return None
         request = Request(wire.CMD_READ, offset, length, done, target=buffer)

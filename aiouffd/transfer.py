@@ -1,0 +1,275 @@
+"""Transfers: how the bytes of a flight come from a source into pages.
+
+Whole pages of zeros that the source knows of are not asked for. Else the bytes go, by what the
+source can do: from its chunks as they arrive (``stream``), through a staging buffer that stays in
+the CPU's cache or a huge page that is moved (``read_into``), or from the buffer that it returned
+(``read``). Small reads of a source with ``begin_read`` need neither a task nor a
+future: see `Mover.begin`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+from collections.abc import Callable
+from typing import Any
+
+from ._lib import ffi
+from .errors import AiouffdError, KernelError, SourceError
+from .region import Region
+from .sources.base import Source, check_length, own_method, read_into_source
+from .staging import HUGE, SMALL, Stages
+from .tally import Tally
+
+__all__ = ["Begun", "Mover", "Progress"]
+
+#: Longest install in one native call (or one huge page), for the sake of the loop's latency.
+INSTALL_STEP = 1024 * 1024
+
+
+class Progress:
+    """How far a flight has come, in bytes from the start of the object, and in how many pieces."""
+
+    __slots__ = ("offset", "pieces")
+
+    def __init__(self, offset: int) -> None:
+        self.offset = offset
+        self.pieces = 0
+
+
+class Begun:
+    """A small transfer without a task, and the staging buffer that it uses. See `Mover.begin`."""
+
+    __slots__ = ("_flight", "_length", "_mover", "_offset", "_pointer", "_request", "_stage")
+
+    def __init__(self, mover: Mover, size: int) -> None:
+        self._mover = mover
+        self._stage = memoryview(bytearray(size))
+        self._pointer = ffi.from_buffer("uint8_t[]", self._stage)
+        self._offset = self._length = 0
+        self._flight: Any = None
+        self._request: Any = None
+
+    def _start(self, offset: int, length: int, flight: Any) -> bool:
+        stage = self._stage
+        self._offset, self._length, self._flight = offset, length, flight
+        if length != len(stage):
+            stage = stage[:length]
+        self._request = self._mover._begin_read(offset, stage, self._arrived)
+        return self._request is not None
+
+    def _arrived(self, error: BaseException | None) -> None:
+        mover, flight = self._mover, self._flight
+        self._request = self._flight = None
+        if error is None:
+            mover._tally.fetched_bytes += self._length
+            try:
+                mover._region.install_from(self._offset, self._pointer, self._length)
+            except (AiouffdError, OSError) as failure:
+                error = failure
+            else:
+                mover._healed(self._offset, self._length)
+            mover._idle.append(self)
+        # After a failure a careless source might still write to the stage: it is not used again.
+        mover._landed(flight, error)
+
+    def cancel(self) -> None:
+        """Nothing is installed any more, and nobody is told."""
+        request, self._request = self._request, None
+        if request is not None:
+            request.cancel()
+
+
+class Mover:
+    """Brings ranges of ``source`` into ``region``. One loop; not thread-safe.
+
+    ``failures`` maps blocks to the error that poisoned them; what arrives is taken out of it.
+    ``landed(flight, error)`` tells the end of what `begin` began.
+    """
+
+    def __init__(
+        self,
+        region: Region,
+        source: Source,
+        tally: Tally,
+        failures: dict[int, BaseException],
+        landed: Callable[[Any, BaseException | None], None],
+    ) -> None:
+        self._region = region
+        self._source = source
+        self._tally = tally
+        self._failures = failures
+        self._stages = Stages()
+        self._step = max(INSTALL_STEP, region.page_size)
+        self._movable = region.kind == "anonymous" and region.address % HUGE == 0
+        self._stream = own_method(source, "stream")
+        self._read_into = own_method(source, "read_into")
+        self._holes = own_method(source, "holes")
+        self._begin_read = own_method(source, "begin_read")
+        self._landed = landed
+        self._idle: list[Begun] = []
+
+    def begin(self, offset: int, length: int, flight: Any) -> Begun | None:
+        """Bring ``length`` bytes at ``offset`` (whole pages, or up to the end) without a task.
+
+        ``landed(flight, error)`` is called once they are installed, or when that failed: `move`
+        then makes a proper attempt. None if the source cannot do it now.
+        """
+        if self._begin_read is None or length > SMALL:
+            return None
+        idle = self._idle
+        begun = idle.pop() if idle else Begun(self, min(self._region.block_size, SMALL))
+        if begun._start(offset, length, flight):
+            return begun
+        self._idle.append(begun)
+        return None
+
+    async def move(self, progress: Progress, end: int) -> None:
+        """Fetch and install bytes from ``progress`` to ``end``, moving ``progress`` along.
+
+        Whole pages that the source knows to be zeros are not asked for.
+        """
+        if self._holes is not None:
+            page = self._region.page_size
+            for start, length in await self._holes(progress.offset, end - progress.offset):
+                first = start + -start % page
+                stop = start + length
+                # The rest of the object's last page is zeros anyhow.
+                stop = stop if stop == self._region.length else stop - stop % page
+                if first < stop and first >= progress.offset:
+                    await self._bring(progress, first)
+                    await self._zero(progress, stop)
+        await self._bring(progress, end)
+
+    async def _zero(self, progress: Progress, end: int) -> None:
+        region, pause = self._region, 0.001
+        while progress.offset < end:
+            length = end - progress.offset
+            try:
+                region.zero(progress.offset, length + -length % region.page_size, heal=True)
+            except KernelError as error:
+                if error.errno != errno.EAGAIN:
+                    raise
+                self._advance(progress, error.done)
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, 0.1)
+            else:
+                self._advance(progress, length)
+
+    async def _bring(self, progress: Progress, end: int) -> None:
+        length = end - progress.offset
+        if length <= 0:
+            return
+        if self._stream is not None and length > SMALL:
+            await self._by_stream(progress, end)
+        elif self._read_into is not None:
+            await self._by_stage(progress, end)
+        else:
+            data = check_length(
+                await self._source.read(progress.offset, length), length, offset=progress.offset
+            )
+            self._tally.fetched_bytes += length
+            for start in range(0, length, self._step):
+                if start:
+                    await asyncio.sleep(0)
+                await self._install(progress, data[start : start + self._step])
+
+    async def _by_stage(self, progress: Progress, end: int) -> None:
+        """One request per huge page or less, for each request costs the source's latency."""
+        stages = self._stages
+        while progress.offset < end:
+            length = min(HUGE - progress.offset % HUGE, end - progress.offset)
+            huge = stages.take_huge() if length > SMALL else None
+            if huge is None:
+                size = max(length, self._region.page_size)
+                stage = stages.take_small() if size <= SMALL else memoryview(bytearray(size))
+                await self._by_copy(progress, stage[:length])
+                # Not after a failure: a careless source might still write to it.
+                stages.give_small(stage)
+            else:
+                try:
+                    if length == HUGE and self._movable:
+                        await self._by_huge_page(progress, huge)
+                    else:
+                        await self._by_copy(progress, huge[1][:length])
+                except BaseException:
+                    stages.lose_huge()
+                    raise
+                stages.give_huge(huge)
+
+    async def _by_copy(self, progress: Progress, part: memoryview) -> None:
+        await read_into_source(self._source, progress.offset, part)
+        self._tally.fetched_bytes += len(part)
+        for start in range(0, len(part), self._step):
+            await self._install(progress, part[start : start + self._step])
+
+    async def _by_huge_page(self, progress: Progress, stage: tuple[int, memoryview]) -> None:
+        address, view = stage
+        await read_into_source(self._source, progress.offset, view)
+        self._tally.fetched_bytes += HUGE
+        try:
+            self._region.move_in(progress.offset, address, HUGE)
+            self._advance(progress, HUGE)
+        except KernelError as error:
+            if error.errno != errno.EAGAIN:
+                raise
+            await self._install(progress, view)
+
+    async def _by_stream(self, progress: Progress, end: int) -> None:
+        """Install whole pages straight from the source's chunks; only their ragged edges,
+        less than a page each, are copied."""
+        assert self._stream is not None
+        page = self._region.page_size
+        edge = bytearray()
+        start = progress.offset
+        received = 0
+        async with contextlib.aclosing(self._stream(start, end - start)) as chunks:
+            async for chunk in chunks:
+                view = memoryview(chunk)
+                if view.format != "B" or view.ndim != 1:
+                    view = view.cast("B")
+                received += view.nbytes
+                if received > end - start:
+                    raise SourceError(f"the source sent more than bytes {start}-{end}")
+                self._tally.fetched_bytes += view.nbytes
+                if edge:
+                    missing = page - len(edge)
+                    edge += view[:missing]
+                    view = view[missing:]
+                    if len(edge) < page:
+                        continue
+                    await self._install(progress, edge)
+                    edge = bytearray()
+                whole = view.nbytes & ~(page - 1)
+                for at in range(0, whole, self._step):
+                    await self._install(progress, view[at : min(at + self._step, whole)])
+                edge += view[whole:]
+        if edge and progress.offset + len(edge) == end:
+            await self._install(progress, edge)
+        if progress.offset < end:
+            raise SourceError(f"the source ended at byte {start + received}, {end} were expected")
+
+    async def _install(self, progress: Progress, data: Any) -> None:
+        region, offset = self._region, progress.offset
+        try:
+            region.install(offset, data, heal=True)
+        except KernelError as error:
+            if error.errno != errno.EAGAIN:
+                raise
+            await region.install_async(
+                offset + error.done, memoryview(data)[error.done :], heal=True
+            )
+        self._advance(progress, len(data))
+
+    def _advance(self, progress: Progress, length: int) -> None:
+        first = progress.offset
+        progress.offset += length
+        progress.pieces += 1
+        self._healed(first, length)
+
+    def _healed(self, offset: int, length: int) -> None:
+        if self._failures:
+            size = self._region.block_size
+            for block in range(offset // size, (offset + length - 1) // size + 1):
+                self._failures.pop(block, None)
