@@ -12,6 +12,7 @@
      │   ├─ RangeNotSupportedError          the server cannot send parts of the object
      │   ├─ ShortReadError                  fewer or more bytes than asked for
      │   └─ SourceTimeoutError (also TimeoutError)   the deadline passed
+     ├─ PeerError                           a process that we serve broke the protocol
      ├─ StalledError (also TimeoutError)    nothing moved; the toucher was released with an error
      └─ InternalError                       our own mistake: please report it
 
@@ -33,6 +34,7 @@ __all__ = [
     "ClosedError",
     "InternalError",
     "KernelError",
+    "PeerError",
     "RangeNotSupportedError",
     "ShortReadError",
     "SourceChangedError",
@@ -147,6 +149,13 @@ class ShortReadError(SourceError):
 
 class SourceTimeoutError(SourceError, TimeoutError):
     """The deadline passed before the source had delivered."""
+
+
+class PeerError(AiouffdError):
+    """Another process that wanted to be served broke the protocol, or asked for what it may not have.
+
+    It is dropped; others are not affected.
+    """
 
 
 class StalledError(AiouffdError, TimeoutError):

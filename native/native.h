@@ -5,6 +5,7 @@
 #include "abi.h"
 #include "counters.h"
 #include "engine.h"
+#include "foreign.h"
 #include "gil.h"
 #include "guard.h"
 #include "handler.h"

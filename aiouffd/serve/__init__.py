@@ -1,0 +1,33 @@
+"""Serving the faults of other processes.
+
+A process that has a userfaultfd hands it over through a Unix socket, and its memory is filled
+from a source of ours: `listen`. Who it is and what it says are a peer's and a dialect's business;
+what is mapped where follows its mappings (`AreaMap`); blocks are fetched once for all
+(`BlockStore`); and one epoll descriptor takes care that nobody is forgotten.
+
+Layers, each importing only from those below it::
+
+    server                 the socket, and what clients share
+    dialects, criu         what clients say
+    client                 one of them
+    memory                 one address space: messages, faults, events
+    reactor, blocks        whose turn it is; where bytes come from
+    channel, peer, areas   bytes with descriptors; who that is; what is mapped where
+"""
+
+from __future__ import annotations
+
+from .areas import Area as Area
+from .areas import AreaMap as AreaMap
+from .blocks import BlockStore as BlockStore
+from .channel import Channel as Channel
+from .client import Client as Client
+from .client import Limits as Limits
+from .dialects import Dialect as Dialect
+from .memory import Memory as Memory
+from .memory import MemoryStats as MemoryStats
+from .peer import Peer as Peer
+from .peer import anybody as anybody
+from .peer import same_user as same_user
+from .server import Server as Server
+from .server import listen as listen

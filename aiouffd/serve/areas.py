@@ -1,0 +1,222 @@
+"""What of another process's address space comes from where. No I/O, no kernel.
+
+An `AreaMap` follows what the process does to its mappings: pages that were removed read as
+zeros from then on, whatever their object has; what was unmapped is forgotten; what was moved is
+found at its new place; a forked child begins with a copy. It is the only truth there is: who
+has waited for bytes asks it again before installing them, because in the meantime the page may have
+been removed, moved or forgotten.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .blocks import BlockStore
+
+__all__ = ["INSTALLED", "REMOVED", "Area", "AreaMap"]
+
+#: State of a page, bits of one byte. REMOVED: it reads as zeros, for the process dropped it.
+REMOVED = 1
+#: We have put it there. A hint: the process may have dropped it without telling.
+INSTALLED = 2
+
+_REMOVE = bytes(value & ~INSTALLED & 0xFF | REMOVED for value in range(256))
+_INSTALL = bytes(value | INSTALLED for value in range(256))
+
+
+@dataclass(frozen=True, eq=False)
+class Area:
+    """A range of addresses of another process and where its bytes come from.
+
+    :param start: its address, a multiple of the page size.
+    :param length: in bytes, a multiple of the page size.
+    :param store: the object; None if it reads as zeros.
+    :param offset: of ``start`` in the object, in bytes.
+    :param page_size: in bytes: 4096, or that of huge pages.
+    :param states: one byte per page to keep the pages' states in, for example of a file that
+        outlives us; made if None.
+    """
+
+    start: int
+    length: int
+    store: BlockStore | None
+    offset: int = 0
+    page_size: int = 4096
+    states: memoryview | None = None
+
+    @property
+    def end(self) -> int:
+        """The first address behind it."""
+        return self.start + self.length
+
+    def page_of(self, address: int) -> int:
+        """Number of the page that holds ``address``."""
+        return (address - self.start) // self.page_size
+
+    def offset_of(self, address: int) -> int:
+        """Where the byte at ``address`` is in the object."""
+        return self.offset + address - self.start
+
+    def _states(self) -> memoryview:
+        assert self.states is not None
+        return self.states
+
+    def state_of(self, address: int) -> int:
+        """State of the page that holds ``address``."""
+        return self._states()[(address - self.start) // self.page_size]
+
+    def mark_installed(self, start: int, end: int) -> None:
+        """The pages of ``start`` to ``end`` are there."""
+        states, first, last = self._states(), self.page_of(start), self.page_of(end)
+        states[first:last] = bytes(states[first:last]).translate(_INSTALL)
+
+    def block(self, number: int, block_size: int) -> tuple[int, int]:
+        """Addresses of the first byte of a block of the object and behind its last, in here."""
+        low = max(number * block_size, self.offset)
+        high = min((number + 1) * block_size, self.offset + self.length)
+        return self.start + low - self.offset, self.start + high - self.offset
+
+    def missing(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Runs of pages in ``start`` to ``end`` that are neither removed nor there already."""
+        states, first = self._states(), self.page_of(start)
+        some = bytes(states[first : self.page_of(end)])
+        if not any(some):
+            if some:
+                yield start, end
+            return
+        size, at = self.page_size, 0
+        while at < len(some):
+            if some[at]:
+                at += 1
+                continue
+            run = at
+            while at < len(some) and not some[at]:
+                at += 1
+            yield start + run * size, start + at * size
+
+    def _part(self, start: int, end: int, moved: int = 0) -> Area:
+        first, last = self.page_of(start), self.page_of(end)
+        return Area(
+            start + moved,
+            end - start,
+            self.store,
+            self.offset_of(start),
+            self.page_size,
+            self._states()[first:last],
+        )
+
+
+class AreaMap:
+    """The areas of one address space, by address. Not thread-safe."""
+
+    def __init__(self, areas: Iterable[Area] = ()) -> None:
+        self._areas: list[Area] = []
+        self._starts: list[int] = []
+        for area in areas:
+            self.add(area)
+
+    def __iter__(self) -> Iterator[Area]:
+        return iter(self._areas)
+
+    def __len__(self) -> int:
+        return len(self._areas)
+
+    def add(self, area: Area) -> None:
+        """Put an area in, which overlaps none that is there (ValueError)."""
+        if area.states is None:
+            area = Area(
+                area.start,
+                area.length,
+                area.store,
+                area.offset,
+                area.page_size,
+                memoryview(bytearray(area.length // area.page_size)),
+            )
+        at = bisect_right(self._starts, area.start)
+        if (at and self._areas[at - 1].end > area.start) or (
+            at < len(self._areas) and self._areas[at].start < area.end
+        ):
+            raise ValueError(f"{area.start:#x}-{area.end:#x} overlaps another area")
+        self._areas.insert(at, area)
+        self._starts.insert(at, area.start)
+
+    def find(self, address: int) -> Area | None:
+        """The area that holds ``address``."""
+        at = bisect_right(self._starts, address) - 1
+        if at < 0:
+            return None
+        area = self._areas[at]
+        return area if address < area.end else None
+
+    def within(self, start: int, end: int) -> list[tuple[Area, int, int]]:
+        """Areas that overlap ``start`` to ``end``, and the addresses of the overlap."""
+        at = max(0, bisect_right(self._starts, start) - 1)
+        found = []
+        while at < len(self._areas) and self._starts[at] < end:
+            area = self._areas[at]
+            low, high = max(start, area.start), min(end, area.end)
+            if low < high:
+                found.append((area, low, high))
+            at += 1
+        return found
+
+    def of_block(self, store: BlockStore, number: int) -> Iterator[tuple[Area, int, int]]:
+        """Where a block of an object belongs: areas, and the addresses there."""
+        size = store.block_size
+        low, high = number * size, (number + 1) * size
+        for area in self._areas:
+            if area.store is store and area.offset < high and low < area.offset + area.length:
+                yield (area, *area.block(number, size))
+
+    def removed(self, start: int, end: int) -> None:
+        """The process dropped the contents of ``start`` to ``end`` (MADV_DONTNEED and the like)."""
+        for area, low, high in self.within(start, end):
+            states, first = area._states(), area.page_of(low)
+            last = -(-(high - area.start) // area.page_size)
+            states[first:last] = bytes(states[first:last]).translate(_REMOVE)
+
+    def unmapped(self, start: int, end: int) -> list[Area]:
+        """The process has no mapping at ``start`` to ``end`` any more. Returns what was there."""
+        gone = []
+        for area, low, high in self.within(start, end):
+            gone.append(area._part(low, high))
+            at = self._starts.index(area.start)
+            kept = []
+            if area.start < low:
+                kept.append(area._part(area.start, low))
+            if high < area.end:
+                kept.append(area._part(high, area.end))
+            self._areas[at : at + 1] = kept
+            self._starts[at : at + 1] = [part.start for part in kept]
+        return gone
+
+    def moved(self, source: int, target: int, length: int) -> None:
+        """The process moved ``length`` bytes of mappings from ``source`` to ``target``."""
+        parts = self.unmapped(source, source + length)
+        # Whatever was at the target is gone: mremap has unmapped it.
+        self.unmapped(target, target + length)
+        for part in parts:
+            self.add(part._part(part.start, part.end, target - source))
+
+    def copy(self) -> AreaMap:
+        """For a forked child: the same, with states of its own."""
+        return AreaMap(
+            Area(
+                area.start,
+                area.length,
+                area.store,
+                area.offset,
+                area.page_size,
+                memoryview(bytearray(area._states())),
+            )
+            for area in self._areas
+        )
+
+    @property
+    def bytes(self) -> int:
+        """Bytes in all areas."""
+        return sum(area.length for area in self._areas)

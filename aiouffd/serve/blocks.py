@@ -1,0 +1,342 @@
+"""The blocks of one object, for everybody who is served from it.
+
+One flight per block, however many clients wait for it. Who waits for bytes goes before who only
+would like them soon, and clients take turns, so that one that wants much delays another by one
+flight and not by all of its own. Blocks that were fetched are kept for a while: a thousand clones
+of one snapshot read it once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable
+from typing import Any, Protocol
+
+from ..errors import ClosedError, SourceChangedError, SourceError, UsageError
+from ..sources.base import Source, aclose_source, check_length, open_source, own_method
+from ..tally import Tally
+
+__all__ = ["BlockStore", "Wanter"]
+
+log = logging.getLogger("aiouffd")
+
+#: Bytes of one block, and of blocks that are kept.
+BLOCK_SIZE, KEEP = 64 * 1024, 64 << 20
+#: Flights at a time, and how many of them may be those that nobody waits for.
+MAX_FLIGHTS, MAX_BACKGROUND = 64, 16
+#: First and longest pause between two tries, in seconds.
+RETRY_FIRST, RETRY_LONGEST = 0.05, 10.0
+#: The granularity of offsets that blocks and areas have.
+PAGE = 4096
+
+
+class Wanter(Protocol):
+    """Who asks a `BlockStore` for blocks."""
+
+    #: Whose turn it is: wanters with the same key share one.
+    turn: Hashable
+
+    def landed(self, store: BlockStore, block: int, data: memoryview | None) -> None:
+        """A block has come: its bytes, whole pages (zeros behind the object's end), or None if all
+        of it is zeros. Valid until this returns."""
+
+    def failed(self, store: BlockStore, block: int, error: BaseException) -> None:
+        """A block could not be had."""
+
+
+class _Flight:
+    __slots__ = ("count", "first", "running", "since", "urgent", "wanters")
+
+    def __init__(self, first: int, count: int, urgent: bool) -> None:
+        self.first, self.count, self.urgent = first, count, urgent
+        self.running = False
+        self.since = time.monotonic()
+        self.wanters: dict[int, list[Wanter]] = {}
+
+
+class BlockStore:
+    """The blocks of ``source``, on the loop that opens it.
+
+    :param source: a `Source`; opened by `open`, closed by `aclose`.
+    :param block_size: bytes fetched at a time, a power of two and at least 4096.
+    :param keep: bytes of fetched blocks that are kept for the next who wants them.
+    :param deadline: seconds after which a block that somebody waits for has failed; None: a
+        transient failure is tried again for ever.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        block_size: int = BLOCK_SIZE,
+        keep: int = KEEP,
+        deadline: float | None = None,
+    ) -> None:
+        if block_size < PAGE or block_size & (block_size - 1):
+            raise UsageError(f"the block size {block_size} is not a power of two from 4096 on")
+        self.source = source
+        self.block_size = block_size
+        self.tally = Tally()
+        self._keep = keep
+        self._deadline = deadline
+        self._now: Callable[[int, int], Any] | None = getattr(source, "read_now", None)
+        self._holes = own_method(source, "holes")
+        self._kept: OrderedDict[int, memoryview | None] = OrderedDict()
+        self._kept_bytes = 0
+        self._flights: dict[int, _Flight] = {}
+        self._queues: OrderedDict[Hashable, deque[_Flight]] = OrderedDict()
+        self._background: deque[_Flight] = deque()
+        self._tasks: dict[asyncio.Task[None], _Flight] = {}
+        self._running_background = 0
+        self._closed = False
+        self._size = 0
+
+    async def open(self) -> None:
+        """Open the source. Raises what it raises."""
+        await open_source(self.source)
+        self._size = self.source.size
+
+    @property
+    def size(self) -> int:
+        """Length of the object in bytes."""
+        return self._size
+
+    @property
+    def version(self) -> str | None:
+        return getattr(self.source, "version", None)
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks there are."""
+        return -(-self._size // self.block_size)
+
+    # ------------------------------------------------------------------ asking
+
+    def peek(self, block: int) -> tuple[memoryview | None] | None:
+        """A block that is at hand, as ``(data,)`` (``(None,)``: zeros); None if it is not."""
+        if block in self._kept:
+            self._kept.move_to_end(block)
+            return (self._kept[block],)
+        if self._now is not None:
+            start = block * self.block_size
+            length = min(self.block_size, self._size - start)
+            data = self._now(start, length)
+            if data is not None:
+                return (self._whole_pages(memoryview(data), length),)
+        return None
+
+    def want(self, block: int, wanter: Wanter) -> None:
+        """Somebody waits for ``block``: ``wanter`` is told, later, when it has come."""
+        flight = self._flights.get(block)
+        if flight is None or not (flight.running or flight.urgent):
+            # One that waits behind others, as part of a longer one, may take long.
+            flight = _Flight(block, 1, True)
+            self._flights[block] = flight
+            self._enqueue(flight, wanter.turn)
+        flight.wanters.setdefault(block, []).append(wanter)
+        self._start()
+
+    def like(self, first: int, count: int, wanter: Wanter) -> None:
+        """``count`` blocks from ``first`` on would be good to have, behind what is waited for."""
+        end = min(first + count, self.blocks)
+        run: _Flight | None = None
+        for block in range(first, end):
+            flight = self._flights.get(block)
+            if flight is None:
+                if run is None:
+                    run = _Flight(block, 0, False)
+                    self._background.append(run)
+                run.count += 1
+                self._flights[block] = flight = run
+            else:
+                run = None
+            flight.wanters.setdefault(block, []).append(wanter)
+        self._start()
+
+    def forget(self, wanter: Wanter) -> None:
+        """``wanter`` wants nothing any more. What nobody wants is not fetched."""
+        for flight in set(self._flights.values()):
+            for block, wanters in list(flight.wanters.items()):
+                left = [other for other in wanters if other is not wanter]
+                if left:
+                    flight.wanters[block] = left
+                else:
+                    del flight.wanters[block]
+            if not flight.wanters and not flight.running:
+                self._drop(flight)
+
+    def _drop(self, flight: _Flight) -> None:
+        for block in range(flight.first, flight.first + flight.count):
+            if self._flights.get(block) is flight:
+                del self._flights[block]
+        flight.count = 0  # whoever finds it in a queue passes on
+
+    # ----------------------------------------------------------------- flights
+
+    def _enqueue(self, flight: _Flight, turn: Hashable) -> None:
+        self._queues.setdefault(turn, deque()).append(flight)
+
+    def _next(self) -> _Flight | None:
+        """The next flight: urgent ones by turns, then one of the background."""
+        while self._queues:
+            turn, queue = self._queues.popitem(last=False)
+            flight = queue.popleft()
+            if queue:
+                self._queues[turn] = queue  # behind the others
+            if flight.count:
+                return flight
+        while self._background and self._running_background < MAX_BACKGROUND:
+            flight = self._background.popleft()
+            if any(self._flights.get(block) is flight for block in _blocks(flight)):
+                return flight
+        return None
+
+    def _start(self) -> None:
+        while len(self._tasks) < MAX_FLIGHTS and not self._closed:
+            flight = self._next()
+            if flight is None:
+                return
+            flight.running = True
+            self._running_background += not flight.urgent
+            task = asyncio.get_running_loop().create_task(self._fly(flight))
+            self._tasks[task] = flight
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        flight = self._tasks.pop(task)
+        self._running_background -= not flight.urgent
+        if not task.cancelled() and task.exception() is not None:
+            asyncio.get_running_loop().call_exception_handler(
+                {"message": f"a flight of {self!r} broke", "exception": task.exception()}
+            )
+        if not self._closed:
+            self._start()
+
+    async def _fly(self, flight: _Flight) -> None:
+        started = time.monotonic()
+        self.tally.flights += 1
+        try:
+            pieces = await self._attempts(flight)
+        except BaseException as error:
+            wanted = self._take(flight)
+            if isinstance(error, asyncio.CancelledError):
+                error = ClosedError("the server is closing")
+            for block, wanters in wanted.items():
+                for wanter in wanters:
+                    wanter.failed(self, block, error)
+            if not isinstance(error, SourceError | ClosedError):
+                raise
+            return
+        self.tally.landed(time.monotonic() - started)
+        wanted = self._take(flight)
+        for block, data in pieces:
+            self._put(block, data)
+            for wanter in wanted.get(block, ()):
+                wanter.landed(self, block, data)
+
+    def _take(self, flight: _Flight) -> dict[int, list[Wanter]]:
+        self._drop(flight)
+        wanted, flight.wanters = flight.wanters, {}
+        return wanted
+
+    async def _attempts(self, flight: _Flight) -> list[tuple[int, memoryview | None]]:
+        pause = RETRY_FIRST
+        while True:
+            try:
+                if self._deadline is None or not flight.urgent:
+                    return await self._read(flight)
+                async with asyncio.timeout_at(
+                    asyncio.get_running_loop().time()
+                    + max(0.001, flight.since + self._deadline - time.monotonic())
+                ):
+                    return await self._read(flight)
+            except Exception as failure:
+                error = _as_source_error(failure)
+            self.tally.last_error = str(error)
+            if isinstance(error, SourceChangedError) or not flight.wanters:
+                self.tally.failures += 1
+                raise error
+            if self._deadline is not None and (
+                not error.transient or time.monotonic() >= flight.since + self._deadline
+            ):
+                self.tally.failures += 1
+                raise error
+            self.tally.retries += 1
+            delay = max(pause * (0.5 + random.random()), error.retry_after or 0.0)
+            log.log(
+                logging.WARNING if pause >= 1 else logging.INFO,
+                "%r, block %d: %s; next try in %.2f s", self, flight.first, error, delay,
+            )  # fmt: skip
+            await asyncio.sleep(delay)
+            pause = min(pause * 2, RETRY_LONGEST)
+
+    async def _read(self, flight: _Flight) -> list[tuple[int, memoryview | None]]:
+        size = self.block_size
+        start, end = flight.first * size, min((flight.first + flight.count) * size, self._size)
+        if self._holes is not None:
+            holes = await self._holes(start, end - start)
+            if any(offset <= start and offset + length >= end for offset, length in holes):
+                return [(block, None) for block in _blocks(flight)]
+        length = end - start
+        data = check_length(await self.source.read(start, length), length, offset=start)
+        self.tally.fetched_bytes += length
+        return [
+            (block, self._whole_pages(data[at : at + size], min(size, length - at)))
+            for block, at in zip(_blocks(flight), range(0, length, size), strict=True)
+        ]
+
+    @staticmethod
+    def _whole_pages(data: memoryview, length: int) -> memoryview:
+        rest = -length % PAGE
+        return memoryview(bytes(data) + bytes(rest)) if rest else data
+
+    def _put(self, block: int, data: memoryview | None) -> None:
+        """Keep a block for the next who wants it, as long as there is room."""
+        size = self.block_size if data is not None else 0
+        if block in self._kept or size > self._keep:
+            return
+        self._kept[block] = data
+        self._kept_bytes += size
+        while self._kept_bytes > self._keep:
+            _, old = self._kept.popitem(last=False)
+            self._kept_bytes -= self.block_size if old is not None else 0
+
+    # -------------------------------------------------------------------- end
+
+    async def aclose(self) -> None:
+        """Cancel what is under way, whose wanters are told, and close the source. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for flight in set(self._flights.values()):
+            for block, wanters in self._take(flight).items():
+                for wanter in wanters:
+                    wanter.failed(self, block, ClosedError("the server is closing"))
+        self._kept.clear()
+        await aclose_source(self.source)
+
+    def __repr__(self) -> str:
+        return f"<BlockStore {type(self.source).__name__} {self._size} bytes>"
+
+
+def _blocks(flight: _Flight) -> range:
+    return range(flight.first, flight.first + flight.count)
+
+
+def _as_source_error(failure: Exception) -> SourceError:
+    if isinstance(failure, SourceError):
+        return failure
+    error = SourceError(
+        f"reading the source failed: {type(failure).__name__}: {failure}",
+        transient=isinstance(failure, TimeoutError | ConnectionError),
+    )
+    error.__cause__ = failure
+    return error

@@ -1,0 +1,337 @@
+"""One client of a server: a process that has handed over some of its memory."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from .._lib import ffi, lib
+from ..errors import PeerError, UsageError
+from ..uffd import Userfaultfd
+from ..workingset import WorkingSet
+from .areas import Area, AreaMap
+from .blocks import PAGE, BlockStore
+from .channel import Channel
+from .memory import Memory, MemoryStats, Uncovered
+from .peer import Peer
+from .reactor import Share
+
+if TYPE_CHECKING:
+    from .server import Server
+
+__all__ = ["Client", "Limits"]
+
+log = logging.getLogger("aiouffd")
+
+OnFailure = Literal["poison", "kill"]
+
+#: Addresses from here on are the kernel's.
+_ADDRESS_MAX = 1 << 47
+_PAGE_SIZES = (4096, 2 << 20, 1 << 30)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a client may ask for before it counts as hostile."""
+
+    #: Descriptors, forked children's included.
+    memories: int = 1024
+    #: Areas of one descriptor as it is handed over.
+    areas: int = 65536
+    #: Bytes of addresses in all of them.
+    bytes: int = 1 << 44
+    #: Seconds from connecting to the first descriptor.
+    handshake: float = 10.0
+
+
+class Client:
+    """A process that has connected, and its memory. Made by a `Server`; on its loop.
+
+    ``source`` is the object that its memory shows, where the dialect leaves that to the server;
+    ``on_client`` of `listen` may set it, and ``prefetch`` and ``record``, before the dialect talks.
+    """
+
+    def __init__(self, server: Server, channel: Channel, number: int) -> None:
+        self.server = server
+        self.channel = channel
+        self.peer: Peer = channel.peer
+        self.number = number
+        self.source: BlockStore | None = server.store
+        #: A working set to bring ahead of the client's faults.
+        self.prefetch: WorkingSet | None = server.prefetch
+        #: Whether to note which blocks are needed; see `working_set`.
+        self.record = server.record
+        self.on_failure: OnFailure = server.on_failure
+        self.memories: list[Memory] = []
+        #: Whether closing the server brings everything that is missing first. For dialects whose
+        #: clients keep no copy of the descriptor: without us they would see zeros.
+        self.complete_on_close = False
+        #: Set once nothing is served any more.
+        self.ended = asyncio.Event()
+        self._share = Share()
+        self._past = MemoryStats()
+        self._blocks: dict[tuple[BlockStore, int], None] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._handshake: asyncio.Timeout | None = None
+        self._talking = True
+        self._connected = False
+        self._ending = False
+
+    # ----------------------------------------------------------------- adopt
+
+    def adopt(
+        self,
+        fd: int,
+        areas: Sequence[Area],
+        *,
+        page_size: int = 4096,
+        uncovered: Uncovered = "poison",
+        background: bool = False,
+        name: str = "",
+    ) -> Memory:
+        """Serve a userfaultfd of the client. Takes ``fd`` over, also when it fails.
+
+        :param areas: what comes from where, in pages of ``page_size`` bytes.
+        :param uncovered: what a touch outside of the areas gets: an error, or zeros.
+        :param background: bring everything, behind what is waited for.
+
+        Raises PeerError when the descriptor is none, or the areas cannot be: unaligned,
+        overlapping, past the end of their object, or more than the server's limits allow.
+        """
+        try:
+            areas_map = self._checked(areas, page_size)
+            if len(self.memories) >= self.server.limits.memories:
+                raise PeerError(f"{self!r} has handed over too many descriptors")
+            try:
+                Userfaultfd.from_fd(fd, own=False).close()
+            except UsageError as error:
+                raise PeerError(f"{self!r} handed over something else: {error}") from error
+            memory = self._memory(fd, areas_map, page_size, uncovered, name)
+        except BaseException:
+            os.close(fd)
+            raise
+        if self._handshake is not None:
+            self._handshake.reschedule(None)
+        self._begin(memory, background)
+        return memory
+
+    def _checked(self, areas: Sequence[Area], page_size: int) -> AreaMap:
+        limits = self.server.limits
+        if page_size not in _PAGE_SIZES:
+            raise PeerError(f"{self!r}: pages of {page_size} bytes")
+        if len(areas) > limits.areas:
+            raise PeerError(f"{self!r} has {len(areas)} areas, more than {limits.areas}")
+        total = 0
+        found = AreaMap()
+        for area in areas:
+            start, length, offset = area.start, area.length, area.offset
+            where = f"{self!r}: the area of {length:#x} bytes at {start:#x}"
+            if area.page_size != page_size:
+                raise PeerError(f"{where} has pages of {area.page_size} bytes")
+            if min(start, length, offset) < 0 or not length:
+                raise PeerError(f"{where} cannot be")
+            if start % page_size or length % page_size:
+                raise PeerError(f"{where} is not made of whole pages of {page_size} bytes")
+            if start + length > _ADDRESS_MAX:
+                raise PeerError(f"{where} ends behind all addresses")
+            total += length
+            if total > limits.bytes:
+                raise PeerError(f"{self!r} has more than {limits.bytes} bytes of areas")
+            store = area.store
+            if store is not None:
+                size = max(page_size, PAGE)
+                if offset % size or store.block_size % size:
+                    raise PeerError(f"{where} does not begin at a page of its object")
+                if offset + length > store.size + -store.size % PAGE:
+                    raise PeerError(
+                        f"{where} ends behind its object: {offset} + {length} of {store.size}"
+                    )
+            if area.states is not None and len(area.states) != length // page_size:
+                raise PeerError(f"{where} has states of {len(area.states)} pages")
+            try:
+                found.add(area)
+            except ValueError as error:
+                raise PeerError(f"{self!r}: {error}") from None
+        return found
+
+    def _memory(
+        self, fd: int, areas: AreaMap, page_size: int, uncovered: Uncovered, name: str
+    ) -> Memory:
+        return Memory(
+            self.server.reactor,
+            fd,
+            areas,
+            turn=self.number,
+            share=self._share,
+            uncovered=uncovered,
+            readahead=self.server.readahead,
+            page_size=page_size,
+            name=name or f"of process {self.peer.pid}",
+            forked=self._forked,
+            gone=self._gone,
+            failed=self._failed,
+            reserve=self.server.reserve,
+        )
+
+    def _begin(self, memory: Memory, background: bool) -> None:
+        self.memories.append(memory)
+        if self.record:
+            memory.recording = self._blocks
+        memory.start()
+        store = self.source
+        if self.prefetch is not None and store is not None:
+            if self.prefetch.is_stale(store.version, store.size):
+                log.warning("%r: its working set is of another version", self)
+            else:
+                self._run(memory.prefetch(store, self.prefetch.blocks(store.block_size)))
+        if background:
+            self._run(memory.complete())
+
+    def _run(self, coroutine: Any) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._ran)
+
+    def _ran(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.warning("%r: %s", self, task.exception())
+
+    def keep_while_connected(self) -> None:
+        """The client ends when it closes the connection."""
+        if not self._connected:
+            self._connected = True
+            self._run(self._until_eof())
+
+    async def _until_eof(self) -> None:
+        try:
+            await self.channel.wait_eof()
+        finally:
+            if not self._ending:
+                self.server._end(self)
+
+    async def store_for(self, source: Any, **options: Any) -> BlockStore:
+        """The store of an object, opened, and shared by all who are served from it.
+
+        ``source`` is what `aiouffd.open` takes, with its options. Raises what opening it raises.
+        """
+        return await self.server.store_for(source, **options)
+
+    # ---------------------------------------------------------------- events
+
+    def _forked(self, parent: Memory, fd: int) -> None:
+        """A fork: the child's memory is a copy, with a descriptor of its own."""
+        areas = parent.areas.copy()
+        if len(self.memories) >= self.server.limits.memories:
+            log.error("%r has too many children; the new one gets errors", self)
+            for area in areas:
+                for low, high in area.missing(area.start, area.end):
+                    lib.au_foreign_put(
+                        fd, lib.AU_OP_POISON, low, ffi.NULL, high - low, area.page_size
+                    )
+            os.close(fd)
+            return
+        name = f"a child of {parent.name}"
+        self._begin(self._memory(fd, areas, parent.page_size, parent.uncovered, name), False)
+
+    def _gone(self, memory: Memory) -> None:
+        if memory in self.memories:
+            self.memories.remove(memory)
+            self._past += memory.stats
+        self._check_ended()
+
+    def _failed(self, memory: Memory, error: BaseException) -> bool:
+        log.error("%r: %s", memory, error)
+        if self.on_failure == "kill":
+            return self.peer.kill()
+        return False
+
+    def probe(self) -> None:
+        """End what belongs to processes that have ended."""
+        for memory in list(self.memories):
+            memory.probe()
+        self._check_ended()
+
+    def _check_ended(self) -> None:
+        if not self.memories and not self._talking and not self._ending:
+            self.server._end(self)
+
+    # ------------------------------------------------------------------- talk
+
+    async def _talk(self) -> None:
+        """The whole life of the connection, but for what is served."""
+        self.peer.watch(self._peer_ended)
+        try:
+            async with asyncio.timeout(self.server.limits.handshake) as self._handshake:
+                if self.server.on_client is not None:
+                    await self.server.on_client(self)
+                await self.server.dialect.talk(self)
+        finally:
+            self._talking = False
+            self._handshake = None
+        self._check_ended()
+
+    def _peer_ended(self) -> None:
+        self._connected = True  # there is no other sign to wait for
+        self._talking = False
+        self.probe()
+
+    # ------------------------------------------------------------------ stats
+
+    @property
+    def stats(self) -> MemoryStats:
+        """What was done for it so far."""
+        total = MemoryStats()
+        total += self._past
+        for memory in self.memories:
+            total += memory.stats
+        return total
+
+    def working_set(self, source: BlockStore | None = None) -> WorkingSet:
+        """What was needed so far of an object (the default one), in order, if ``record`` was set."""
+        store = source or self.source
+        if store is None or not self.record:
+            raise UsageError("nothing was recorded", hint="set client.record in on_client")
+        size = store.block_size
+        return WorkingSet(
+            (
+                (block * size, min(size, store.size - block * size))
+                for of, block in self._blocks
+                if of is store
+            ),
+            size=store.size,
+            version=store.version,
+            source=self.server.name_of(store),
+        )
+
+    # -------------------------------------------------------------------- end
+
+    async def complete(self) -> None:
+        """Bring everything that is missing in all of its memory."""
+        await asyncio.gather(*(memory.complete() for memory in list(self.memories)))
+
+    def kill(self) -> bool:
+        """End the process (SIGKILL through its pidfd)."""
+        return self.peer.kill()
+
+    def close(self) -> None:
+        """Serve it no more. Idempotent."""
+        if self._ending:
+            return
+        self._ending = True
+        for task in self._tasks:
+            task.cancel()
+        for memory in list(self.memories):
+            self._past += memory.stats
+            memory.close()
+        self.memories.clear()
+        self.channel.close()
+        self.peer.close()
+        self.ended.set()
+
+    def __repr__(self) -> str:
+        return f"<Client {self.number}, process {self.peer.pid}>"

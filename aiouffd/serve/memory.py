@@ -1,0 +1,544 @@
+"""Serving one userfaultfd of another process.
+
+Facts about the kernel that shape this file (Linux 6.18; all but the last since 4.11):
+
+- While a REMOVE, UNMAP, REMAP or FORK event is unread, every ioctl that fills pages answers EAGAIN,
+  and for a moment after, until the thread that caused it has run. So: read everything, apply the
+  events, then fill; and what got EAGAIN is tried again on a timer.
+- read() hands out page faults before events, whatever came first. A fault may so be older or
+  younger than a removal in the same batch; with the removal applied first both get zeros, which is
+  what the process could have seen in either case.
+- An event is told before it takes effect (REMOVE) or after (the others). A page that is filled
+  between the two is dropped again with the rest, and its next touch is another fault.
+- Who waits for a page is not woken when the page goes: after UNMAP and REMAP we wake the old range.
+- EEXIST does not wake anybody either.
+- A forked child has its own descriptor, which comes with the event, and its memory is a copy as of
+  the fork. Nothing can be filled between the copying and our reading of the event.
+- The process's end is not told at all: ioctls answer ESRCH from then on.
+
+What a blocked thread gets: bytes; zeros where the process dropped the page itself; SIGBUS (or the
+end, see ``on_failure`` of `listen`) when the object failed for good; nothing while the object
+fails for a time, or while no server runs: it waits. Where the page has no object at all it gets
+SIGBUS, or zeros if that is the dialect's rule. It never gets zeros in place of bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import struct
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from .._lib import ffi, lib
+from ..errors import ClosedError, SourceError
+from ..readahead import Readahead
+from .areas import INSTALLED, REMOVED, Area, AreaMap
+from .reactor import Reactor, Share
+
+if TYPE_CHECKING:
+    from .blocks import BlockStore
+
+__all__ = ["Memory", "MemoryStats", "Uncovered"]
+
+log = logging.getLogger("aiouffd")
+
+Uncovered = Literal["poison", "zero"]
+
+_COPY: int = lib.AU_OP_COPY
+_ZERO: int = lib.AU_OP_ZERO
+_POISON: int = lib.AU_OP_POISON
+_CONTINUE: int = lib.AU_OP_CONTINUE
+_PAGEFAULT: int = lib.AU_EVENT_PAGEFAULT
+_FORK: int = lib.AU_EVENT_FORK
+_REMAP: int = lib.AU_EVENT_REMAP
+_REMOVE: int = lib.AU_EVENT_REMOVE
+_UNMAP: int = lib.AU_EVENT_UNMAP
+_FLAG_WP: int = lib.AU_PAGEFAULT_FLAG_WP
+_FLAG_MINOR: int = lib.AU_PAGEFAULT_FLAG_MINOR
+
+#: struct uffd_msg: the event, and three words whose meaning it tells.
+_MESSAGE = struct.Struct("=B7xQQQ")
+_BATCH = 64
+
+#: Pauses between tries of what got EAGAIN, in seconds: first and longest.
+AGAIN_FIRST, AGAIN_LONGEST = 0.0002, 0.02
+#: Tries of a huge page that "exists" and does not, before the pool counts as empty.
+HUGE_TRIES = 100
+#: Blocks that `complete` and `prefetch` ask for at a time.
+WINDOW = 64
+
+
+@dataclass(slots=True)
+class MemoryStats:
+    """What was done for one address space, or with ``+=`` for several."""
+
+    faults: int = 0
+    events: int = 0
+    installed_bytes: int = 0
+    zero_pages: int = 0
+    poisoned_pages: int = 0
+    retries: int = 0
+    forks: int = 0
+
+    def __iadd__(self, other: MemoryStats) -> MemoryStats:
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        return self
+
+
+class Memory:
+    """One address space of another process. Made by `Client.adopt`. One loop; not thread-safe."""
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        fd: int,
+        areas: AreaMap,
+        *,
+        turn: Hashable,
+        share: Share,
+        uncovered: Uncovered = "poison",
+        readahead: int = 0,
+        page_size: int = 4096,
+        name: str = "",
+        forked: Callable[[Memory, int], None] | None = None,
+        gone: Callable[[Memory], None] | None = None,
+        failed: Callable[[Memory, BaseException], bool] | None = None,
+        reserve: Reserve | None = None,
+    ) -> None:
+        self.fd = fd
+        self.areas = areas
+        self.name = name
+        self.page_size = page_size
+        self.uncovered: Uncovered = uncovered
+        self.readahead = readahead
+        self.stats = MemoryStats()
+        #: Set once the process has ended or the memory was closed.
+        self.ended = asyncio.Event()
+        self.turn = turn
+        self.share = share
+        #: While somebody records: (store, block) in the order of their first need.
+        self.recording: dict[tuple[BlockStore, int], None] | None = None
+        self._reactor = reactor
+        self._loop = asyncio.get_running_loop()
+        self._messages = ffi.new("struct au_uffd_msg[]", _BATCH)
+        self._raw = memoryview(ffi.buffer(self._messages)).cast("B")
+        self._wanted: dict[tuple[BlockStore, int], list[int]] = {}
+        self._liked: dict[tuple[BlockStore, int], None] = {}
+        self._room: asyncio.Event = asyncio.Event()
+        self._ahead: dict[BlockStore, Readahead] = {}
+        self._again: list[int] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._pause = AGAIN_FIRST
+        self._huge_tries: dict[int, int] = {}
+        self._forked, self._gone, self._failed = forked, gone, failed
+        self._reserve = reserve
+        self._closed = False
+        self._zeros: Any = ffi.NULL if page_size == 4096 else ffi.new("uint8_t[]", page_size)
+
+    # ------------------------------------------------------------------ begin
+
+    def start(self) -> None:
+        """Serve from now on. Who waited before we came is woken, and faults again."""
+        os.set_blocking(self.fd, False)
+        self._reactor.add(self)
+        self.wake()
+
+    def wake(self) -> None:
+        """Have every thread that waits fault again, so that whoever reads next hears of it."""
+        for area in self.areas:
+            lib.au_abi_wake(self.fd, area.start, area.length)
+
+    def fileno(self) -> int:
+        return self.fd
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    # --------------------------------------------------------------- messages
+
+    def serve_some(self) -> None:
+        """Read all that there is to read, then act. Called when the descriptor is readable."""
+        self._serve_all(self._read())
+
+    def _serve_all(self, faults: dict[int, int]) -> None:
+        for address, flags in faults.items():
+            if self._closed:
+                return
+            self._serve(address, flags)
+
+    def _read(self) -> dict[int, int]:
+        """Drain the descriptor and apply the events. Returns addresses of faults, and flags."""
+        faults: dict[int, int] = {}
+        moved = False
+        while not self._closed:
+            count = lib.au_abi_read(self.fd, self._messages, _BATCH)
+            if count < 0:
+                if -count in (errno.EMFILE, errno.ENFILE) and self._reserve is not None:
+                    # The event of a fork waits for a free descriptor, and the fork for us.
+                    if self._reserve.give():
+                        continue
+                    self._later(0)
+                break
+            for event, a, b, c in _MESSAGE.iter_unpack(self._raw[: count * _MESSAGE.size]):
+                if event == _PAGEFAULT:
+                    faults[b] = a
+                else:
+                    moved |= self._apply(event, a, b, c, faults)
+            if count < _BATCH:
+                break
+        self.stats.faults += len(faults)
+        return faults
+
+    def _apply(self, event: int, a: int, b: int, c: int, faults: dict[int, int]) -> bool:
+        self.stats.events += 1
+        if event == _REMOVE:
+            self.areas.removed(a, b)
+            # Who waits there is owed zeros now, not the bytes that are under way.
+            for address in self._waiting_in(a, b):
+                faults.setdefault(address, 0)
+        elif event == _UNMAP:
+            self.areas.unmapped(a, b)
+            lib.au_abi_wake(self.fd, a, b - a)
+        elif event == _REMAP:
+            self.areas.moved(a, b, c)
+            lib.au_abi_wake(self.fd, a, c)
+        elif event == _FORK:
+            self.stats.forks += 1
+            child = a & 0xFFFFFFFF
+            if self._forked is not None:
+                self._forked(self, child)
+            else:
+                os.close(child)
+            if self._reserve is not None:
+                self._reserve.fill()
+        else:
+            log.debug("%r: an unknown event %#x", self, event)
+            return False
+        return True
+
+    def _waiting_in(self, start: int, end: int) -> list[int]:
+        return [
+            address
+            for addresses in self._wanted.values()
+            for address in addresses
+            if start <= address < end
+        ]
+
+    # ----------------------------------------------------------------- faults
+
+    def _serve(self, address: int, flags: int = 0) -> None:
+        """A thread waits for ``address``."""
+        area = self.areas.find(address)
+        size = self.page_size if area is None else area.page_size
+        page = address & -size
+        if flags & _FLAG_WP:
+            lib.au_abi_writeprotect(self.fd, page, size, 0)
+            return
+        if area is None:
+            if self.uncovered == "zero":
+                self._put(_ZERO, page, self._zeros, size, size)
+            else:
+                self._poison(page, size)
+            return
+        if flags & _FLAG_MINOR:
+            self._put(_CONTINUE, page, ffi.NULL, size, size)
+            return
+        store = area.store
+        state = area.state_of(page)
+        if state & REMOVED or store is None:
+            self.stats.zero_pages += 1
+            self._put(_ZERO, page, self._zeros, size, size)
+            return
+        if state & INSTALLED and size > 4096 and self._pool_is_empty(page):
+            return
+        block = area.offset_of(page) // store.block_size
+        if self.recording is not None:
+            self.recording.setdefault((store, block))
+        at_hand = store.peek(block)
+        if at_hand is not None:
+            self._fill(area, store, block, at_hand[0], page)
+        else:
+            waiting = self._wanted.setdefault((store, block), [])
+            if not waiting:
+                store.want(block, self)
+            if page not in waiting:
+                waiting.append(page)
+        if self.readahead and self.recording is None:
+            self._read_ahead(store, block)
+
+    def _read_ahead(self, store: BlockStore, block: int) -> None:
+        ahead = self._ahead.get(store)
+        if ahead is None:
+            window = max(1, self.readahead // store.block_size)
+            ahead = self._ahead[store] = Readahead(store.blocks, window, max(1, window // 4))
+        for first, count in ahead.touch(block):
+            self._like(store, first, count)
+
+    def _like(self, store: BlockStore, first: int, count: int) -> None:
+        """Ask for blocks in the background, but those that nothing of is missing."""
+        run = 0
+        for block in range(first, first + count + 1):
+            if block < first + count and self._misses(store, block):
+                self._liked[store, block] = None
+                run += 1
+            elif run:
+                store.like(block - run, run, self)
+                run = 0
+
+    def _misses(self, store: BlockStore, block: int) -> bool:
+        if (store, block) in self._liked or (store, block) in self._wanted:
+            return False
+        at_hand: tuple[memoryview | None] | None = None
+        for area, start, end in self.areas.of_block(store, block):
+            if next(iter(area.missing(start, end)), None) is not None:
+                at_hand = at_hand or store.peek(block)
+                if at_hand is None:
+                    return True
+                self._fill(area, store, block, at_hand[0])
+        return False
+
+    def landed(self, store: BlockStore, block: int, data: memoryview | None) -> None:
+        """A block has come. The map says where it belongs by now, if anywhere."""
+        waiting = self._wanted.pop((store, block), ())
+        liked = (store, block) in self._liked
+        if liked:
+            del self._liked[store, block]
+            self._room.set()
+        if self._closed:
+            return
+        for page in waiting:
+            area = self.areas.find(page)
+            if (
+                area is not None
+                and area.store is store
+                and area.offset_of(page) // store.block_size == block
+                and not area.state_of(page) & REMOVED
+            ):
+                self._fill(area, store, block, data, page)
+            else:
+                # It is something else now. Who waits there asks again.
+                lib.au_abi_wake(self.fd, page, self.page_size)
+        if liked:
+            for area, _start, _end in self.areas.of_block(store, block):
+                self._fill(area, store, block, data)
+
+    def failed(self, store: BlockStore, block: int, error: BaseException) -> None:
+        """A block could not be had, for good."""
+        waiting = self._wanted.pop((store, block), ())
+        if self._liked.pop((store, block), self) is None:
+            self._room.set()
+        if self._closed or isinstance(error, ClosedError) or not waiting:
+            return
+        if self._failed is not None and self._failed(self, error):
+            return
+        for page in waiting:
+            self._poison(page, self.page_size)
+
+    def _fill(
+        self,
+        area: Area,
+        store: BlockStore,
+        block: int,
+        data: memoryview | None,
+        page: int | None = None,
+    ) -> None:
+        """Fill what is missing of a block's place in ``area``, and in any case ``page``, for which
+        a thread waits, whatever we believe of it."""
+        start, end = area.block(block, store.block_size)
+        runs = list(area.missing(start, end))
+        if page is not None and not any(low <= page < high for low, high in runs):
+            runs.append((page, page + area.page_size))
+        source = ffi.NULL if data is None else ffi.from_buffer("uint8_t[]", data)
+        base = start - (area.offset_of(start) - block * store.block_size)
+        for low, high in runs:
+            if data is None:
+                done = self._put(_ZERO, low, self._zeros, high - low, area.page_size)
+            else:
+                done = self._put(_COPY, low, source + (low - base), high - low, area.page_size)
+            if done:
+                area.mark_installed(low, low + done)
+                self.stats.installed_bytes += done
+
+    # ---------------------------------------------------------------- filling
+
+    def _put(self, op: int, start: int, source: Any, length: int, page_size: int) -> int:
+        """One native call. Returns the bytes done; what could not be done now is tried again."""
+        if self._closed:
+            return 0
+        result: int = lib.au_foreign_put(self.fd, op, start, source, length, page_size)
+        if result >= 0:
+            self._pause = AGAIN_FIRST
+            return result
+        code, done = ~result & 0xFF, ~result >> 8
+        if code == errno.EAGAIN:
+            self.stats.retries += 1
+            self._later(start + done)
+        elif code in (errno.ESRCH, errno.EBADF):
+            self._end()
+        else:
+            log.error(
+                "%r: filling %d bytes at %#x failed: %s", self, length, start, os.strerror(code)
+            )
+            self._later(start + done)
+            self._pause = AGAIN_LONGEST
+        return done
+
+    def _poison(self, page: int, size: int) -> None:
+        self.stats.poisoned_pages += 1
+        log.error("%r: nothing is known of the page at %#x; it gets an error", self, page)
+        self._put(_POISON, page, ffi.NULL, size, size)
+        lib.au_abi_wake(self.fd, page, size)
+
+    def _pool_is_empty(self, page: int) -> bool:
+        """EEXIST for a huge page can mean that there is none to be had."""
+        tries = self._huge_tries[page] = self._huge_tries.get(page, 0) + 1
+        if tries % HUGE_TRIES:
+            return False
+        log.error("%r: no huge pages are left for it; see vm.nr_hugepages", self)
+        self._later(page)
+        self._pause = AGAIN_LONGEST
+        return True
+
+    def _later(self, address: int) -> None:
+        """Serve ``address`` again in a while (0: only read)."""
+        if address:
+            self._again.append(address)
+        if self._timer is None and not self._closed:
+            self._timer = self._loop.call_later(self._pause, self._try_again)
+            self._pause = min(self._pause * 2, AGAIN_LONGEST)
+
+    def _try_again(self) -> None:
+        self._timer = None
+        if self._closed:
+            return
+        faults = self._read()
+        again, self._again = self._again, []
+        for address in again:
+            faults.setdefault(address, 0)
+        self._serve_all(faults)
+
+    # ------------------------------------------------------------- background
+
+    async def prefetch(self, store: BlockStore, runs: Iterable[tuple[int, int]]) -> None:
+        """Bring runs of blocks of ``store`` in this order, behind what threads wait for."""
+        piece = max(1, (1 << 20) // store.block_size)
+        for first, count in runs:
+            for block in range(first, first + count, piece):
+                await self._have_room()
+                if self._closed:
+                    return
+                self._like(store, block, min(piece, first + count - block))
+                await asyncio.sleep(0)
+
+    async def complete(self) -> None:
+        """Bring everything that is still missing, in the background. Returns once it is there, or
+        the memory has ended. Raises SourceError when a part could not be had."""
+        while not self._closed:
+            before = self._missing_bytes()
+            if not before:
+                return
+            for area in list(self.areas):
+                if area.store is not None:
+                    size = area.store.block_size
+                    first = area.offset // size
+                    last = (area.offset + area.length - 1) // size
+                    await self.prefetch(area.store, [(first, last - first + 1)])
+            while self._liked and not self._closed:
+                self._room.clear()
+                await self._room.wait()
+            if self._missing_bytes() >= before:
+                if self._again or self._timer is not None:
+                    await asyncio.sleep(AGAIN_LONGEST)
+                elif not self._closed:
+                    raise SourceError(f"{self!r}: some of it could not be brought")
+
+    def _missing_bytes(self) -> int:
+        return sum(
+            high - low
+            for area in self.areas
+            if area.store is not None
+            for low, high in area.missing(area.start, area.end)
+        )
+
+    async def _have_room(self) -> None:
+        while len(self._liked) >= WINDOW and not self._closed:
+            self._room.clear()
+            await self._room.wait()
+
+    # -------------------------------------------------------------------- end
+
+    def probe(self) -> bool:
+        """Whether the process still lives; if not, this memory has ended."""
+        if not self._closed and not lib.au_foreign_alive(self.fd):
+            self._end()
+        return not self._closed
+
+    def _end(self) -> None:
+        self.close()
+        if self._gone is not None:
+            self._gone(self)
+
+    def detach(self) -> int:
+        """Stop, and give the descriptor away. Threads that wait are woken: they fault again, and
+        whoever reads next hears of them."""
+        self.wake()
+        return self._stop()
+
+    def close(self) -> None:
+        """Stop, and close the descriptor. Threads that wait stay blocked for as long as
+        another copy of it exists; with the last one the kernel lets them see zeros. Idempotent."""
+        if not self._closed:
+            os.close(self._stop())
+
+    def _stop(self) -> int:
+        self._closed = True
+        self._reactor.remove(self.fd)
+        if self._timer is not None:
+            self._timer.cancel()
+        stores = {store for store, _ in (*self._wanted, *self._liked)}
+        self._wanted.clear()
+        self._liked.clear()
+        for store in stores:
+            store.forget(self)
+        self._room.set()
+        self.ended.set()
+        fd, self.fd = self.fd, -1
+        return fd
+
+    def __repr__(self) -> str:
+        return f"<Memory {self.name or self.fd}: {len(self.areas)} areas>"
+
+
+class Reserve:
+    """A few descriptors held back for when no others are left: a fork waits for its event to be
+    read, and that needs one."""
+
+    def __init__(self, count: int = 8) -> None:
+        self._count = count
+        self._held: list[int] = []
+        self.fill()
+
+    def give(self) -> bool:
+        """Let go of one. False if there is none left."""
+        if not self._held:
+            return False
+        os.close(self._held.pop())
+        return True
+
+    def fill(self) -> None:
+        """Take back what was given, as far as that is possible."""
+        try:
+            while len(self._held) < self._count:
+                self._held.append(os.open("/", os.O_PATH | os.O_CLOEXEC))
+        except OSError:
+            pass
+
+    def close(self) -> None:
+        while self.give():
+            pass

@@ -1,0 +1,107 @@
+"""Who is at the other end of a Unix socket, whether it lives, and who is let in.
+
+Identity comes from the kernel: SO_PEERCRED (who connected), and a pidfd, which names the process
+and not a number that may be used again: SO_PEERPIDFD (6.5), or pidfd_open at once after accepting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import struct
+from collections.abc import Callable
+from typing import TypeAlias
+
+__all__ = ["Peer", "Policy", "anybody", "same_user"]
+
+_SO_PEERPIDFD = 77
+_CREDENTIALS = struct.Struct("3i")
+
+
+class Peer:
+    """A process that has connected. ``pid``, ``uid`` and ``gid`` are those it had then."""
+
+    def __init__(self, pid: int, uid: int, gid: int, pidfd: int) -> None:
+        self.pid, self.uid, self.gid = pid, uid, gid
+        #: Descriptor that is readable once the process has ended, or -1 if there is none.
+        self.pidfd = pidfd
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @classmethod
+    def of(cls, connection: socket.socket) -> Peer:
+        """Who connected ``connection``, an accepted Unix socket."""
+        size = _CREDENTIALS.size
+        raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+        pid, uid, gid = _CREDENTIALS.unpack(raw)
+        pidfd = -1
+        try:
+            pidfd = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+        except OSError:
+            if pid:
+                with contextlib.suppress(OSError):
+                    pidfd = os.pidfd_open(pid)
+        return cls(pid, uid, gid, pidfd)
+
+    @property
+    def alive(self) -> bool | None:
+        """Whether the process still runs; None if that cannot be known."""
+        if self.pidfd < 0:
+            return None
+        try:
+            signal.pidfd_send_signal(self.pidfd, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass
+        return True
+
+    def kill(self) -> bool:
+        """End the process (SIGKILL). False if it is gone, or may not be killed."""
+        if self.pidfd < 0:
+            return False
+        try:
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            return False
+        return True
+
+    def watch(self, ended: Callable[[], None]) -> None:
+        """Call ``ended`` once the process has ended, on the running loop."""
+        if self.pidfd < 0 or self._loop is not None:
+            return
+        self._loop = loop = asyncio.get_running_loop()
+
+        def readable() -> None:
+            loop.remove_reader(self.pidfd)
+            self._loop = None
+            ended()
+
+        loop.add_reader(self.pidfd, readable)
+
+    def close(self) -> None:
+        """Let go of the descriptor. Idempotent."""
+        pidfd, self.pidfd = self.pidfd, -1
+        if pidfd >= 0:
+            if self._loop is not None and not self._loop.is_closed():
+                self._loop.remove_reader(pidfd)
+            os.close(pidfd)
+
+    def __repr__(self) -> str:
+        return f"<Peer process {self.pid}, user {self.uid}>"
+
+
+#: Says whether a process may be served.
+Policy: TypeAlias = Callable[[Peer], bool]
+
+
+def same_user(peer: Peer) -> bool:
+    """This process's own user, and root: what the socket's mode 0600 says as well."""
+    return peer.uid in (0, os.geteuid())
+
+
+def anybody(peer: Peer) -> bool:
+    """Whoever can connect. The socket's mode then is all there is: set it."""
+    return True

@@ -1,0 +1,403 @@
+"""The listening socket, and what all clients of a server share."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import socket
+import stat
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ..errors import ClosedError, PeerError, UsageError
+from ..sources import as_source
+from ..sources.names import display_name
+from ..workingset import WorkingSet
+from .blocks import BLOCK_SIZE, KEEP, BlockStore
+from .channel import Channel
+from .client import Client, Limits, OnFailure
+from .dialects import Dialect, dialect_named
+from .memory import MemoryStats, Reserve
+from .peer import Peer, Policy, same_user
+from .reactor import Reactor
+
+__all__ = ["Server", "listen"]
+
+log = logging.getLogger("aiouffd")
+
+#: Seconds between looks for processes that have ended without a sign.
+PROBE = 2.0
+#: Connections accepted in one turn of the loop, and the pause when no descriptor is free, seconds.
+ACCEPTS, ACCEPT_PAUSE = 64, 0.1
+
+OnClient = Callable[[Client], Awaitable[None]]
+
+
+def listen(
+    path: str | os.PathLike[str],
+    *,
+    source: Any = None,
+    dialect: str | Dialect = "native",
+    on_client: OnClient | None = None,
+    allow: Policy = same_user,
+    mode: int = 0o600,
+    limits: Limits | None = None,
+    max_clients: int = 1024,
+    block_size: int | None = None,
+    keep: int = KEEP,
+    readahead: int = 0,
+    deadline: float | None = None,
+    on_failure: OnFailure = "poison",
+    prefetch: WorkingSet | str | os.PathLike[str] | None = None,
+    record: bool = False,
+    **options: Any,
+) -> Server:
+    """Serve the memory of processes that connect to a Unix socket; use it with ``async with``.
+
+    ::
+
+        async with aiouffd.serve.listen(path, source="s3://b/mem", dialect="firecracker"):
+            ...
+
+    :param path: of the socket, which is made, and removed at the end. One that nobody listens on
+        any more is replaced.
+    :param source: the object that clients' memory shows: what `aiouffd.open` takes. None where
+        ``on_client`` or the dialect says.
+    :param dialect: ``"firecracker"``, ``"native"``, or an object with ``talk``.
+    :param on_client: a coroutine function that is called with each `Client` before it is talked
+        with; may set its ``source``, ``prefetch`` and ``record``, and raises to turn it away.
+    :param allow: who may be served, by `Peer`; `same_user` by default.
+    :param mode: permissions of the socket.
+    :param limits: what a client may ask for.
+    :param max_clients: connections at a time; more are closed at once.
+    :param block_size: bytes fetched at a time: a power of two, 64 KiB by default.
+    :param keep: bytes of fetched blocks that are kept for the next client.
+    :param readahead: bytes to bring ahead of sequential access, per client.
+    :param deadline: seconds after which a block that a client waits for has failed. By default
+        failures that may pass are waited out.
+    :param on_failure: what becomes of who waits for a block that cannot be had: ``"poison"``, an
+        error (SIGBUS; Linux 6.6), or ``"kill"``, the end of the process.
+    :param prefetch: a working set that is brought ahead for every client.
+    :param record: note what clients need; `Client.working_set` has it.
+    :param options: the rest goes to the source.
+
+    Raises, when entered, what opening the source raises, OSError when the socket cannot be made,
+    and UsageError.
+    """
+    if prefetch is not None and not isinstance(prefetch, WorkingSet):
+        prefetch = WorkingSet.load(prefetch)
+    return Server(
+        Path(path),
+        source=source,
+        dialect=dialect_named(dialect),
+        on_client=on_client,
+        allow=allow,
+        mode=mode,
+        limits=limits or Limits(),
+        max_clients=max_clients,
+        block_size=block_size or BLOCK_SIZE,
+        keep=keep,
+        readahead=readahead,
+        deadline=deadline,
+        on_failure=on_failure,
+        prefetch=prefetch,
+        record=record,
+        options=options,
+    )
+
+
+class Server:
+    """Made by `listen`. Belongs to the loop that enters it."""
+
+    reactor: Reactor
+    reserve: Reserve
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        source: Any,
+        dialect: Dialect,
+        on_client: OnClient | None,
+        allow: Policy,
+        mode: int,
+        limits: Limits,
+        max_clients: int,
+        block_size: int,
+        keep: int,
+        readahead: int,
+        deadline: float | None,
+        on_failure: OnFailure,
+        prefetch: WorkingSet | None,
+        record: bool,
+        options: dict[str, Any],
+    ) -> None:
+        if on_failure not in ("poison", "kill"):
+            raise UsageError(f"on_failure is 'poison' or 'kill', not {on_failure!r}")
+        if readahead < 0 or keep < 0 or max_clients < 1:
+            raise UsageError("readahead and keep are bytes, max_clients is at least 1")
+        self.path = path
+        self.dialect = dialect
+        self.on_client = on_client
+        self.limits = limits
+        self.readahead = readahead
+        self.on_failure: OnFailure = on_failure
+        self.prefetch = prefetch
+        self.record = record
+        #: The store of ``source``.
+        self.store: BlockStore | None = None
+        self.clients: list[Client] = []
+        #: Clients that were turned away or dropped for what they sent.
+        self.refused = 0
+        self._source, self._options = source, options
+        self._allow, self._mode = allow, mode
+        self._max_clients = max_clients
+        self._store_settings: dict[str, Any] = {
+            "block_size": block_size,
+            "keep": keep,
+            "deadline": deadline,
+        }
+        self._stores: dict[Any, asyncio.Future[BlockStore]] = {}
+        self._names: dict[BlockStore, str] = {}
+        self._past = MemoryStats()
+        self._listening: socket.socket | None = None
+        self._identity: tuple[int, int] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._number = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._open = self._closed = False
+
+    # ------------------------------------------------------------------- open
+
+    async def open(self) -> Server:
+        """Open the source and listen. What ``async with`` does."""
+        if self._closed:
+            raise ClosedError("the server is closed")
+        if self._open:
+            return self
+        self._loop = asyncio.get_running_loop()
+        self.reactor, self.reserve = Reactor(), Reserve()
+        try:
+            if self._source is not None:
+                self.store = await self.store_for(self._source, **self._options)
+            self._listen()
+        except BaseException:
+            await self._close_all()
+            raise
+        self._open = True
+        return self
+
+    async def __aenter__(self) -> Server:
+        return await self.open()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    def _listen(self) -> None:
+        self._remove_stale()
+        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        self._listening = listening
+        # The mode has to be right from the first moment on.
+        before = os.umask(0o777 & ~self._mode)
+        try:
+            listening.bind(str(self.path))
+        finally:
+            os.umask(before)
+        status = self.path.stat()
+        self._identity = (status.st_dev, status.st_ino)
+        listening.listen(128)
+        self._loop.add_reader(listening.fileno(), self._accept)
+
+    def _remove_stale(self) -> None:
+        """A socket that a dead server left is in the way; anything else stays."""
+        try:
+            if not stat.S_ISSOCK(self.path.lstat().st_mode):
+                return
+        except OSError:
+            return
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.setblocking(False)
+            try:
+                probe.connect(str(self.path))
+            except ConnectionRefusedError:
+                self.path.unlink(missing_ok=True)
+            except OSError:
+                pass
+
+    async def store_for(self, source: Any, **options: Any) -> BlockStore:
+        """See `Client.store_for`."""
+        try:
+            key: Any = (source, *sorted(options.items()))
+            hash(key)
+        except TypeError:
+            key = id(source)
+        pending = self._stores.get(key)
+        if pending is None:
+            pending = self._stores[key] = asyncio.ensure_future(self._open_store(source, options))
+        try:
+            return await asyncio.shield(pending)
+        except BaseException:
+            if pending.done() and self._stores.get(key) is pending:
+                del self._stores[key]
+            raise
+
+    async def _open_store(self, source: Any, options: dict[str, Any]) -> BlockStore:
+        store = BlockStore(as_source(source, **options), **self._store_settings)
+        await store.open()
+        self._names[store] = (
+            display_name(str(source))
+            if isinstance(source, str | os.PathLike)
+            else type(source).__name__
+        )
+        return store
+
+    def name_of(self, store: BlockStore) -> str:
+        """What people call the object of a store."""
+        return self._names.get(store, type(store.source).__name__)
+
+    # ---------------------------------------------------------------- clients
+
+    def _accept(self) -> None:
+        listening = self._listening
+        for _ in range(ACCEPTS):
+            if listening is None:
+                return
+            try:
+                connection, _ = listening.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE) and self.reserve.give():
+                    # Turn it away, which takes a descriptor, instead of letting it wait for ever.
+                    with contextlib.suppress(OSError):
+                        listening.accept()[0].close()
+                    self.reserve.fill()
+                    self.refused += 1
+                    log.error("no descriptor is free for another client")
+                    continue
+                log.error("accepting a client failed: %s", error)
+                self._loop.remove_reader(listening.fileno())
+                self._loop.call_later(ACCEPT_PAUSE, self._accept_again)
+                return
+            self._welcome(connection)
+
+    def _accept_again(self) -> None:
+        if self._listening is not None:
+            self._loop.add_reader(self._listening.fileno(), self._accept)
+
+    def _welcome(self, connection: socket.socket) -> None:
+        peer = Peer.of(connection)
+        if len(self.clients) >= self._max_clients or not self._allow(peer):
+            log.warning("%r is turned away", peer)
+            self.refused += 1
+            peer.close()
+            connection.close()
+            return
+        self._number += 1
+        client = Client(self, Channel(connection, peer), self._number)
+        self.clients.append(client)
+        task = self._loop.create_task(self._talk(client))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        if self._timer is None:
+            self._timer = self._loop.call_later(PROBE, self._probe)
+
+    async def _talk(self, client: Client) -> None:
+        try:
+            await client._talk()
+        except (PeerError, ClosedError, TimeoutError) as error:
+            if not client.ended.is_set():
+                log.warning("%r is dropped: %s", client, error or "it took too long")
+                self.refused += 1
+                self._end(client)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            self._loop.call_exception_handler(
+                {"message": f"serving {client!r} failed", "exception": error}
+            )
+            self.refused += 1
+            self._end(client)
+
+    def _end(self, client: Client) -> None:
+        if client in self.clients:
+            self.clients.remove(client)
+            client.close()
+            self._past += client.stats
+
+    def _probe(self) -> None:
+        self._timer = None
+        for client in list(self.clients):
+            client.probe()
+        if self.clients and not self._closed:
+            self._timer = self._loop.call_later(PROBE, self._probe)
+
+    @property
+    def stats(self) -> MemoryStats:
+        """What was done for all clients, also those that have ended."""
+        total = MemoryStats()
+        total += self._past
+        for client in self.clients:
+            total += client.stats
+        return total
+
+    # -------------------------------------------------------------------- end
+
+    def stop_listening(self) -> None:
+        """Accept no more clients, and remove the socket. Idempotent."""
+        listening, self._listening = self._listening, None
+        if listening is None:
+            return
+        self._loop.remove_reader(listening.fileno())
+        with contextlib.suppress(OSError):
+            status = self.path.lstat()
+            if (status.st_dev, status.st_ino) == self._identity:
+                self.path.unlink()
+        listening.close()
+
+    async def aclose(self) -> None:
+        """Serve nobody any more. Clients that keep a copy of their descriptor (all but CRIU's)
+        stay blocked at their next fault until somebody serves them; those that keep none are given
+        everything first, which may take long. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._open:
+            self.stop_listening()
+            last = [client.complete() for client in self.clients if client.complete_on_close]
+            for failure in await asyncio.gather(*last, return_exceptions=True):
+                if isinstance(failure, BaseException):
+                    log.error("a client could not be given everything: %s", failure)
+        await self._close_all()
+
+    async def _close_all(self) -> None:
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for client in list(self.clients):
+            self._end(client)
+        self.stop_listening()
+        for pending in self._stores.values():
+            if pending.done() and not pending.cancelled() and pending.exception() is None:
+                await pending.result().aclose()
+            else:
+                pending.cancel()
+                await asyncio.gather(pending, return_exceptions=True)
+        self.reactor.close()
+        self.reserve.close()
+
+    def __repr__(self) -> str:
+        return f"<Server at {self.path}, {len(self.clients)} clients>"
