@@ -3,6 +3,8 @@
 Layers, each importing only from those below it::
 
     cli, doctor               the command line
+    safetensors               the tensors of a file as arrays over a lazy buffer
+    serve                     faults of other processes
     sync, buffer              lazy buffers: what most people use
     flights, readahead        fetching blocks: retries, deadlines, looking ahead
     workingset                which parts were needed, in which order
@@ -11,6 +13,8 @@ Layers, each importing only from those below it::
     uffd, abi, probe          the kernel ABI, typed
     _native                   the C core (native/)
 """
+
+from typing import TYPE_CHECKING, Any
 
 from . import sync as sync
 from .abi import Feature as Feature
@@ -23,6 +27,7 @@ from .errors import BlockingTouchWarning as BlockingTouchWarning
 from .errors import ClosedError as ClosedError
 from .errors import InternalError as InternalError
 from .errors import KernelError as KernelError
+from .errors import PeerError as PeerError
 from .errors import RangeNotSupportedError as RangeNotSupportedError
 from .errors import ShortReadError as ShortReadError
 from .errors import SourceChangedError as SourceChangedError
@@ -42,3 +47,16 @@ from .workingset import Recording as Recording
 from .workingset import WorkingSet as WorkingSet
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from . import safetensors as safetensors
+    from . import serve as serve
+else:
+
+    def __getattr__(name: str) -> Any:
+        # Loaded when it is asked for: most who need a buffer need neither.
+        if name in ("safetensors", "serve"):
+            from importlib import import_module
+
+            return import_module(f".{name}", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,17 +20,19 @@ import json
 import math
 import os
 import struct
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from range_server import served
+
 import aiouffd
+from aiouffd.safetensors import TensorInfo
 from aiouffd.sources import HttpSource
 
 try:
@@ -117,70 +119,24 @@ def write_weights(path: Path, size: int) -> int:
     return base + end
 
 
-@asynccontextmanager
-async def served(path: Path, latency: float) -> AsyncIterator[str]:
-    """A server for the file, in another process; gives the URL."""
-    server = await asyncio.create_subprocess_exec(
-        sys.executable,
-        str(Path(__file__).with_name("range_server.py")),
-        str(path),
-        f"--latency={latency}",
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert server.stdin is not None
-    assert server.stdout is not None
-    try:
-        url = (await server.stdout.readline()).decode().strip()
-        if not url:
-            raise RuntimeError("the server did not start")
-        yield url
-    finally:
-        server.stdin.close()
-        await server.wait()
-
-
 # --------------------------------------------------------------- the program
 
 
-@dataclass
-class Tensor:
-    name: str
-    shape: list[int]
-    start: int  # in the file, in bytes
-    end: int
-
-    def of(self, memory: memoryview) -> np.ndarray:
-        """The tensor as an array over `memory`, which holds the file. Copies nothing."""
-        count = math.prod(self.shape)
-        return np.frombuffer(memory, "<f4", count, self.start).reshape(self.shape)
-
-
-def parse_header(text: bytes, base: int) -> dict[str, Tensor]:
-    """What the header of a safetensors file says; the data begins at byte `base`."""
-    tensors = {}
-    for name, entry in json.loads(text).items():
-        if name != "__metadata__":
-            if entry["dtype"] != "F32":
-                raise ValueError(f"{name} is {entry['dtype']}, which this example does not read")
-            start, end = entry["data_offsets"]
-            tensors[name] = Tensor(name, entry["shape"], base + start, base + end)
-    return tensors
-
-
-def compute(memory: memoryview, tensors: dict[str, Tensor]) -> list[tuple[str, float, float]]:
+def compute(
+    memory: memoryview, tensors: Mapping[str, TensorInfo]
+) -> list[tuple[str, float, float]]:
     """(what, mean, norm) of the wanted tensors, then of the wanted rows. Plain NumPy."""
     results = []
     for name in WANTED:
-        data = tensors[name].of(memory).astype("f8")
+        data = tensors[name].array(memory).astype("f8")
         results.append((name, float(data.mean()), float(np.sqrt(data @ data))))
     table = tensors[EMBEDDING]
-    rows = table.of(memory)[wanted_rows(table.shape[0])].astype("f8")
+    rows = table.array(memory)[wanted_rows(table.shape[0])].astype("f8")
     results.append((f"8 rows of {EMBEDDING}", float(rows.mean()), float(np.linalg.norm(rows))))
     return results
 
 
-def check(results: list[tuple[str, float, float]], tensors: dict[str, Tensor]) -> None:
+def check(results: list[tuple[str, float, float]], tensors: Mapping[str, TensorInfo]) -> None:
     """Compare with the values that the formulas give."""
     known = [expected(math.prod(tensors[name].shape)) for name in WANTED]
     rows = wanted_rows(tensors[EMBEDDING].shape[0])
@@ -199,7 +155,7 @@ class Run:
     fetched: int = 0
     size: int = 0
     results: list[tuple[str, float, float]] = field(default_factory=list)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
     flights: list[aiouffd.FlightEvent] = field(default_factory=list)
     started: float = 0.0
     block_size: int = 1
@@ -212,9 +168,8 @@ async def lazily(url: str, view: View) -> Run:
     async with aiouffd.open(url, trace=run.flights.append) as buffer:
         run.size, run.block_size = len(buffer), buffer.block_size
         with view.progress(run, buffer):
-            (length,) = struct.unpack("<Q", await buffer.read(0, 8))
+            run.tensors = (await aiouffd.safetensors.load(buffer)).info
             run.first_byte = time.monotonic() - run.started
-            run.tensors = parse_header(await buffer.read(8, length), 8 + length)
             # In a worker thread, which waits for the bytes while this loop fetches them.
             run.results = await asyncio.to_thread(compute, buffer.view, run.tensors)
             run.total = time.monotonic() - run.started
@@ -233,9 +188,8 @@ async def eagerly(url: str) -> Run:
         await source.read_into(0, memory)
     finally:
         await source.aclose()
-    (length,) = struct.unpack_from("<Q", memory)
+    run.tensors = aiouffd.safetensors.parse_header(memory).tensors
     run.first_byte = time.monotonic() - run.started
-    run.tensors = parse_header(bytes(memory[8 : 8 + length]), 8 + length)
     run.results = await asyncio.to_thread(compute, memory, run.tensors)
     run.total = time.monotonic() - run.started
     return run
@@ -379,7 +333,7 @@ class View:
         here = [
             name
             for name in (EMBEDDING, *WANTED)
-            if name in run.tensors and at <= run.tensors[name].start < at + length
+            if name in run.tensors and at <= run.tensors[name].offset < at + length
         ]
         return "  " + ", ".join(here) if here else ""
 

@@ -3,16 +3,19 @@
     python examples/range_server.py FILE [--port N] [--latency MS]
 
 It prints the URL of the file as its first line and serves until its standard input ends
-(Ctrl-D), so that a program which starts it cannot leave it behind. GET and HEAD, one range
-per request, ETag, If-Match, keep-alive; the bytes go from the page cache to the socket by
-sendfile. For loopback only: it knows one file and no security.
+(Ctrl-D), so that a program which starts it cannot leave it behind; `served` is how the other
+examples do that. GET and HEAD, one range per request, ETag, If-Match, keep-alive; the bytes go
+from the page cache to the socket by sendfile. For loopback only: it knows one file and no security.
 """
 
 import argparse
 import asyncio
 import os
 import re
+import subprocess
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from email.utils import formatdate
 from pathlib import Path
 
@@ -97,6 +100,29 @@ class RangeServer:
         if not match[1]:
             return max(0, self._size - int(match[2])), self._size
         return int(match[1]), min(self._size, int(match[2] or self._size) + 1)
+
+
+@asynccontextmanager
+async def served(path: Path, latency: float = 0.0) -> AsyncIterator[str]:
+    """Serve a file from another process, after `latency` milliseconds each time; gives the URL."""
+    server = await asyncio.create_subprocess_exec(
+        sys.executable,
+        __file__,
+        str(path),
+        f"--latency={latency}",
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert server.stdin is not None
+    assert server.stdout is not None
+    try:
+        url = (await server.stdout.readline()).decode().strip()
+        if not url:
+            raise RuntimeError("the server did not start")
+        yield url
+    finally:
+        server.stdin.close()
+        await server.wait()
 
 
 async def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -22,8 +23,9 @@ LIMIT = 60
 
 # Runs a program as if some packages were not installed.
 WITHOUT = """
-import runpy, sys
+import os, runpy, sys
 missing, path, *rest = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(path))
 sys.modules.update(dict.fromkeys(missing.split(",")))
 sys.argv = [path, *rest]
 runpy.run_path(path, run_name="__main__")
@@ -175,6 +177,86 @@ def test_kvm_guest() -> None:
         return
     assert "the guest said: Hello from lazy memory, everyone" in text
     assert "fetched 2,097,152 of 67,108,864 bytes" in text
+
+
+# ---------------------------------------------------------- formats that users open
+
+
+def fetched(text: str) -> list[float]:
+    """The shares of the file, in per cent, that the example says were fetched by then."""
+    found = re.findall(r"([\d,]+) of ([\d,]+) bytes", text)
+    return [100 * int(a.replace(",", "")) / int(b.replace(",", "")) for a, b in found]
+
+
+def test_safetensors_tensors() -> None:
+    text = output_of("safetensors_tensors.py")
+    assert "<Tensors: 48 tensors, 25214976 bytes>, {'format': 'np'}" in text
+    assert text.count("as it should be") == 5
+    assert "are in 2 of 3 files" in text
+    one, several = fetched(text)
+    # A tensor of 1 MiB, a bias and a row; a tensor and a bias: of 24 MiB.
+    assert 4 < one < 6
+    assert 4 < several < 6
+
+
+def test_arrow_ipc() -> None:
+    text = output_of("arrow_ipc.py")
+    assert "262,144 rows, 24 columns" in text
+    assert ", 0 bytes allocated" in text
+    assert text.count("as it should be") == 2
+    table, touched, ahead = fetched(text)
+    # One column is 4.2% of the file.
+    assert table < 1
+    assert table + 4 < touched < 14
+    assert touched + 4 < ahead < touched + 10
+
+
+def test_parquet_columns() -> None:
+    text = output_of("parquet_columns.py")
+    assert "200,000 rows, 31 columns" in text
+    assert "column 4, names: as they should be" in text
+    (share,) = fetched(text)
+    assert 5 < share < 20
+
+
+def test_npy_npz() -> None:
+    text = output_of("npy_npz.py")
+    assert text.count("as it should be") == 3
+    assert "part0, part1, part2, part3, part4, part5, part6, part7, labels" in text
+    rows, members, row = fetched(text)
+    assert rows < 2
+    assert members < row < 3
+
+
+def test_torch_tensors() -> None:
+    text = output_of("torch_tensors.py")
+    if importlib.util.find_spec("torch") is None:
+        assert text.startswith("skipped: this needs torch;")
+        pytest.skip(
+            "torch is not installed: tools/bootstrap.sh does that where there is a small one"
+        )
+    assert text.count("as it should be") == 3
+    at_first, at_last = fetched(text)
+    assert at_first < 1
+    # One of twelve layers and four rows.
+    assert 4 < at_last < 8
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        ("safetensors_tensors.py", "safetensors"),
+        ("arrow_ipc.py", "pyarrow"),
+        ("parquet_columns.py", "pyarrow"),
+        ("npy_npz.py", "numpy"),
+        ("torch_tensors.py", "torch"),
+        ("torch_tensors.py", "aiohttp"),
+    ],
+)
+def test_formats_say_what_they_need(name: str, missing: str) -> None:
+    text = output_of(name, without=missing)
+    assert re.fullmatch(rf"skipped: this needs {missing}(\.\w+)?; pip install [\w ]+\n", text)
+    assert missing in text.split("pip install")[1]
 
 
 # ------------------------------------------------------------ the range server

@@ -101,6 +101,19 @@ virtual_environment() {
     fi
 }
 
+# For one example, in the default environment alone: it is large. Any version would do. PyPI has no
+# build with this name, only such for CUDA of several gigabytes: where pip knows no index with builds
+# for CPUs (PIP_EXTRA_INDEX_URL) it gives up at once, is not asked again, and the test is skipped.
+TORCH="torch==2.13.0+cpu"
+cpu_torch() {
+    local asked=.venv/.asked-$TORCH
+    [ ! -e "$asked" ] || return 0
+    say ".venv: $TORCH, if there is one"
+    timeout 300 .venv/bin/python -m pip install -qq --disable-pip-version-check "$TORCH" \
+        </dev/null >/dev/null 2>&1 || say "there is none; one test of an example will be skipped"
+    : >"$asked"
+}
+
 # in_place VENV: let `import aiouffd` and the command find this checkout, as `pip install -e` would,
 # which would build the module a second time.
 in_place() {
@@ -141,3 +154,4 @@ while read -r version python venv; do
     in_place "$venv"
     native_module "$venv"
 done <<<"$found"
+case " $* " in *" test "*) cpu_torch ;; esac

@@ -21,9 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 NOBODY = 65534
 COPIED = ("aiouffd", "tests", "examples", "benchmarks", "tools", "native", "docs", "README.md")
 COPIED += ("Makefile", "pyproject.toml", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md")
-# Tools that no test imports.
+# Tools that no test imports, and torch: a gigabyte for one test, which can do without.
 UNUSED = shutil.ignore_patterns(
-    "__pycache__", "aiouffd.pth", "mypy*", "ruff*", "pip*", "*.a", "*.o"
+    *("__pycache__", "aiouffd.pth", "mypy*", "ruff*", "pip*", "torch", "torch-*", "*.a", "*.o")
 )
 
 

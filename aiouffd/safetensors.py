@@ -1,0 +1,497 @@
+"""The tensors of safetensors files, as arrays over lazy buffers.
+
+The ``safetensors`` library wants a file's bytes before it shows a tensor. Here only the header is
+read, with ``await``; each tensor is a NumPy array over the buffer's memory, of which nothing is
+fetched until it is touched::
+
+    async with aiouffd.open("https://host/model.safetensors") as buf:
+        tensors = await aiouffd.safetensors.load(buf)
+        await tensors.fetch("layers.0.weight")      # or touch it from a thread and wait there
+        print(tensors["layers.0.weight"].mean())
+
+A file is eight bytes with the length of its header, the header in JSON, and the data, which the
+tensors cover from its first byte to its last without gaps::
+
+    {"__metadata__": {"format": "pt"},
+     "layers.0.weight": {"dtype": "F32", "shape": [64, 64], "data_offsets": [0, 16384]}}
+
+Files come from strangers, so everything that a header says is checked before anything relies on
+it, as strictly as the library does and a little more. The values of tensors are not looked at.
+
+Parsing needs the standard library alone; arrays need NumPy, and those of bfloat16 and eight-bit
+floats ml_dtypes (``pip install aiouffd[safetensors]``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from .buffer import LazyBuffer
+from .errors import UnsupportedError, UsageError
+from .sync import SyncBuffer
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+__all__ = [
+    "FormatError",
+    "Header",
+    "SyncTensors",
+    "TensorInfo",
+    "Tensors",
+    "load",
+    "load_sync",
+    "parse_header",
+    "parse_index",
+]
+
+#: Longest header, in bytes; the library has the same limit.
+HEADER_MAX = 100_000_000
+#: Bytes of header from which on parsing leaves the loop's thread.
+_INLINE = 256 * 1024
+#: Most bytes, and most dimensions, of an array in any library.
+_ARRAY_MAX, _DIMENSIONS_MAX = (1 << 63) - 1, 64
+_PREFIX = 8
+
+#: Bits of one element.
+_BITS = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8"), 8),
+    **dict.fromkeys(("F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ", "F8_E8M0"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
+_NUMPY = {
+    "BOOL": "?",
+    "U8": "u1",
+    "I8": "i1",
+    "U16": "<u2",
+    "I16": "<i2",
+    "F16": "<f2",
+    "U32": "<u4",
+    "I32": "<i4",
+    "F32": "<f4",
+    "U64": "<u8",
+    "I64": "<i8",
+    "F64": "<f8",
+    "C64": "<c8",
+}
+_ML_DTYPES = {
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+}
+
+# Names and values of strangers may be long, and these end up in messages.
+_short = reprlib.Repr()
+_short.maxstring = 80
+
+
+class FormatError(UsageError):
+    """The file is not a safetensors file, or a damaged one, or cut short."""
+
+
+# ----------------------------------------------------------------------- the header
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a header says of one tensor. Bytes ``offset`` to ``offset + length`` of the file."""
+
+    name: str
+    #: As the format calls it: ``"F32"``, ``"BF16"``, ...
+    dtype: str
+    shape: tuple[int, ...]
+    #: Of the first byte, from the beginning of the file; aligned to nothing.
+    offset: int
+    length: int
+
+    def array(self, memory: Any) -> Array:
+        """The tensor as an array over ``memory``, which holds the whole file; touches nothing.
+
+        It can be written to if ``memory`` can. Raises UnsupportedError if NumPy, or ml_dtypes for
+        a type that NumPy lacks, is not installed, and for F4 and F6, which neither has.
+        """
+        if self.dtype in _NUMPY:
+            return _array(memory, self.offset, self.shape, _NUMPY[self.dtype])
+        if self.dtype not in _ML_DTYPES:
+            raise UnsupportedError(
+                f"{_short.repr(self.name)} is {self.dtype}, whose elements are parts of bytes:"
+                " NumPy has no such arrays",
+                hint="raw() gives the bytes",
+            )
+        try:
+            import ml_dtypes
+
+            dtype = getattr(ml_dtypes, _ML_DTYPES[self.dtype])
+        except (ImportError, AttributeError) as error:
+            raise UnsupportedError(
+                f"{_short.repr(self.name)} is {self.dtype}, which NumPy lacks",
+                hint="pip install 'ml_dtypes>=0.5', or use raw(): the bits as unsigned integers",
+            ) from error
+        return _array(memory, self.offset, self.shape, dtype)
+
+    def raw(self, memory: Any) -> Array:
+        """The bits of the elements as unsigned integers of their size; otherwise as `array`.
+
+        In the tensor's shape, but for F4 and F6: those are one flat array of bytes.
+        """
+        bits = _BITS[self.dtype]
+        if bits < 8:
+            return _array(memory, self.offset, (self.length,), "u1")
+        return _array(memory, self.offset, self.shape, f"<u{bits // 8}")
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file says of itself: its tensors, in the order of their data, and its metadata."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+
+def _array(memory: Any, offset: int, shape: tuple[int, ...], dtype: Any) -> Array:
+    try:
+        import numpy
+    except ImportError as error:
+        raise UnsupportedError(
+            "arrays need NumPy", hint="pip install aiouffd[safetensors]"
+        ) from error
+    # Looks at no element; checks that all are within the memory.
+    return numpy.ndarray(shape, dtype, buffer=memory, offset=offset)
+
+
+def _header_end(prefix: Any, size: int) -> int:
+    """Where the header ends in a file of ``size`` bytes that begins with ``prefix``."""
+    if size < _PREFIX:
+        raise FormatError(f"{size} bytes are too few for a safetensors file")
+    length = int.from_bytes(prefix[:_PREFIX], "little")
+    if length > HEADER_MAX:
+        raise FormatError(
+            f"a header of {length} bytes is longer than the format allows",
+            hint="is it a safetensors file at all?",
+        )
+    if _PREFIX + length > size:
+        raise FormatError(
+            f"the header's {length} bytes are not within a file of {size} bytes",
+            hint="is it a safetensors file, and all of it?",
+        )
+    return _PREFIX + length
+
+
+def parse_header(data: Any, size: int | None = None) -> Header:
+    """Read and check the header of a file of ``size`` bytes.
+
+    :param data: bytes, or plain memory: the file from its first byte on, at least to
+        the end of the header.
+    :param size: length of the whole file in bytes; that of ``data`` by default.
+
+    Raises FormatError for anything but a header that describes the file completely. Any thread.
+    """
+    with memoryview(data) as memory, memory.cast("B") as given:
+        size = given.nbytes if size is None else size
+        end = _header_end(given, size)
+        if end > given.nbytes:
+            raise UsageError(f"the header has {end} bytes, only {given.nbytes} of them were given")
+        fields = _load_json(bytes(given[_PREFIX:end]))
+    metadata = fields.pop("__metadata__", None)
+    if metadata is None:
+        metadata = {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise FormatError("__metadata__ is not a map from text to text")
+    for value in metadata.values():
+        _check_text(value)
+    found = [_tensor(name, entry, end) for name, entry in fields.items()]
+    found.sort(key=lambda info: (info.offset, info.length))
+    _check_covered(found, end, size)
+    return Header({info.name: info for info in found}, metadata)
+
+
+def _load_json(text: bytes) -> dict[str, Any]:
+    """A JSON object. What JSON leaves to its readers (duplicates, NaN) is an error."""
+    if not text.startswith(b"{"):
+        raise FormatError("the header is not a JSON object", hint="is it a safetensors file?")
+    try:
+        fields = json.loads(
+            # Decoded here: json would guess UTF-16 too.
+            text.decode("utf-8"),
+            object_pairs_hook=_without_duplicates,
+            parse_constant=_no_constant,
+        )
+    except FormatError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"the header is not JSON: {error}") from error
+    assert isinstance(fields, dict)
+    return fields
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        _check_text(name)
+        if name in fields:
+            raise FormatError(f"{_short.repr(name)} comes twice in the header")
+        fields[name] = value
+    return fields
+
+
+def _no_constant(text: str) -> None:
+    raise FormatError(f"{text} is not JSON")
+
+
+def _check_text(text: str) -> None:
+    """JSON's escapes can spell halves of characters, which no other program could write down."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise FormatError(f"{_short.repr(text)} is not valid text") from error
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _ARRAY_MAX
+
+
+def _tensor(name: str, entry: Any, base: int) -> TensorInfo:
+    """Check what the header says of one tensor by itself; the data begins at byte ``base``."""
+
+    def wrong(what: str, hint: str | None = None) -> FormatError:
+        return FormatError(f"{_short.repr(name)} {what}", hint=hint)
+
+    if not isinstance(entry, dict):
+        raise wrong("is not described by a JSON object")
+    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise wrong(f"has the unknown dtype {_short.repr(dtype)}", f"known are {', '.join(_BITS)}")
+    if isinstance(shape, list) and len(shape) > _DIMENSIONS_MAX:
+        raise wrong(f"has {len(shape)} dimensions")
+    if not isinstance(shape, list) or not all(map(_is_count, shape)):
+        raise wrong(f"has the shape {_short.repr(shape)}: not a list of sizes")
+    if not (isinstance(offsets, list) and len(offsets) == 2 and all(map(_is_count, offsets))):
+        raise wrong(f"has the data_offsets {_short.repr(offsets)}: not a begin and an end")
+    # Without zeros: no library has an array whose other sides are that long, even an empty one.
+    bits = _BITS[dtype] * math.prod(length or 1 for length in shape)
+    if bits > 8 * _ARRAY_MAX:
+        raise wrong(f"has the shape {_short.repr(shape)}: too large")
+    if 0 in shape:
+        bits = 0
+    if bits % 8:
+        raise wrong(f"ends within a byte: it has {bits} bits")
+    start, end = offsets
+    if end - start != bits // 8:
+        raise wrong(
+            f"has {dtype} of shape {_short.repr(shape)}, which is {bits // 8} bytes,"
+            f" but data_offsets {start} to {end}"
+        )
+    return TensorInfo(name, dtype, tuple(shape), base + start, end - start)
+
+
+def _check_covered(tensors: list[TensorInfo], base: int, size: int) -> None:
+    """The data is covered once: no overlaps, no holes for anybody to hide something in."""
+    at, before = base, "the header"
+    for info in tensors:
+        if info.offset != at:
+            what = "overlap" if info.offset < at else "leave a hole between them"
+            raise FormatError(f"{before} and {_short.repr(info.name)} {what}")
+        at, before = info.offset + info.length, _short.repr(info.name)
+    if at > size:
+        raise FormatError(
+            f"the file has {size} bytes, its tensors need {at}", hint="it was cut short"
+        )
+    if at < size:
+        raise FormatError(f"{size - at} bytes after the last tensor belong to none")
+
+
+def parse_index(text: bytes | str) -> dict[str, str]:
+    """Which file has which tensor: what a ``model.safetensors.index.json`` says.
+
+    Gives the name of a file, without any path, for each name of a tensor, so that only files that
+    are needed have to be opened. Raises FormatError for anything else, and for names of files that
+    would lead out of the index's own folder.
+    """
+    fields = _load_json(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text)
+    files = fields.get("weight_map")
+    if not isinstance(files, dict):
+        raise FormatError("there is no weight_map", hint="is it an index of safetensors files?")
+    for file in files.values():
+        if not isinstance(file, str) or not _is_plain(file):
+            raise FormatError(f"{_short.repr(file)} in the weight_map is not the name of a file")
+    return files
+
+
+def _is_plain(name: str) -> bool:
+    """Whether it means a file of the same folder, as a path and as a URL."""
+    return name.isprintable() and name[:1] not in ("", ".", " ") and not set(name) & set("/\\:?#%")
+
+
+# ---------------------------------------------------------------------- over buffers
+
+
+class _Tensors(Mapping[str, "Array"]):
+    """Names to arrays, over one buffer or several. Immutable; any thread."""
+
+    def __init__(self, parts: Iterable[tuple[Any, Header]]) -> None:
+        info: dict[str, TensorInfo] = {}
+        metadata: dict[str, str] = {}
+        self._buffers: dict[str, Any] = {}
+        for buffer, header in parts:
+            for name in header.tensors:
+                if name in info:
+                    raise FormatError(f"{_short.repr(name)} is in two of the files")
+                self._buffers[name] = buffer
+            info.update(header.tensors)
+            metadata = {**header.metadata, **metadata}
+        self._info = MappingProxyType(info)
+        self._metadata = MappingProxyType(metadata)
+
+    @property
+    def info(self) -> Mapping[str, TensorInfo]:
+        """Type, shape and place of each tensor, by name, in the order of the data."""
+        return self._info
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The file's ``__metadata__``. Of several files the first that has a key counts."""
+        return self._metadata
+
+    def __getitem__(self, name: str) -> Array:
+        """The tensor as an array over the buffer's memory; fetches nothing.
+
+        Read-only unless the buffer is ``writable``. Keep the buffer, or this object, for as long
+        as the array. Raises KeyError, what `TensorInfo.array` raises, ClosedError.
+        """
+        info = self._info[name]
+        return info.array(self._buffers[name].view)
+
+    def raw(self, name: str) -> Array:
+        """The bits of a tensor as unsigned integers: see `TensorInfo.raw`. Fetches nothing."""
+        info = self._info[name]
+        return info.raw(self._buffers[name].view)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._info)
+
+    def __len__(self) -> int:
+        return len(self._info)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._info
+
+    # Those of Mapping would compare the arrays, and fetch everything for it.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        total = sum(info.length for info in self._info.values())
+        return f"<{type(self).__name__}: {len(self)} tensors, {total} bytes>"
+
+    def _runs(self, names: tuple[str, ...]) -> list[tuple[Any, int, int]]:
+        """Buffer, offset and length of what holds the tensors: neighbours together."""
+        places = sorted(
+            ((self._buffers[name], self._info[name]) for name in set(names)),
+            key=lambda place: (id(place[0]), place[1].offset, place[1].length),
+        )
+        runs: list[tuple[Any, int, int]] = []
+        for buffer, info in places:
+            if runs and runs[-1][0] is buffer and info.offset == sum(runs[-1][1:]):
+                runs[-1] = (buffer, runs[-1][1], runs[-1][2] + info.length)
+            else:
+                runs.append((buffer, info.offset, info.length))
+        return runs
+
+
+class Tensors(_Tensors):
+    """The tensors of one or several lazy buffers, by name. Made by `load`.
+
+    A mapping of names to arrays. Immutable; everything but `fetch` works from any thread.
+    """
+
+    def buffer(self, name: str) -> LazyBuffer:
+        """The buffer that a tensor lies in, for `LazyBuffer.pin` and such. Raises KeyError."""
+        buffer: LazyBuffer = self._buffers[name]
+        return buffer
+
+    async def fetch(self, *names: str) -> None:
+        """Make tensors resident, so that touching them waits for nothing; all at once.
+
+        On the buffer's loop. Raises KeyError for unknown names before anything is fetched, and
+        what `LazyBuffer.fetch` raises.
+        """
+        await _fetch(self._runs(names))
+
+
+class SyncTensors(_Tensors):
+    """The tensors of buffers of `aiouffd.sync`, by name. Made by `load_sync`.
+
+    A mapping of names to arrays. Immutable; any thread.
+    """
+
+    def buffer(self, name: str) -> SyncBuffer:
+        """See `Tensors.buffer`."""
+        buffer: SyncBuffer = self._buffers[name]
+        return buffer
+
+    def fetch(self, *names: str) -> None:
+        """See `Tensors.fetch`; blocks."""
+        runs = self._runs(names)
+        if runs:
+            runs[0][0]._run(_fetch([(buffer._buffer, *place) for buffer, *place in runs]))
+
+
+async def _fetch(runs: list[tuple[LazyBuffer, int, int]]) -> None:
+    await asyncio.gather(*(buffer.fetch(offset, length) for buffer, offset, length in runs))
+
+
+async def _read_headers(buffers: Iterable[LazyBuffer]) -> list[bytes]:
+    return await asyncio.gather(*map(_read_header, buffers))
+
+
+async def _read_header(buffer: LazyBuffer) -> bytes:
+    size = len(buffer)
+    prefix = await buffer.read(0, min(_PREFIX, size))
+    return await buffer.read(0, _header_end(prefix, size))
+
+
+async def load(buffer: LazyBuffer, *more: LazyBuffer) -> Tensors:
+    """The tensors of a safetensors file, or of several as one mapping. Reads the headers alone.
+
+    On the buffers' loop. Never faults. Raises FormatError for what is not a safetensors file, and
+    for a tensor that is in two files; and what `LazyBuffer.read` raises.
+    """
+    buffers = (buffer, *more)
+    if not all(isinstance(given, LazyBuffer) for given in buffers):
+        raise UsageError("load takes buffers of aiouffd.open", hint="for others: load_sync")
+    parts = []
+    for given, data in zip(buffers, await _read_headers(buffers), strict=True):
+        if len(data) <= _INLINE:
+            parts.append((given, parse_header(data, len(given))))
+        else:
+            parts.append((given, await asyncio.to_thread(parse_header, data, len(given))))
+    return Tensors(parts)
+
+
+def load_sync(buffer: SyncBuffer, *more: SyncBuffer) -> SyncTensors:
+    """`load` for buffers of `aiouffd.sync`; blocks. Any thread without a running event loop."""
+    buffers = (buffer, *more)
+    if not all(isinstance(given, SyncBuffer) for given in buffers):
+        raise UsageError("load_sync takes buffers of aiouffd.sync.open", hint="for others: load")
+    headers = buffer._run(_read_headers([given._buffer for given in buffers]))
+    return SyncTensors(
+        (given, parse_header(data, len(given)))
+        for given, data in zip(buffers, headers, strict=True)
+    )

@@ -1,0 +1,92 @@
+"""torch tensors over lazy memory: some of a model's bfloat16 weights, from a server.
+
+    python examples/torch_tensors.py
+
+`torch.frombuffer` makes a tensor over memory without touching it. torch has no tensors that are
+read-only, and warns about memory that is; so the buffer is opened with `writable=True`. What the
+program writes stays in its memory. `aiouffd.safetensors` finds the tensors in the file; the
+safetensors library, which reads it from the disk as a whole, tells whether they are right.
+
+Needs torch, NumPy, aiohttp and safetensors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import sys
+import tempfile
+from pathlib import Path
+
+from range_server import served
+
+import aiouffd
+
+try:
+    import aiohttp  # noqa: F401  (the HTTP source needs it)
+    import numpy  # noqa: F401  (safetensors.torch needs it)
+    import torch
+    from safetensors.torch import load_file, save_file
+except ImportError as error:
+    print(f"skipped: this needs {error.name}; pip install torch numpy aiohttp safetensors")
+    sys.exit(0)
+
+LAYERS = 12
+SIDE = 768
+WORDS = 8192
+#: The types of the format that torch has under another name; this example needs two.
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+
+
+def make(path: Path) -> None:
+    torch.manual_seed(1)
+    tensors = {"embedding": torch.randn(WORDS, SIDE).bfloat16()}
+    for number in range(LAYERS):
+        tensors[f"layers.{number}.weight"] = torch.randn(SIDE, SIDE).bfloat16()
+        tensors[f"layers.{number}.scale"] = torch.randn(SIDE)
+    save_file(tensors, path)
+
+
+def tensor_over(memory: memoryview, info: aiouffd.safetensors.TensorInfo) -> torch.Tensor:
+    """Shares the memory, and touches nothing."""
+    dtype, count = DTYPES[info.dtype], math.prod(info.shape)
+    if not count:  # which frombuffer refuses
+        return torch.empty(info.shape, dtype=dtype)
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=info.offset).view(info.shape)
+
+
+def check(name: str, found: torch.Tensor, known: torch.Tensor) -> None:
+    if not torch.equal(found, known):
+        raise SystemExit(f"WRONG: {name} is not what the library reads")
+    print(
+        f"  {name}: {str(found.dtype).removeprefix('torch.')}{list(found.shape)}, as it should be"
+    )
+
+
+async def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.safetensors")
+        make(path)
+        known = load_file(path)
+        async with served(path) as url, aiouffd.open(url, writable=True) as buffer:
+            tensors = await aiouffd.safetensors.load(buffer)
+            lazy = {name: tensor_over(buffer.view, info) for name, info in tensors.info.items()}
+            print(f"{url}: {len(lazy)} tensors")
+            print(f"all of them, with {buffer.stats.fetched_bytes:,} of {len(buffer):,} bytes")
+
+            # torch waits for what it touches: on another thread, while this loop fetches.
+            words = torch.tensor([5, 700, 4000, 8191])
+            vectors = await asyncio.to_thread(torch.embedding, lazy["embedding"], words)
+            check("4 rows of embedding", vectors, known["embedding"][words])
+
+            # Fetched ahead, they can be used at once and anywhere.
+            await tensors.fetch("layers.6.weight", "layers.6.scale")
+            for name in ("layers.6.weight", "layers.6.scale"):
+                check(name, lazy[name], known[name])
+            product = vectors @ lazy["layers.6.weight"].T
+            print(f"  a product: {list(product.shape)}")
+            print(f"{buffer.stats.fetched_bytes:,} of {len(buffer):,} bytes fetched")
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
