@@ -436,3 +436,84 @@ async def test_turned_away_by_on_client(tmp_path: Path) -> None:
     async with serving(tmp_path, on_client=no) as (server, _):
         assert await converse(tmp_path / "s", b"") == b""
         assert server.refused == 1
+
+
+# --------------------------------------------------------------- hand-over
+
+
+async def test_a_successor_takes_over(tmp_path: Path) -> None:
+    """Clients that cannot connect again notice nothing: removed pages stay zeros, threads that
+    waited are served, and new clients find the successor."""
+    path = tmp_path / "s"
+    file = tmp_path / "object"
+    file.write_bytes(DATA)
+    gate = Gate(DATA, is_open=False)
+
+    async def other(client: serve.Client) -> None:
+        client.source = await client.store_for(str(file))
+
+    held = aiouffd.sources.FunctionSource(gate.read, size=len(DATA))
+    async with guest("", PAGES) as one, guest("", PAGES) as two:
+        old = serve.listen(path, source=held, dialect=PlainDialect())
+        await old.open()
+        await one.ask("hand_over", str(path))
+        old.on_client = other
+        await two.ask("hand_over", str(path))
+        await one.ask("drop", 16, 8)
+        assert await two.ask("word", 3) == word(3 * PAGE)
+        await two.ask("drop", 100, 1)
+        touch = one.tell("word", 40)
+        await asyncio.to_thread(gate.wait)
+        new = serve.listen(path, source=DATA, dialect=PlainDialect(), take_over=True)
+        async with new:
+            await old.taken_over.wait()
+            assert await touch == word(40 * PAGE)
+            await old.aclose()
+            assert path.exists()
+            assert [len(client.memories) for client in new.clients] == [1, 1]
+            assert await one.ask("words", [15, 16, 23, 24]) == [
+                word(15 * PAGE), 0, 0, word(24 * PAGE),
+            ]  # fmt: skip
+            assert await two.ask("words", [3, 99, 100]) == [word(3 * PAGE), word(99 * PAGE), 0]
+            async with guest(path, PAGES) as three:
+                assert await three.ask("word", 5) == word(5 * PAGE)
+            await one.end()
+            await two.end()
+            await ended(new)
+    assert not path.exists()
+    assert os.listdir(tmp_path) == ["object"]
+
+
+async def test_a_successor_with_another_object_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    async with serving(tmp_path) as (old, _), guest(path, PAGES) as one:
+        with pytest.raises(aiouffd.SourceChangedError):
+            await serve.listen(
+                path, source=DATA[PAGE:], dialect=PlainDialect(), take_over=True
+            ).open()
+        assert not old.taken_over.is_set()
+        assert await one.ask("word", 5) == word(5 * PAGE)
+        async with guest(path, PAGES) as two:
+            assert await two.ask("word", 5) == word(5 * PAGE)
+
+
+async def test_a_successor_that_dies_leaves_things_as_they_were(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    async with serving(tmp_path) as (old, _), guest(path, PAGES) as one:
+        await one.ask("word", 5)
+
+        def die() -> None:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+                connection.connect(str(path) + ".handover")
+                connection.sendall(b"aiouffd handover 1\n")
+                connection.settimeout(10)
+                connection.recv(16)
+
+        await asyncio.to_thread(die)
+        assert await one.ask("word", 99) == word(99 * PAGE)
+        assert not old.taken_over.is_set()
+
+
+async def test_nobody_to_take_over_from(tmp_path: Path) -> None:
+    async with serving(tmp_path, take_over=True), guest(tmp_path / "s", PAGES) as one:
+        assert await one.ask("word", 5) == word(5 * PAGE)

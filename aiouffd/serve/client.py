@@ -70,6 +70,9 @@ class Client:
         #: Whether closing the server brings everything that is missing first. For dialects whose
         #: clients keep no copy of the descriptor: without us they would see zeros.
         self.complete_on_close = False
+        #: Whether it connects again by itself when the connection ends, and so finds whoever
+        #: takes over from us.
+        self.reconnects = False
         #: Set once nothing is served any more.
         self.ended = asyncio.Event()
         self._share = Share()
@@ -77,9 +80,10 @@ class Client:
         self._blocks: dict[tuple[BlockStore, int], None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._handshake: asyncio.Timeout | None = None
-        self._talking = True
+        #: Set once its dialect has nothing more to say.
+        self.talked = asyncio.Event()
         self._connected = False
-        self._ending = False
+        self._ending = self._paused = False
 
     # ----------------------------------------------------------------- adopt
 
@@ -92,12 +96,14 @@ class Client:
         uncovered: Uncovered = "poison",
         background: bool = False,
         name: str = "",
+        start: bool = True,
     ) -> Memory:
         """Serve a userfaultfd of the client. Takes ``fd`` over, also when it fails.
 
         :param areas: what comes from where, in pages of ``page_size`` bytes.
         :param uncovered: what a touch outside of the areas gets: an error, or zeros.
         :param background: bring everything, behind what is waited for.
+        :param start: begin at once; else with `start_all`.
 
         Raises PeerError when the descriptor is none, or the areas cannot be: unaligned,
         overlapping, past the end of their object, or more than the server's limits allow.
@@ -116,7 +122,12 @@ class Client:
             raise
         if self._handshake is not None:
             self._handshake.reschedule(None)
-        self._begin(memory, background)
+        memory.background = background
+        self.memories.append(memory)
+        if self.record:
+            memory.recording = self._blocks
+        if start:
+            self._start(memory)
         return memory
 
     def _checked(self, areas: Sequence[Area], page_size: int) -> AreaMap:
@@ -177,10 +188,7 @@ class Client:
             reserve=self.server.reserve,
         )
 
-    def _begin(self, memory: Memory, background: bool) -> None:
-        self.memories.append(memory)
-        if self.record:
-            memory.recording = self._blocks
+    def _start(self, memory: Memory) -> None:
         memory.start()
         store = self.source
         if self.prefetch is not None and store is not None:
@@ -188,8 +196,40 @@ class Client:
                 log.warning("%r: its working set is of another version", self)
             else:
                 self._run(memory.prefetch(store, self.prefetch.blocks(store.block_size)))
-        if background:
+        if memory.background:
             self._run(memory.complete())
+
+    def start_all(self) -> None:
+        """Serve what was adopted with ``start=False``, or stopped by `pause`."""
+        if not self._paused:
+            return
+        self._paused = False
+        for memory in list(self.memories):
+            memory.resume()
+            if memory.background:
+                self._run(memory.complete())
+        if self._connected and not self._ending:
+            self._run(self._until_eof())
+
+    def pause(self) -> None:
+        """Read and fill nothing until `start_all`."""
+        self._paused = True
+        for task in self._tasks:
+            task.cancel()
+        for memory in self.memories:
+            memory.pause()
+
+    @property
+    def connected(self) -> bool:
+        """Whether it ends when it closes the connection."""
+        return self._connected
+
+    def restore(self, connected: bool) -> None:
+        """As if it had talked already: another server has."""
+        self.talked.set()
+        self._connected = connected
+        self._paused = True
+        self.peer.watch(self._peer_ended)
 
     def _run(self, coroutine: Any) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -210,9 +250,10 @@ class Client:
     async def _until_eof(self) -> None:
         try:
             await self.channel.wait_eof()
-        finally:
-            if not self._ending:
-                self.server._end(self)
+        except PeerError as error:
+            log.warning("%r is dropped: %s", self, error)
+        if not self._ending:
+            self.server._end(self)
 
     async def store_for(self, source: Any, **options: Any) -> BlockStore:
         """The store of an object, opened, and shared by all who are served from it.
@@ -236,7 +277,11 @@ class Client:
             os.close(fd)
             return
         name = f"a child of {parent.name}"
-        self._begin(self._memory(fd, areas, parent.page_size, parent.uncovered, name), False)
+        memory = self._memory(fd, areas, parent.page_size, parent.uncovered, name)
+        memory.background = parent.background
+        memory.recording = parent.recording
+        self.memories.append(memory)
+        self._start(memory)
 
     def _gone(self, memory: Memory) -> None:
         if memory in self.memories:
@@ -257,7 +302,7 @@ class Client:
         self._check_ended()
 
     def _check_ended(self) -> None:
-        if not self.memories and not self._talking and not self._ending:
+        if not self.memories and self.talked.is_set() and not self._ending:
             self.server._end(self)
 
     # ------------------------------------------------------------------- talk
@@ -271,13 +316,12 @@ class Client:
                     await self.server.on_client(self)
                 await self.server.dialect.talk(self)
         finally:
-            self._talking = False
+            self.talked.set()
             self._handshake = None
         self._check_ended()
 
     def _peer_ended(self) -> None:
-        self._connected = True  # there is no other sign to wait for
-        self._talking = False
+        self.talked.set()
         self.probe()
 
     # ------------------------------------------------------------------ stats
@@ -292,7 +336,7 @@ class Client:
         return total
 
     def working_set(self, source: BlockStore | None = None) -> WorkingSet:
-        """What was needed so far of an object (the default one), in order, if ``record`` was set."""
+        """What was needed so far of an object (the default one), if ``record`` was set."""
         store = source or self.source
         if store is None or not self.record:
             raise UsageError("nothing was recorded", hint="set client.record in on_client")

@@ -116,6 +116,8 @@ class Memory:
         self.page_size = page_size
         self.uncovered: Uncovered = uncovered
         self.readahead = readahead
+        #: Whether everything is to be brought.
+        self.background = False
         self.stats = MemoryStats()
         #: Set once the process has ended or the memory was closed.
         self.ended = asyncio.Event()
@@ -137,7 +139,7 @@ class Memory:
         self._huge_tries: dict[int, int] = {}
         self._forked, self._gone, self._failed = forked, gone, failed
         self._reserve = reserve
-        self._closed = False
+        self._closed = self._paused = False
         self._zeros: Any = ffi.NULL if page_size == 4096 else ffi.new("uint8_t[]", page_size)
 
     # ------------------------------------------------------------------ begin
@@ -310,7 +312,7 @@ class Memory:
         if liked:
             del self._liked[store, block]
             self._room.set()
-        if self._closed:
+        if self._closed or self._paused:
             return
         for page in waiting:
             area = self.areas.find(page)
@@ -333,7 +335,7 @@ class Memory:
         waiting = self._wanted.pop((store, block), ())
         if self._liked.pop((store, block), self) is None:
             self._room.set()
-        if self._closed or isinstance(error, ClosedError) or not waiting:
+        if self._closed or self._paused or isinstance(error, ClosedError) or not waiting:
             return
         if self._failed is not None and self._failed(self, error):
             return
@@ -369,7 +371,7 @@ class Memory:
 
     def _put(self, op: int, start: int, source: Any, length: int, page_size: int) -> int:
         """One native call. Returns the bytes done; what could not be done now is tried again."""
-        if self._closed:
+        if self._closed or self._paused:
             return 0
         result: int = lib.au_foreign_put(self.fd, op, start, source, length, page_size)
         if result >= 0:
@@ -484,11 +486,49 @@ class Memory:
         if self._gone is not None:
             self._gone(self)
 
-    def detach(self) -> int:
-        """Stop, and give the descriptor away. Threads that wait are woken: they fault again, and
-        whoever reads next hears of them."""
-        self.wake()
-        return self._stop()
+    def finish(self) -> bool:
+        """Close the descriptor if nothing is missing: the process is on its own then, and does not
+        notice. For processes that keep no copy of it. False if something is missing."""
+        if not self._closed:
+            # There may be events, of a fork for example. Who waits is woken by closing.
+            self.serve_some()
+        if not self._closed:
+            if self._missing_bytes():
+                return False
+            self._end()
+        return True
+
+    async def give_up(self) -> None:
+        """Make errors (SIGBUS) of what is missing, and close the descriptor. For processes that
+        keep no copy of it, and would see zeros instead."""
+        while not self._closed:
+            self._read()
+            again = False
+            for area in list(self.areas):
+                for low, high in area.missing(area.start, area.end) if area.store else ():
+                    size = area.page_size
+                    result = lib.au_foreign_put(self.fd, _POISON, low, ffi.NULL, high - low, size)
+                    if result >= 0:
+                        self.stats.poisoned_pages += (high - low) // size
+                    elif ~result & 0xFF == errno.EAGAIN:
+                        again = True
+            if not again:
+                self._end()
+                return
+            await asyncio.sleep(AGAIN_FIRST)
+
+    def pause(self) -> None:
+        """Read nothing and fill nothing until `resume`, because somebody else may begin to. What is
+        under way is forgotten: who waits is woken by whoever starts next, and asks again."""
+        self._paused = True
+        self._reactor.remove(self.fd)
+        self._forget()
+
+    def resume(self) -> None:
+        """Serve again after `pause`, or for the first time."""
+        if not self._closed:
+            self._paused = False
+            self.start()
 
     def close(self) -> None:
         """Stop, and close the descriptor. Threads that wait stay blocked for as long as
@@ -499,17 +539,22 @@ class Memory:
     def _stop(self) -> int:
         self._closed = True
         self._reactor.remove(self.fd)
+        self._forget()
+        self.ended.set()
+        fd, self.fd = self.fd, -1
+        return fd
+
+    def _forget(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
+        self._again.clear()
         stores = {store for store, _ in (*self._wanted, *self._liked)}
         self._wanted.clear()
         self._liked.clear()
         for store in stores:
             store.forget(self)
         self._room.set()
-        self.ended.set()
-        fd, self.fd = self.fd, -1
-        return fd
 
     def __repr__(self) -> str:
         return f"<Memory {self.name or self.fd}: {len(self.areas)} areas>"

@@ -22,6 +22,7 @@ from .blocks import BLOCK_SIZE, KEEP, BlockStore
 from .channel import Channel
 from .client import Client, Limits, OnFailure
 from .dialects import Dialect, dialect_named
+from .handover import Handover, check_same_object, take_over
 from .memory import MemoryStats, Reserve
 from .peer import Peer, Policy, same_user
 from .reactor import Reactor
@@ -55,6 +56,8 @@ def listen(
     on_failure: OnFailure = "poison",
     prefetch: WorkingSet | str | os.PathLike[str] | None = None,
     record: bool = False,
+    handover: bool = True,
+    take_over: bool = False,
     **options: Any,
 ) -> Server:
     """Serve the memory of processes that connect to a Unix socket; use it with ``async with``.
@@ -84,6 +87,8 @@ def listen(
         error (SIGBUS; Linux 6.6), or ``"kill"``, the end of the process.
     :param prefetch: a working set that is brought ahead for every client.
     :param record: note what clients need; `Client.working_set` has it.
+    :param handover: let a successor take over, through a second socket beside the first.
+    :param take_over: be the successor of the server at ``path``, if there is one.
     :param options: the rest goes to the source.
 
     Raises, when entered, what opening the source raises, OSError when the socket cannot be made,
@@ -107,6 +112,8 @@ def listen(
         on_failure=on_failure,
         prefetch=prefetch,
         record=record,
+        handover=handover,
+        take_over=take_over,
         options=options,
     )
 
@@ -135,6 +142,8 @@ class Server:
         on_failure: OnFailure,
         prefetch: WorkingSet | None,
         record: bool,
+        handover: bool,
+        take_over: bool,
         options: dict[str, Any],
     ) -> None:
         if on_failure not in ("poison", "kill"):
@@ -155,7 +164,11 @@ class Server:
         #: Clients that were turned away or dropped for what they sent.
         self.refused = 0
         self._source, self._options = source, options
-        self._allow, self._mode = allow, mode
+        self._allow, self.mode = allow, mode
+        self._may_hand_over, self._take_over = handover, take_over
+        self._handover: Handover | None = None
+        #: Set once a successor serves all clients. Nothing is left to do but close.
+        self.taken_over = asyncio.Event()
         self._max_clients = max_clients
         self._store_settings: dict[str, Any] = {
             "block_size": block_size,
@@ -163,14 +176,14 @@ class Server:
             "deadline": deadline,
         }
         self._stores: dict[Any, asyncio.Future[BlockStore]] = {}
-        self._names: dict[BlockStore, str] = {}
+        self._given: dict[BlockStore, tuple[Any, dict[str, Any]]] = {}
         self._past = MemoryStats()
         self._listening: socket.socket | None = None
         self._identity: tuple[int, int] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._number = 0
         self._timer: asyncio.TimerHandle | None = None
-        self._open = self._closed = False
+        self._open = self._closed = self._handed = False
 
     # ------------------------------------------------------------------- open
 
@@ -185,7 +198,11 @@ class Server:
         try:
             if self._source is not None:
                 self.store = await self.store_for(self._source, **self._options)
+            if self._take_over:
+                self._listening = await take_over(self)
             self._listen()
+            if self._may_hand_over:
+                self._handover = Handover(self)
         except BaseException:
             await self._close_all()
             raise
@@ -204,19 +221,28 @@ class Server:
         await self.aclose()
 
     def _listen(self) -> None:
-        self._remove_stale()
-        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        self._listening = listening
-        # The mode has to be right from the first moment on.
-        before = os.umask(0o777 & ~self._mode)
-        try:
-            listening.bind(str(self.path))
-        finally:
-            os.umask(before)
+        if self._listening is None:
+            self._bind()
+        assert self._listening is not None
+        self._listening.setblocking(False)
         status = self.path.stat()
         self._identity = (status.st_dev, status.st_ino)
-        listening.listen(128)
-        self._loop.add_reader(listening.fileno(), self._accept)
+        self._loop.add_reader(self._listening.fileno(), self._accept)
+
+    def _bind(self) -> None:
+        self._remove_stale()
+        self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        # The mode has to be right from the first moment on.
+        before = os.umask(0o777 & ~self.mode)
+        try:
+            self._listening.bind(str(self.path))
+        except BaseException:
+            self._listening.close()
+            self._listening = None
+            raise
+        finally:
+            os.umask(before)
+        self._listening.listen(128)
 
     def _remove_stale(self) -> None:
         """A socket that a dead server left is in the way; anything else stays."""
@@ -254,16 +280,15 @@ class Server:
     async def _open_store(self, source: Any, options: dict[str, Any]) -> BlockStore:
         store = BlockStore(as_source(source, **options), **self._store_settings)
         await store.open()
-        self._names[store] = (
-            display_name(str(source))
-            if isinstance(source, str | os.PathLike)
-            else type(source).__name__
-        )
+        self._given[store] = (source, options)
         return store
 
     def name_of(self, store: BlockStore) -> str:
         """What people call the object of a store."""
-        return self._names.get(store, type(store.source).__name__)
+        source, _ = self._given.get(store, (None, {}))
+        if isinstance(source, str | os.PathLike):
+            return display_name(str(source))
+        return type(store.source).__name__
 
     # ---------------------------------------------------------------- clients
 
@@ -309,8 +334,7 @@ class Server:
         task = self._loop.create_task(self._talk(client))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        if self._timer is None:
-            self._timer = self._loop.call_later(PROBE, self._probe)
+        self._look_later()
 
     async def _talk(self, client: Client) -> None:
         try:
@@ -335,11 +359,87 @@ class Server:
             client.close()
             self._past += client.stats
 
+    # --------------------------------------------------------------- hand-over
+
+    def reference_of(self, store: BlockStore) -> dict[str, Any]:
+        """How a successor finds the object of ``store``. Raises UsageError if it cannot."""
+        source, options = self._given[store]
+        found: dict[str, Any] = {"size": store.size, "version": store.version}
+        if store is not self.store:
+            if not isinstance(source, str):
+                raise UsageError(f"a successor cannot open {source!r}", hint="serve it by its URL")
+            found |= {"source": source, "options": options}
+        return found
+
+    async def store_of(self, reference: dict[str, Any] | None) -> BlockStore | None:
+        """The store that another server's `reference_of` means."""
+        if reference is None:
+            return None
+        if "source" in reference:
+            store: BlockStore | None = await self.store_for(
+                reference["source"], **reference["options"]
+            )
+        else:
+            store = self.store
+        if store is None:
+            raise UsageError("the other server has an object, and this one none", hint="source=")
+        check_same_object(self.name_of(store), store.size, store.version, reference)
+        return store
+
+    def listening_fd(self) -> int:
+        """The listening socket's descriptor; -1 if there is none."""
+        return -1 if self._listening is None else self._listening.fileno()
+
+    async def quiesce(self) -> None:
+        """Stop reading: no client is accepted or served until `go_on`."""
+        if self._listening is not None:
+            self._loop.remove_reader(self._listening.fileno())
+        for client in list(self.clients):
+            if not client.reconnects:
+                await client.talked.wait()
+        for client in self.clients:
+            if not client.reconnects:
+                client.pause()
+
+    def go_on(self) -> None:
+        """Serve again after `quiesce`."""
+        if self._closed:
+            return
+        for client in self.clients:
+            if not client.reconnects:
+                client.start_all()
+        self._accept_again()
+
+    def was_taken_over(self) -> None:
+        """A successor serves; what is left here is let go."""
+        self._handed = True
+        self.taken_over.set()
+        for client in list(self.clients):
+            self._end(client)
+
+    def restored(self, channel: Channel) -> Client:
+        """A client that another server had."""
+        self._number += 1
+        client = Client(self, channel, self._number)
+        self.clients.append(client)
+        self._look_later()
+        return client
+
+    def drop_restored(self, client: Client) -> None:
+        """Forget it: the other server goes on with it."""
+        self._end(client)
+
+    # ----------------------------------------------------------------- looking
+
     def _probe(self) -> None:
         self._timer = None
         for client in list(self.clients):
             client.probe()
-        if self.clients and not self._closed:
+        if self.clients:
+            self._look_later()
+
+    def _look_later(self) -> None:
+        if self._timer is None and not self._closed:
             self._timer = self._loop.call_later(PROBE, self._probe)
 
     @property
@@ -361,7 +461,7 @@ class Server:
         self._loop.remove_reader(listening.fileno())
         with contextlib.suppress(OSError):
             status = self.path.lstat()
-            if (status.st_dev, status.st_ino) == self._identity:
+            if not self._handed and (status.st_dev, status.st_ino) == self._identity:
                 self.path.unlink()
         listening.close()
 
@@ -384,6 +484,10 @@ class Server:
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()
+        if self._handover is not None:
+            await self._handover.aclose()
+            if not self._handed:
+                self._handover.remove()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
