@@ -1,4 +1,5 @@
-"""The command line: ``aiouffd doctor``, ``info``, ``cat``, ``copy``, ``serve`` and ``record``.
+"""The command line: ``aiouffd doctor``, ``info``, ``cat``, ``copy``, ``serve``, ``pager`` and
+``record``.
 
 Exit status: 0 it went well, 1 it did not, 2 the command line is wrong, 130 interrupted. Needs the
 standard library only; with rich installed the output for people has colours and progress bars.
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import AiouffdError, UsageError
-from . import copy, doctor, info, record, serve
+from . import copy, doctor, info, pager, record, serve
 from .common import error_text
 
 __all__ = ["main"]
@@ -47,6 +48,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"aiouffd {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (doctor, info, copy, serve, record):
+    for module in (doctor, info, copy, serve, pager, record):
         module.add_to(commands)
     return parser

@@ -80,23 +80,25 @@ class Area:
         high = min((number + 1) * block_size, self.offset + self.length)
         return self.start + low - self.offset, self.start + high - self.offset
 
-    def missing(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+    def mark_page(self, page: int) -> None:
+        """The page at ``page`` is there."""
+        assert self.states is not None
+        self.states[(page - self.start) // self.page_size] |= INSTALLED
+
+    def missing(self, start: int, end: int) -> list[tuple[int, int]]:
         """Runs of pages in ``start`` to ``end`` that are neither removed nor there already."""
-        states, first = self._states(), self.page_of(start)
-        some = bytes(states[first : self.page_of(end)])
+        first, size = self.page_of(start), self.page_size
+        some = bytes(self._states()[first : self.page_of(end)])
         if not any(some):
-            if some:
-                yield start, end
-            return
-        size, at = self.page_size, 0
-        while at < len(some):
-            if some[at]:
-                at += 1
-                continue
+            return [(start, end)] if some else []
+        runs, at = [], some.find(0)
+        while at >= 0:
             run = at
             while at < len(some) and not some[at]:
                 at += 1
-            yield start + run * size, start + at * size
+            runs.append((start + run * size, start + at * size))
+            at = some.find(0, at)
+        return runs
 
     def _part(self, start: int, end: int, moved: int = 0) -> Area:
         first, last = self.page_of(start), self.page_of(end)

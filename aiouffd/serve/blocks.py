@@ -122,11 +122,13 @@ class BlockStore:
             self._kept.move_to_end(block)
             return (self._kept[block],)
         if self._now is not None:
-            start = block * self.block_size
-            length = min(self.block_size, self._size - start)
+            length = self.block_size
+            start = block * length
+            if start + length > self._size:
+                length = self._size - start
             data = self._now(start, length)
             if data is not None:
-                return (self._whole_pages(memoryview(data), length),)
+                return (self._whole_pages(memoryview(data), length) if length % PAGE else data,)
         return None
 
     def want(self, block: int, wanter: Wanter) -> None:

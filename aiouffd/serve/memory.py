@@ -298,7 +298,7 @@ class Memory:
             return False
         at_hand: tuple[memoryview | None] | None = None
         for area, start, end in self.areas.of_block(store, block):
-            if next(iter(area.missing(start, end)), None) is not None:
+            if area.missing(start, end):
                 at_hand = at_hand or store.peek(block)
                 if at_hand is None:
                     return True
@@ -352,17 +352,27 @@ class Memory:
     ) -> None:
         """Fill what is missing of a block's place in ``area``, and in any case ``page``, for which
         a thread waits, whatever we believe of it."""
-        start, end = area.block(block, store.block_size)
-        runs = list(area.missing(start, end))
+        size, page_size = store.block_size, area.page_size
+        base = area.start + block * size - area.offset  # where the block's first byte would be
+        if page is not None and size == page_size:
+            if data is None:
+                done = self._put(_ZERO, page, self._zeros, size, size)
+            else:
+                done = self._put(_COPY, page, ffi.from_buffer("uint8_t[]", data), size, size)
+            if done:
+                area.mark_page(page)
+                self.stats.installed_bytes += done
+            return
+        start, end = area.block(block, size)
+        runs = area.missing(start, end)
         if page is not None and not any(low <= page < high for low, high in runs):
-            runs.append((page, page + area.page_size))
+            runs.append((page, page + page_size))
         source = ffi.NULL if data is None else ffi.from_buffer("uint8_t[]", data)
-        base = start - (area.offset_of(start) - block * store.block_size)
         for low, high in runs:
             if data is None:
-                done = self._put(_ZERO, low, self._zeros, high - low, area.page_size)
+                done = self._put(_ZERO, low, self._zeros, high - low, page_size)
             else:
-                done = self._put(_COPY, low, source + (low - base), high - low, area.page_size)
+                done = self._put(_COPY, low, source + (low - base), high - low, page_size)
             if done:
                 area.mark_installed(low, low + done)
                 self.stats.installed_bytes += done

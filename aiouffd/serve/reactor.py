@@ -68,15 +68,20 @@ class Reactor:
 
     def _turn(self) -> None:
         ready = self._epoll.poll(0)
-        if not ready:
+        if len(ready) <= 1:
+            for fd, _ in ready:
+                alone = self._served.get(fd)
+                if alone is not None:
+                    before = time.perf_counter()
+                    alone.serve_some()
+                    alone.share.used += time.perf_counter() - before
             return
         served = [self._served[fd] for fd, _ in ready if fd in self._served]
-        if len(served) > 1:
-            floor = self._level - CREDIT
-            for one in served:
-                if one.share.used < floor:
-                    one.share.used = floor
-            served.sort(key=_used)
+        floor = self._level - CREDIT
+        for one in served:
+            if one.share.used < floor:
+                one.share.used = floor
+        served.sort(key=_used)
         now = start = time.perf_counter()
         for one in served:
             if self._served.get(one.fileno()) is not one:

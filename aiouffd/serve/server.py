@@ -33,8 +33,9 @@ log = logging.getLogger("aiouffd")
 
 #: Seconds between looks for processes that have ended without a sign.
 PROBE = 2.0
-#: Connections accepted in one turn of the loop, and the pause when no descriptor is free, seconds.
-ACCEPTS, ACCEPT_PAUSE = 64, 0.1
+#: Connections accepted in one turn of the loop (others are served meanwhile), and the pause when no
+#: descriptor is free, seconds.
+ACCEPTS, ACCEPT_PAUSE = 4, 0.1
 
 OnClient = Callable[[Client], Awaitable[None]]
 

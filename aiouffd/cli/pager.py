@@ -1,0 +1,244 @@
+"""``aiouffd pager``: serve the memory of other processes."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError
+from .common import human, option_argument, run, size_argument
+
+if TYPE_CHECKING:
+    from ..serve import Client, Server
+    from ..serve.dialects import Dialect
+
+__all__ = ["add_to"]
+
+
+def add_to(commands: Any) -> None:
+    """Add this command and its dialects to the parser's ``commands``."""
+    pager = commands.add_parser(
+        "pager",
+        help="serve the page faults of other processes: microVMs, CRIU, our own clients",
+        description="Serve other processes' memory until SIGINT or SIGTERM. Clients that keep a"
+        " copy of their descriptor (all but CRIU's) then wait for the next pager.",
+    )
+    dialects = pager.add_subparsers(title="dialects", required=True, metavar="DIALECT")
+
+    firecracker = dialects.add_parser(
+        "firecracker",
+        help="the handshake of Firecracker and its relatives",
+        description="Serve microVMs that are restored with the memory backend 'Uffd'. The socket"
+        " has to exist before, and be writable by the jailed process.",
+    )
+    _add_socket(firecracker)
+    firecracker.add_argument(
+        "--memory", metavar="SOURCE", required=True, help="the guest's memory: a path or a URL"
+    )
+    firecracker.add_argument(
+        "--ack", action="store_true", help="answer with one byte, as StratoVirt expects"
+    )
+    firecracker.add_argument(
+        "--kill-on-failure",
+        action="store_true",
+        help="end the microVM when a page cannot be had, instead of giving it an error",
+    )
+    _add_serving(firecracker)
+    firecracker.set_defaults(run=_firecracker)
+
+    native = dialects.add_parser(
+        "native",
+        help="aiouffd.attach, and C programs with native/client/aiouffd_client.h",
+        description="Serve SOURCE to clients of aiouffd's own protocol.",
+    )
+    _add_socket(native)
+    native.add_argument("memory", metavar="SOURCE", help="a path or a URL")
+    _add_serving(native)
+    native.set_defaults(run=_native, kill_on_failure=False)
+
+    criu = dialects.add_parser(
+        "criu",
+        help="criu restore --lazy-pages",
+        description="Serve restored processes from the images of a dump. Ends when the restore is"
+        " complete, unless --keep is given.",
+    )
+    criu.add_argument("--images", metavar="DIR", required=True, help="the images: a path or a URL")
+    criu.add_argument(
+        "--work-dir", metavar="DIR", help="where lazy-pages.socket is made (default: the images)"
+    )
+    criu.add_argument("--keep", action="store_true", help="serve one restore after the other")
+    criu.set_defaults(run=_criu)
+
+
+def _add_socket(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--socket", metavar="PATH", required=True, help="where clients connect")
+    parser.add_argument(
+        "--mode", type=_mode, default=0o600, help="permissions of the socket (default: 600)"
+    )
+    parser.add_argument(
+        "--any-user", action="store_true", help="serve other users too, as far as the mode lets them"
+    )
+    parser.add_argument(
+        "--take-over", action="store_true", help="continue what another pager there serves"
+    )
+
+
+def _add_serving(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-o",
+        "--option",
+        type=option_argument,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a keyword of the source; VALUE is JSON or text (may be repeated)",
+    )
+    parser.add_argument(
+        "--block-size", type=size_argument, help="bytes fetched at a time (default: 64K)"
+    )
+    parser.add_argument(
+        "--readahead", type=size_argument, default=0, help="bytes ahead of sequential access"
+    )
+    parser.add_argument(
+        "--deadline",
+        type=float,
+        metavar="SECONDS",
+        help="give up on a page after that (default: wait for as long as the source may recover)",
+    )
+    parser.add_argument("--prefetch", metavar="FILE", help="bring a working set ahead of faults")
+    parser.add_argument(
+        "--record", metavar="FILE", help="save what the first client needs as a working set"
+    )
+    parser.add_argument(
+        "--cache",
+        nargs="?",
+        const=True,
+        metavar="DIRECTORY",
+        help="keep what is read on disk, and read from there what is (default: the user's cache)",
+    )
+
+
+def _mode(text: str) -> int:
+    try:
+        mode = int(text, 8)
+    except ValueError:
+        mode = -1
+    if not 0 <= mode <= 0o777:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an octal mode such as 660")
+    return mode
+
+
+def _firecracker(parsed: argparse.Namespace) -> int:
+    from ..serve.dialects.firecracker import FirecrackerDialect
+
+    return _serve(parsed, FirecrackerDialect(ack=parsed.ack))
+
+
+def _native(parsed: argparse.Namespace) -> int:
+    from ..serve.dialects.native import NativeDialect
+
+    return _serve(parsed, NativeDialect())
+
+
+def _criu(parsed: argparse.Namespace) -> int:
+    from ..serve.criu import serve_images
+
+    async def main() -> None:
+        task = asyncio.ensure_future(
+            serve_images(parsed.images, work_dir=parsed.work_dir, keep=parsed.keep)
+        )
+        _on_signals(task.cancel)
+        try:
+            await task
+        except asyncio.CancelledError:
+            pass
+
+    run(main())
+    return 0
+
+
+def _on_signals(stop: Callable[[], object]) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+
+
+def _serve(parsed: argparse.Namespace, dialect: Dialect) -> int:
+    if parsed.record and parsed.prefetch and os.path.abspath(parsed.record) == os.path.abspath(
+        parsed.prefetch
+    ):
+        raise UsageError("--record would overwrite what --prefetch reads")
+    run(_main(parsed, dialect))
+    return 0
+
+
+async def _main(parsed: argparse.Namespace, dialect: Dialect) -> None:
+    from ..serve import anybody, listen, same_user
+
+    first: list[Client] = []
+
+    async def on_client(client: Client) -> None:
+        if parsed.record and not first:
+            first.append(client)
+            client.record = True
+
+    server = listen(
+        parsed.socket,
+        source=_source(parsed),
+        dialect=dialect,
+        on_client=on_client,
+        allow=anybody if parsed.any_user else same_user,
+        mode=parsed.mode,
+        block_size=parsed.block_size,
+        readahead=parsed.readahead,
+        deadline=parsed.deadline,
+        on_failure="kill" if parsed.kill_on_failure else "poison",
+        prefetch=parsed.prefetch,
+        take_over=parsed.take_over,
+    )
+    stop = asyncio.Event()
+    _on_signals(stop.set)
+    async with server:
+        print(server.path, flush=True)
+        await _any(stop.wait(), server.taken_over.wait())
+        if first:
+            first[0].working_set().save(parsed.record)
+        _say(server)
+
+
+def _source(parsed: argparse.Namespace) -> Any:
+    options = dict(parsed.option)
+    if parsed.cache is None and not options:
+        return parsed.memory
+    from ..sources import as_source
+
+    source = as_source(parsed.memory, **options)
+    if parsed.cache is not None:
+        from ..sources.cache import cached
+
+        source = cached(source, parsed.cache)
+    return source
+
+
+async def _any(*coroutines: Any) -> None:
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _say(server: Server) -> None:
+    stats = server.stats
+    print(
+        f"{stats.faults} faults, {human(stats.installed_bytes)} installed,"
+        f" {stats.zero_pages} pages of zeros, {stats.poisoned_pages} errors,"
+        f" {server.refused} clients refused",
+        file=sys.stderr,
+    )
