@@ -4,6 +4,8 @@
 #include "engine.h"
 
 #include <errno.h>
+#include <stdbool.h>
+#include <stddef.h>
 
 #define BASE_PAGE 4096ULL
 /* An address that nobody can register: below what the kernel lets be mapped. */
@@ -59,6 +61,97 @@ int64_t au_foreign_put(int fd, int op, uint64_t start, const uint8_t *src, uint6
 		return -1 - (int64_t)(at << 8 | (uint64_t)(-result & 0xff));
 	}
 	return (int64_t)at;
+}
+
+static const struct au_foreign_area *find(const struct au_foreign_area *areas, uint64_t count,
+					  uint64_t address)
+{
+	uint64_t low = 0, high = count;
+
+	while (low < high) {
+		uint64_t middle = low + (high - low) / 2;
+
+		if (address < areas[middle].start)
+			high = middle;
+		else if (address - areas[middle].start >= areas[middle].length)
+			low = middle + 1;
+		else
+			return &areas[middle];
+	}
+	return NULL;
+}
+
+static bool all_missing(const uint8_t *states, uint64_t first, uint64_t last)
+{
+	for (; first < last; first++)
+		if (states[first])
+			return false;
+	return true;
+}
+
+/* True if the fault is answered. */
+static bool answer(int fd, const struct au_foreign_area *area, uint64_t window, uint64_t address,
+		   uint64_t *installed)
+{
+	uint64_t size = area->page_size, page = (address - area->start) / size;
+	uint64_t first = page, last = page + 1;
+	int64_t done = 0;
+
+	if (area->states[page])
+		return false;
+	if (window > size) {
+		uint64_t pages = window / size, most = area->length / size;
+
+		first = page / pages * pages;
+		last = first + pages < most ? first + pages : most;
+		if (!all_missing(area->states, first, last)) {
+			first = page;
+			last = page + 1;
+		}
+	}
+	if (au_abi_copy(fd, area->start + first * size,
+			(uint64_t)(uintptr_t)(area->bytes + first * size), (last - first) * size, 0,
+			&done) &&
+	    done <= 0)
+		return false;
+	*installed += (uint64_t)done;
+	for (; done > 0; done -= (int64_t)size)
+		area->states[first++] |= AU_FOREIGN_INSTALLED;
+	return page < first;
+}
+
+static bool has_event(const struct au_uffd_msg *messages, long count)
+{
+	long index;
+
+	for (index = 0; index < count; index++)
+		if (messages[index].event != AU_EVENT_PAGEFAULT)
+			return true;
+	return false;
+}
+
+int64_t au_foreign_pump(int fd, const struct au_foreign_area *areas, uint64_t count,
+			uint64_t window, struct au_uffd_msg *out, int64_t max, uint64_t *faults,
+			uint64_t *installed)
+{
+	long got = au_abi_read(fd, out, (int)max), index;
+	int64_t left = 0;
+
+	*faults = *installed = 0;
+	if (got <= 0 || has_event(out, got))
+		return got;
+	for (index = 0; index < got; index++) {
+		uint64_t address = out[index].arg.pagefault.address;
+		const struct au_foreign_area *area = find(areas, count, address);
+
+		if (area && !(out[index].arg.pagefault.flags & ~(uint64_t)AU_PAGEFAULT_FLAG_WRITE) &&
+		    answer(fd, area, window, address, installed))
+			(*faults)++;
+		else
+			out[left++] = out[index];
+	}
+	/* A full batch, all answered: there may be more, and no event may wait unread. */
+	return left;
 }
 
 int au_foreign_alive(int fd)

@@ -6,6 +6,8 @@
 #ifndef AU_FOREIGN_H
 #define AU_FOREIGN_H
 
+#include "uapi.h"
+
 #include <stdint.h>
 
 /* `op` of enum au_op (COPY, ZERO, POISON, CONTINUE) over [start, start+length), whole pages.
@@ -16,6 +18,27 @@
  * be read first, or the one who caused it has to run), ESRCH (the process is gone), ENOMEM, ... */
 int64_t au_foreign_put(int fd, int op, uint64_t start, const uint8_t *src, uint64_t length,
 		       uint64_t page_size);
+
+/* An area of the other process whose bytes are in our memory. */
+struct au_foreign_area {
+	uint64_t start, length;
+	uint64_t page_size;
+	const uint8_t *bytes; /* of the whole area */
+	uint8_t *states;      /* one per page: 0, or what only the caller understands */
+};
+
+#define AU_FOREIGN_INSTALLED 2
+
+/* Read messages, and answer those faults that need nothing but a copy: in one of `areas` (by
+ * address), on a page whose state is 0, which then is INSTALLED; with it its neighbours of the
+ * same `window` bytes (a power of two), if all of them are in state 0.  Everything else is handed
+ * on in `out`, and so is a whole batch with an event in it, which has to be looked at before
+ * anything is filled.
+ * Returns how many are in `out` (at most `max`), or a negated errno; *faults and *installed count
+ * what was answered here, and its bytes.  -EAGAIN: there was nothing to read. */
+int64_t au_foreign_pump(int fd, const struct au_foreign_area *areas, uint64_t count,
+			uint64_t window, struct au_uffd_msg *out, int64_t max, uint64_t *faults,
+			uint64_t *installed);
 
 /* Whether the address space behind the descriptor still exists: 1, or 0. */
 int au_foreign_alive(int fd);

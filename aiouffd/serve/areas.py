@@ -39,6 +39,8 @@ class Area:
     :param page_size: in bytes: 4096, or that of huge pages.
     :param states: one byte per page to keep the pages' states in, for example of a file that
         outlives us; made if None.
+    :param lasting: the process tells of what it drops, so what was INSTALLED and is missing was
+        removed, though the server that heard of it died before it could note it down.
     """
 
     start: int
@@ -47,6 +49,7 @@ class Area:
     offset: int = 0
     page_size: int = 4096
     states: memoryview | None = None
+    lasting: bool = False
 
     @property
     def end(self) -> int:
@@ -109,6 +112,7 @@ class Area:
             self.offset_of(start),
             self.page_size,
             self._states()[first:last],
+            self.lasting,
         )
 
 
@@ -118,6 +122,8 @@ class AreaMap:
     def __init__(self, areas: Iterable[Area] = ()) -> None:
         self._areas: list[Area] = []
         self._starts: list[int] = []
+        #: Changes with every change of what is where; not with the states of pages.
+        self.version = 0
         for area in areas:
             self.add(area)
 
@@ -137,12 +143,14 @@ class AreaMap:
                 area.offset,
                 area.page_size,
                 memoryview(bytearray(area.length // area.page_size)),
+                area.lasting,
             )
         at = bisect_right(self._starts, area.start)
         if (at and self._areas[at - 1].end > area.start) or (
             at < len(self._areas) and self._areas[at].start < area.end
         ):
             raise ValueError(f"{area.start:#x}-{area.end:#x} overlaps another area")
+        self.version += 1
         self._areas.insert(at, area)
         self._starts.insert(at, area.start)
 
@@ -184,6 +192,7 @@ class AreaMap:
     def unmapped(self, start: int, end: int) -> list[Area]:
         """The process has no mapping at ``start`` to ``end`` any more. Returns what was there."""
         gone = []
+        self.version += 1
         for area, low, high in self.within(start, end):
             gone.append(area._part(low, high))
             at = self._starts.index(area.start)
@@ -214,6 +223,7 @@ class AreaMap:
                 area.offset,
                 area.page_size,
                 memoryview(bytearray(area._states())),
+                area.lasting,
             )
             for area in self._areas
         )

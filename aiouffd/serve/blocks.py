@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from ..errors import ClosedError, SourceChangedError, SourceError, UsageError
 from ..sources.base import Source, aclose_source, check_length, open_source, own_method
+from ..sources.memory import MemorySource
 from ..tally import Tally
 
 __all__ = ["BlockStore", "Wanter"]
@@ -108,6 +109,11 @@ class BlockStore:
     @property
     def version(self) -> str | None:
         return getattr(self.source, "version", None)
+
+    @property
+    def memory(self) -> memoryview | None:
+        """The whole object, if it is memory of this process."""
+        return self.source.data if isinstance(self.source, MemorySource) else None
 
     @property
     def blocks(self) -> int:

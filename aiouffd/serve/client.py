@@ -321,7 +321,7 @@ class Client:
         self._check_ended()
 
     def _peer_ended(self) -> None:
-        self.talked.set()
+        # What it has said before its end may not be heard yet: the talk ends with the connection.
         self.probe()
 
     # ------------------------------------------------------------------ stats

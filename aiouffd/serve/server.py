@@ -342,7 +342,7 @@ class Server:
             await client._talk()
         except (PeerError, ClosedError, TimeoutError) as error:
             if not client.ended.is_set():
-                log.warning("%r is dropped: %s", client, error or "it took too long")
+                log.warning("%r is dropped: %s", client, str(error) or "it took too long")
                 self.refused += 1
                 self._end(client)
         except asyncio.CancelledError:

@@ -52,6 +52,7 @@ class PlainDialect:
         memory = client.adopt(fds[0], areas, page_size=self.page_size, uncovered=self.uncovered)
         self.memories.put_nowait(memory)
         await client.channel.send(b"k")
+        client.keep_while_connected()
 
 
 class Guest:
