@@ -21,8 +21,9 @@ from .common import Report
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = 4096
 PAGES = 4000
-#: The crowd: processes, regions of each, pages of each region; and the quiet one's pause.
-PROCESSES, REGIONS, REGION_PAGES, PAUSE_US = 100, 10, 128, 2000
+#: The crowd: processes, regions of each, pages of each region; the quiet one's pause between two
+#: touches, and that of the others: 99 of them then make some 10,000 faults a second.
+PROCESSES, REGIONS, REGION_PAGES, PAUSE_US, CROWD_PAUSE_US = 100, 10, 64, 1000, 10_000
 
 
 def swarm() -> Path:
@@ -81,17 +82,26 @@ def run(report: Report, loop: str, runner=asyncio.run) -> None:
                 at_most=2.0,
             )
 
-        def quiet(busy: int) -> Callable[[], float]:
-            arguments = (PROCESSES, REGIONS, REGION_PAGES, 3, PAUSE_US, busy)
+        def quiet(busy: int, *pause: int) -> Callable[[], float]:
+            arguments = (PROCESSES, REGIONS, REGION_PAGES, 3, PAUSE_US, busy, *pause)
             return lambda: _times(program, crowded, *arguments)[1] / 1000
 
         size = REGIONS * REGION_PAGES * PAGE
         for what, more in (("bytes at hand", ()), ("1 ms of latency", ("--delay", "0.001"))):
             with _running(*_ours(crowded, size, loop, *more)):
                 report.compare(
-                    f"fault p99 of one client among 99 busy ones, 1,000 regions, {what}, {loop}",
-                    ("among them", quiet(1)),
+                    f"fault p99 of one client beside 99 with 10,000 faults a second, {what}, {loop}",
+                    ("beside them", quiet(1, CROWD_PAUSE_US)),
                     ("alone", quiet(0)),
                     unit="us",
                     at_most=5.0,
                 )
+        with _running(*_ours(crowded, size, loop)):
+            report.compare(
+                f"  beside 99 that fault without a pause, so that no CPU is ever free, {loop}",
+                ("beside them", quiet(1)),
+                ("alone", quiet(0)),
+                unit="us",
+                repeats=3,
+                warm_up=False,
+            )

@@ -7,7 +7,7 @@ what is mapped where follows its mappings (`AreaMap`); blocks are fetched once f
 
 Layers, each importing only from those below it::
 
-    server                 the socket, and what clients share
+    server, handover       the socket, and what clients share
     dialects, criu         what clients say
     client                 one of them
     memory                 one address space: messages, faults, events

@@ -1,25 +1,27 @@
 """The blocks of one object, for everybody who is served from it.
 
 One flight per block, however many clients wait for it. Who waits for bytes goes before who only
-would like them soon, and clients take turns, so that one that wants much delays another by one
-flight and not by all of its own. Blocks that were fetched are kept for a while: a thousand clones
+would like them soon, and among those who wait goes first who has had least, so that one that wants
+much delays another by one flight and not by all of its own. Blocks that were fetched are kept for a while: a thousand clones
 of one snapshot read it once.
 """
 
 from __future__ import annotations
 
 import asyncio
+import heapq
 import logging
 import random
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from ..errors import ClosedError, SourceChangedError, SourceError, UsageError
 from ..sources.base import Source, aclose_source, check_length, open_source, own_method
 from ..sources.memory import MemorySource
 from ..tally import Tally
+from .reactor import Share
 
 __all__ = ["BlockStore", "Wanter"]
 
@@ -31,6 +33,8 @@ BLOCK_SIZE, KEEP = 64 * 1024, 64 << 20
 MAX_FLIGHTS, MAX_BACKGROUND = 64, 16
 #: First and longest pause between two tries, in seconds.
 RETRY_FIRST, RETRY_LONGEST = 0.05, 10.0
+#: What a flight counts for in a client's share, in seconds of our time.
+FLIGHT = 50e-6
 #: The granularity of offsets that blocks and areas have.
 PAGE = 4096
 
@@ -38,8 +42,8 @@ PAGE = 4096
 class Wanter(Protocol):
     """Who asks a `BlockStore` for blocks."""
 
-    #: Whose turn it is: wanters with the same key share one.
-    turn: Hashable
+    #: What it has had so far; who has had least is next. Wanters of one client share it.
+    share: Share
 
     def landed(self, store: BlockStore, block: int, data: memoryview | None) -> None:
         """A block has come: its bytes, whole pages (zeros behind the object's end), or None if all
@@ -89,7 +93,8 @@ class BlockStore:
         self._kept: OrderedDict[int, memoryview | None] = OrderedDict()
         self._kept_bytes = 0
         self._flights: dict[int, _Flight] = {}
-        self._queues: OrderedDict[Hashable, deque[_Flight]] = OrderedDict()
+        self._queue: list[tuple[float, int, _Flight]] = []  # a heap
+        self._number = 0
         self._background: deque[_Flight] = deque()
         self._tasks: dict[asyncio.Task[None], _Flight] = {}
         self._running_background = 0
@@ -144,7 +149,9 @@ class BlockStore:
             # One that waits behind others, as part of a longer one, may take long.
             flight = _Flight(block, 1, True)
             self._flights[block] = flight
-            self._enqueue(flight, wanter.turn)
+            self._number += 1
+            heapq.heappush(self._queue, (wanter.share.used, self._number, flight))
+            wanter.share.used += FLIGHT
         flight.wanters.setdefault(block, []).append(wanter)
         self._start()
 
@@ -185,16 +192,10 @@ class BlockStore:
 
     # ----------------------------------------------------------------- flights
 
-    def _enqueue(self, flight: _Flight, turn: Hashable) -> None:
-        self._queues.setdefault(turn, deque()).append(flight)
-
     def _next(self) -> _Flight | None:
-        """The next flight: urgent ones by turns, then one of the background."""
-        while self._queues:
-            turn, queue = self._queues.popitem(last=False)
-            flight = queue.popleft()
-            if queue:
-                self._queues[turn] = queue  # behind the others
+        """The next flight: an urgent one, else one of the background."""
+        while self._queue:
+            flight = heapq.heappop(self._queue)[2]
             if flight.count:
                 return flight
         while self._background and self._running_background < MAX_BACKGROUND:

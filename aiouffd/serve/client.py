@@ -176,7 +176,6 @@ class Client:
             self.server.reactor,
             fd,
             areas,
-            turn=self.number,
             share=self._share,
             uncovered=uncovered,
             readahead=self.server.readahead,

@@ -29,7 +29,7 @@ import errno
 import logging
 import os
 import struct
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -99,7 +99,6 @@ class Memory:
         fd: int,
         areas: AreaMap,
         *,
-        turn: Hashable,
         share: Share,
         uncovered: Uncovered = "poison",
         readahead: int = 0,
@@ -121,7 +120,6 @@ class Memory:
         self.stats = MemoryStats()
         #: Set once the process has ended or the memory was closed.
         self.ended = asyncio.Event()
-        self.turn = turn
         self.share = share
         #: While somebody records: (store, block) in the order of their first need.
         self.recording: dict[tuple[BlockStore, int], None] | None = None

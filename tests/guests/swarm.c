@@ -1,14 +1,14 @@
 /* Many small processes whose memory is served by one server, faulting at random.
  *
- *	swarm PATH PROCESSES REGIONS PAGES SEED QUIET_US BUSY
+ *	swarm PATH PROCESSES REGIONS PAGES SEED QUIET_US BUSY [PAUSE_US]
  *
  * Each process maps REGIONS areas of PAGES pages that show an object from its start, one after the
  * other, hands its userfaultfd over at PATH in the tests' plain dialect, and touches all of its
  * pages in random order, comparing each with what has to be there: the word at byte n of
  * the object is n / 8 + 1.  The first process is the quiet one: it waits QUIET_US
  * microseconds before each touch, and prints how long its touches took; the others (none if BUSY
- * is 0) go as fast as they can, over and over in new memory, until it is done, and at least
- * once.  Exit status 0 if every byte was right.
+ * is 0) go as fast as they can, or pause between touches for a random time of PAUSE_US on average,
+ * over and over in new memory, until it is done, and at least once.  Exit status 0 if every byte was right.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -106,7 +106,7 @@ static int hand_over(int uffd, const struct area *areas)
 }
 
 /* Map, hand over, touch everything once.  Times of touches go to `times` if it is there. */
-static void live(uint64_t seed, unsigned pause, uint64_t *times)
+static void live(uint64_t seed, unsigned pause, unsigned about, uint64_t *times)
 {
 	struct area areas[REGIONS_MAX];
 	uint64_t total = regions * pages, index, *order = malloc(total * sizeof *order);
@@ -143,6 +143,10 @@ static void live(uint64_t seed, unsigned pause, uint64_t *times)
 
 		if (pause)
 			usleep(pause);
+		if (about)
+			usleep((unsigned)(next(&seed) % (2 * about)));
+		if (!times && *done)
+			break;
 		begun = now_ns();
 		found = *(volatile uint64_t *)(uintptr_t)(area->start + page % pages * PAGE + at);
 		if (times)
@@ -173,7 +177,7 @@ int main(int argc, char **argv)
 	int busy, status, failed = 0;
 	unsigned pause;
 
-	if (argc != 8)
+	if (argc != 8 && argc != 9)
 		return 64;
 	path = argv[1];
 	processes = strtoull(argv[2], NULL, 0);
@@ -196,13 +200,14 @@ int main(int argc, char **argv)
 		if (pid)
 			continue;
 		if (index == 0) {
-			live(seed, pause, times);
+			live(seed, pause, 0, times);
 			*done = 1;
 		} else {
 			uint64_t round = 0;
 
 			do
-				live(seed * 7919 + index * 104729 + ++round, 0, NULL);
+				live(seed * 7919 + index * 104729 + ++round, 0,
+				     argc == 9 ? (unsigned)strtoul(argv[8], NULL, 0) : 0, NULL);
 			while (!*done);
 		}
 		_exit(0);
