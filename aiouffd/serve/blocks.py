@@ -2,8 +2,8 @@
 
 One flight per block, however many clients wait for it. Who waits for bytes goes before who only
 would like them soon, and among those who wait goes first who has had least, so that one that wants
-much delays another by one flight and not by all of its own. Blocks that were fetched are kept for a while: a thousand clones
-of one snapshot read it once.
+much delays another by one flight and not by all of its own. Blocks that were fetched are kept for
+a while: a thousand clones of one snapshot read it once.
 """
 
 from __future__ import annotations
