@@ -6,6 +6,7 @@ import array
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tomllib
@@ -95,10 +96,43 @@ def test_python_command(command: list[str], weights: Path, tmp_path: Path) -> No
     assert (tmp_path / "weights.bin").read_bytes() == weights.read_bytes()
 
 
-@pytest.mark.parametrize("command", _of("aiouffd"), ids=" ".join)
-def test_aiouffd_command(command: list[str], tmp_path: Path) -> None:
+#: Commands that run until they are told to end.
+SERVERS = ("serve", "pager")
+
+
+@pytest.mark.parametrize(
+    "command", [command for command in _of("aiouffd") if command[1] not in SERVERS], ids=" ".join
+)
+def test_aiouffd_command(command: list[str], weights: Path, tmp_path: Path) -> None:
+    (tmp_path / "weights.bin").symlink_to(weights)
     done = _run([sys.executable, "-m", *command], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "command", [command for command in _of("aiouffd") if command[1] in SERVERS], ids=" ".join
+)
+def test_aiouffd_server(command: list[str], weights: Path, tmp_path: Path) -> None:
+    """It says where it listens, and ends well when it is asked to. Its port is any free one."""
+    (tmp_path / "weights.bin").symlink_to(weights)
+    arguments = ["0" if argument == "10809" else argument for argument in command]
+    with subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        try:
+            _, said = process.communicate(timeout=LIMIT)
+        finally:
+            process.kill()
+        assert process.returncode == 0, said
 
 
 @pytest.mark.parametrize("command", _of("make"), ids=" ".join)
