@@ -9,8 +9,7 @@ import random
 import signal
 import ssl
 import subprocess
-import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,39 +26,25 @@ from aiouffd.errors import (
     UsageError,
 )
 from aiouffd.nbd import NbdServer, server_core, wire
-from aiouffd.nbd.server_core import Negotiation, Offer, Requests
+from aiouffd.nbd.server_core import Negotiation, Offer
 from aiouffd.nbd.wire import NbdProtocolError
-from aiouffd.sources.base import BaseSource, Buffer
+from aiouffd.sources.base import Buffer
 from aiouffd.sources.compose import RetrySource, SliceSource
 from aiouffd.sources.file import FileSource
 from aiouffd.sources.memory import MemorySource
 from aiouffd.sources.nbd import NbdSource
+from tests.nbd_peers import DATA, GREETING_REST, SIZE, Peer, Slow, run, serve, until
 from tests.scenarios import torture
 from tests.servers.nbd import need
-from tests.support import ROOT, content, environment, result_of
+from tests.support import result_of
 
-SIZE = 4 << 20
-DATA = content(SIZE)
 READ_ONLY = wire.FLAG_HAS_FLAGS | wire.FLAG_READ_ONLY | wire.FLAG_SEND_DF
-GREETING_REST = wire.CLIENT_FLAGS.pack(3)
 
 
-async def run(*command: str, expected: int = 0) -> str:
-    """A program of somebody else; what it said."""
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    try:
-        said = (await process.communicate())[0].decode()
-    except BaseException:
-        process.kill()
-        await process.wait()
-        raise
-    assert process.returncode == expected, said
-    return said
+@pytest.fixture(autouse=True)
+async def _nobody_stays() -> AsyncIterator[None]:
+    yield
+    await Peer.hang_up()
 
 
 @contextlib.asynccontextmanager
@@ -72,40 +57,6 @@ async def file(path: Path, **options: Any) -> AsyncIterator[FileSource]:
         yield source
     finally:
         await source.aclose()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Poll, for what nothing tells."""
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.001)
-
-
-class Slow(BaseSource):
-    """Answers when it is told to."""
-
-    def __init__(self, data: bytes = DATA) -> None:
-        self.data = data
-        self.gate = asyncio.Event()
-        self.asked = asyncio.Event()
-        self.reading = self.most = 0
-
-    @property
-    def size(self) -> int:
-        return len(self.data)
-
-    async def read(self, offset: int, length: int) -> Buffer:
-        self.reading += 1
-        self.most = max(self.most, self.reading)
-        self.asked.set()
-        try:
-            await self.gate.wait()
-        finally:
-            self.reading -= 1
-        return self.data[offset : offset + length]
-
-    def clone(self) -> Slow:
-        raise UnsupportedError("this one is for one loop")
 
 
 # ------------------------------------------------------------- clients of others
@@ -292,53 +243,6 @@ async def test_tls(tmp_path: Path) -> None:
 # ----------------------------------------------------------------- limits, the end
 
 
-class Peer:
-    """A client by hand: it says what it is told to."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader, self.writer = reader, writer
-
-    @classmethod
-    async def connect(cls, path: Path) -> Peer:
-        peer = cls(*await asyncio.open_unix_connection(path))
-        await peer.reader.readexactly(wire.GREETING.size)
-        return peer
-
-    @classmethod
-    async def transmitting(cls, path: Path, export: str = "") -> Peer:
-        peer = await cls.connect(path)
-        peer.writer.write(GREETING_REST)
-        peer.writer.write(wire.option(wire.OPT_EXPORT_NAME, export.encode()))
-        await peer.reader.readexactly(wire.EXPORT.size)
-        return peer
-
-    def ask(self, command: int, offset: int = 0, length: int = 0, data: bytes = b"",
-            *, cookie: int = 1, flags: int = 0) -> None:  # fmt: skip
-        self.writer.write(
-            wire.REQUEST.pack(wire.REQUEST_MAGIC, flags, command, cookie, offset, length) + data
-        )
-
-    async def answer(self) -> tuple[int, int]:
-        """Error and cookie of a simple reply."""
-        head = await self.reader.readexactly(wire.SIMPLE_REPLY.size)
-        magic, error, cookie = wire.SIMPLE_REPLY.unpack(head)
-        assert magic == wire.SIMPLE_MAGIC
-        return error, cookie
-
-    async def ended(self) -> None:
-        """The server hangs up."""
-        try:
-            while await self.reader.read(65536):
-                pass
-        except ConnectionError:
-            pass
-        await self.close()
-
-    async def close(self) -> None:
-        self.writer.close()
-        await asyncio.gather(self.writer.wait_closed(), return_exceptions=True)
-
-
 async def test_requests_out_of_order(tmp_path: Path) -> None:
     """Each gets its error, and the connection lives on."""
     cases = [
@@ -351,7 +255,8 @@ async def test_requests_out_of_order(tmp_path: Path) -> None:
         (wire.CMD_READ, 0, 1, 1 << 14, wire.EINVAL),
         (wire.CMD_WRITE_ZEROES, 0, 1, 0, wire.EPERM),
         (wire.CMD_BLOCK_STATUS, 0, 1, 0, wire.EINVAL),
-        (wire.CMD_TRIM, 0, 1, 0, wire.EINVAL),
+        (wire.CMD_TRIM, 0, 1, 0, wire.EPERM),
+        (wire.CMD_READ, 0, 1, wire.CMD_FLAG_FUA, wire.EINVAL),
         (wire.CMD_CACHE, 0, 1, 0, wire.EINVAL),
         (99, 0, 1, 0, wire.EINVAL),
         (wire.CMD_FLUSH, 0, 0, 0, 0),
@@ -621,61 +526,6 @@ def test_tls_forgets_what_was_said_in_the_clear() -> None:
         injected.feed(GREETING_REST + wire.option(wire.OPT_STARTTLS) + options()[1])
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.data())
-def test_mutated_negotiations(data: st.DataObject) -> None:
-    """It ends in an export, an answer or a clean error, and what it says stays bounded."""
-    said = bytearray(GREETING_REST + b"".join(options()))
-    for _ in range(data.draw(st.integers(1, 6))):
-        at = data.draw(st.integers(0, len(said) - 1))
-        change = data.draw(st.sampled_from(["set", "cut", "insert"]))
-        if change == "set":
-            said[at] = data.draw(st.integers(0, 255))
-        elif change == "cut":
-            del said[at : at + data.draw(st.integers(1, 9))]
-        else:
-            said[at:at] = data.draw(st.binary(max_size=9))
-        if not said:
-            return
-    negotiation = Negotiation(OFFERS, tls=data.draw(st.booleans()))
-    try:
-        negotiation.feed(bytes(said))
-    except NbdProtocolError:
-        pass
-    assert len(negotiation.take()) < 100_000
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from([0, 1, 3, 6, 7, 99]), st.integers(0, 20_000))),
-       st.lists(st.integers(1, 30_000), max_size=40))  # fmt: skip
-def test_requests_in_any_pieces(asked: list[tuple[int, int]], cuts: list[int]) -> None:
-    stream = b""
-    for cookie, (command, length) in enumerate(asked):
-        head = wire.REQUEST.pack(wire.REQUEST_MAGIC, 3, command, cookie, 5, length)
-        stream += head + (DATA[:length] if command == wire.CMD_WRITE else b"")
-    requests = Requests()
-    for cut in cuts:
-        requests.feed(stream[:cut])
-        stream = stream[cut:]
-    requests.feed(stream)
-    found = [(r.cookie, r.command, r.flags, r.offset, r.length) for r in requests.ready]
-    assert found == [(at, command, 3, 5, length) for at, (command, length) in enumerate(asked)]
-    for request in requests.ready:
-        assert request.data is None or request.data == DATA[: request.length]
-    assert not requests.receiving
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.binary(max_size=2000))
-def test_rubbish_requests(data: bytes) -> None:
-    requests = Requests()
-    try:
-        requests.feed(data)
-    except NbdProtocolError:
-        pass
-    assert len(requests.ready) <= len(data) // wire.REQUEST.size
-
-
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 50), st.integers(1, 50), st.sets(st.integers(0, 120)))
 def test_parts_against_a_set(offset: int, length: int, zeros: set[int]) -> None:
@@ -695,17 +545,6 @@ def test_parts_against_a_set(offset: int, length: int, zeros: set[int]) -> None:
 
 
 # ---------------------------------------------------------------- the command line
-
-
-def serve(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", "-m", "aiouffd", "serve", *arguments],
-        cwd=ROOT,
-        env=environment(PYTHONPATH=str(ROOT)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -7,12 +7,18 @@ import asyncio
 import signal
 import ssl
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from .common import add_source_arguments, human, opened, run, source_of
 
+if TYPE_CHECKING:
+    from ..nbd.server import NbdServer
+
 __all__ = ["add_to"]
+
+#: What ends it.
+STOP = (signal.SIGINT, signal.SIGTERM)
 
 
 def add_to(commands: Any) -> None:
@@ -21,7 +27,8 @@ def add_to(commands: Any) -> None:
         "serve",
         help="offer an object to NBD clients (qemu, nbdcopy, the kernel's nbd, ...)",
         description="Serve SOURCE as an NBD export until SIGINT or SIGTERM; requests under way"
-        " are answered before it ends. The first line of output is the export's URL.",
+        " are answered before it ends, unless a second signal comes. The first line of output is"
+        " the export's URL.",
     )
     add_source_arguments(serve)
     serve.add_argument("--nbd", action="store_true", required=True, help="the protocol")
@@ -52,8 +59,10 @@ def _tls(parsed: argparse.Namespace) -> ssl.SSLContext | None:
 
 
 def _serve(parsed: argparse.Namespace) -> int:
-    if parsed.socket and (parsed.host or parsed.port is not None):
+    if parsed.socket is not None and (parsed.host is not None or parsed.port is not None):
         raise UsageError("--socket is instead of --host and --port")
+    if parsed.socket == "" or parsed.host == "":
+        raise UsageError("--socket and --host are not empty")
     run(_main(parsed, _tls(parsed)))
     return 0
 
@@ -63,15 +72,24 @@ async def _main(parsed: argparse.Namespace, tls: ssl.SSLContext | None) -> None:
 
     options = {"writable": True} if parsed.writable else {}
     async with opened(source_of(parsed, **options), parsed.patience) as source:
-        stop = asyncio.Event()
+        stop, now = asyncio.Event(), asyncio.Event()
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, stop.set)
+
+        def stopped() -> None:
+            if stop.is_set():
+                now.set()
+                # The third one ends us, whatever the source is waiting for.
+                for number in STOP:
+                    loop.remove_signal_handler(number)
+            stop.set()
+
+        for number in STOP:
+            loop.add_signal_handler(number, stopped)
         server = NbdServer(
             {parsed.export: source}, writable=parsed.writable, tls=tls, tls_required=tls is not None
         )
         try:
-            if parsed.socket:
+            if parsed.socket is not None:
                 url = await server.listen_unix(parsed.socket)
             else:
                 port = 10809 if parsed.port is None else parsed.port
@@ -79,10 +97,23 @@ async def _main(parsed: argparse.Namespace, tls: ssl.SSLContext | None) -> None:
             print(url, flush=True)
             await stop.wait()
         finally:
-            await server.aclose(drain=parsed.drain)
-            stats = server.stats
-            print(
-                f"{stats.clients_total} clients, {stats.requests} requests,"
-                f" {human(stats.bytes_read)} read, {human(stats.bytes_written)} written",
-                file=sys.stderr,
-            )
+            await _close(server, parsed.drain, now)
+        stats = server.stats
+        print(
+            f"{stats.clients_total} clients, {stats.requests} requests,"
+            f" {human(stats.bytes_read)} read, {human(stats.bytes_written)} written",
+            file=sys.stderr,
+        )
+
+
+async def _close(server: NbdServer, drain: float, now: asyncio.Event) -> None:
+    """Close within ``drain`` seconds, or ``now``."""
+    hurry = asyncio.ensure_future(now.wait())
+    closing = asyncio.ensure_future(server.aclose(drain))
+    try:
+        await asyncio.wait((hurry, closing), return_when=asyncio.FIRST_COMPLETED)
+        if not closing.done():
+            await server.aclose(0)
+        await closing
+    finally:
+        hurry.cancel()

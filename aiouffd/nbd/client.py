@@ -101,8 +101,8 @@ class Connection(asyncio.BufferedProtocol):
         self._flushing = False
         self._heard = 0.0
         self._watch: asyncio.TimerHandle | None = None
-        # Bytes given to the transport, and what it had got rid of when we looked.
-        self._said = self._taken = 0
+        # Bytes given to the transport, and what it had got rid of, and not, when we looked.
+        self._said = self._taken = self._unsent = 0
         #: Bytes of reads and writes that were asked for and not answered.
         self.outstanding = 0
         self.lost = False
@@ -129,7 +129,7 @@ class Connection(asyncio.BufferedProtocol):
             name = address.host or ("localhost" if tls.check_hostname else None)
             try:
                 upgraded = await self._loop.start_tls(transport, self, tls, server_hostname=name)
-                if upgraded is None:
+                if upgraded is None or upgraded.is_closing():
                     raise ConnectionResetError("the server hung up during the TLS handshake")
             except BaseException:
                 # Of a connection that ends in the middle of that, we may not be told.
@@ -260,10 +260,10 @@ class Connection(asyncio.BufferedProtocol):
         assert self._transport is not None
         unsent = self._transport.get_write_buffer_size()
         taken = self._said - unsent
-        if unsent and taken != self._taken:
-            # It has not got yet what it is to write, and is busy with that.
+        if (unsent or self._unsent) and taken != self._taken:
+            # It had not got yet what it is to write, and is busy with that.
             self._heard = time.monotonic()
-        self._taken = taken
+        self._taken, self._unsent = taken, unsent
         left = self._heard + self._timeout - time.monotonic()
         if left <= 0:
             # Not `_error`: the requests may do better on another connection.

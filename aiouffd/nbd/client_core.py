@@ -587,15 +587,20 @@ class Replies:
         request.extents = extents
 
     def _complete(self, request: Request) -> None:
+        """The last of the answer was here."""
+        lie = None
         if request.error is not None:
-            request.finish(request.error)
-            return
-        if request.command == wire.CMD_READ:
+            pass
+        elif request.command == wire.CMD_READ:
             if request.got != request.length or (request.spans and not _tiles(request.spans)):
-                raise NbdProtocolError("the server left out bytes of a read, or sent some twice")
+                lie = "the server left out bytes of a read, or sent some twice"
         elif request.command == wire.CMD_BLOCK_STATUS and not request.extents:
-            raise NbdProtocolError("the server answered a question for extents without any")
-        request.finish(None)
+            lie = "the server answered a question for extents without any"
+        if lie is not None:
+            # It is in nobody's hands but ours by now: `take_unfinished` gives it back.
+            self._request, self._finish = request, True
+            raise NbdProtocolError(lie)
+        request.finish(request.error)
 
 
 def _tiles(spans: list[tuple[int, int]]) -> bool:
@@ -614,8 +619,12 @@ _TRANSIENT = {wire.EIO, wire.ENOMEM, wire.ESHUTDOWN}
 
 def _error(number: int, text: bytes, request: Request) -> SourceError:
     said = text.decode("utf-8", "replace")[:200]
+    name = errno.errorcode.get(number, number)
+    if number not in errno.errorcode:
+        # What the protocol does not know means this; and it may be any 32 bits.
+        number = wire.EINVAL
     message = (
-        f"the NBD server answered {errno.errorcode.get(number, number)}"
+        f"the NBD server answered {name}"
         f" ({said or os.strerror(number)}) for {request.length} bytes at {request.offset}"
     )
     if number == wire.EPERM:

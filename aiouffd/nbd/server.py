@@ -2,7 +2,8 @@
 
 Each client is one protocol object; what it asks for becomes a task, or nothing at all if the
 source has the bytes at hand. A client is read from only as long as there is room for what it
-asks for, so neither a greedy nor a stuck one makes the server grow.
+asks for, and what it got counts until it has taken it, so neither a greedy nor a stuck one
+makes the server grow.
 """
 
 from __future__ import annotations
@@ -10,21 +11,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import socket
 import ssl as ssl_module
 import stat
+import termios
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from struct import Struct
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self, TypeAlias, cast
 
 from ..errors import AiouffdError, ClosedError, UsageError
 from ..sources.base import Source, check_length, holes_in_source, own_method
 from . import wire
 from .server_core import (
+    OPTION_MAX,
     Negotiation,
     Offer,
     Request,
@@ -33,11 +38,11 @@ from .server_core import (
     error_reply,
     hole_chunk,
     parts,
-    refusal,
     status_reply,
     wire_error,
 )
 from .uri import PORT, NbdAddress
+from .wire import NbdProtocolError
 
 __all__ = ["NbdServer", "NbdServerStats"]
 
@@ -53,6 +58,15 @@ ZEROS = bytes(1 << 20)
 COMPLAINTS = 10.0
 #: What a request costs beside its bytes.
 OVERHEAD = 512
+#: Bytes per second that a client has to send or to take, when it is its turn, in order to stay.
+SLOWEST = 16 * 1024
+#: Seconds between two looks whether a client that has to leave has got everything.
+LEAVING = 0.01
+#: Clients that the kernel keeps until we have accepted them.
+BACKLOG = 100
+#: Sizes are signed in most clients.
+SIZE_MAX = (1 << 63) - 1
+_INT = Struct("i")
 
 
 @dataclass(slots=True)
@@ -80,11 +94,12 @@ class NbdServer:
         tls_required: refuse clients that do not.
         max_clients: connections at a time; more are closed at once.
         max_requests: requests of one client that are worked on at a time.
-        memory: bytes of all clients' requests under way. Beside it each client
-            may always have one request, of at most 32 MiB.
+        memory: bytes of all clients' requests under way, and of replies that were not taken. Beside
+            it each client may always have one request, of at most 32 MiB, and 4 MiB of replies.
         handshake_timeout: seconds that a client has to choose an export.
         stall_timeout: seconds after which a client is dropped that does not take its replies, or
-            does not finish what it sends. One that wants nothing may stay for ever.
+            does not finish what it sends, or does so by less than 16 KiB/s. One that wants nothing
+            may stay for ever.
 
     Belongs to the event loop on which it was made.
     """
@@ -110,11 +125,10 @@ class NbdServer:
             raise UsageError("max_clients, max_requests and memory are at least 1")
         if handshake_timeout <= 0 or stall_timeout <= 0:
             raise UsageError("timeouts are positive numbers of seconds")
+        for name in exports:
+            _check_name(name)
         self._sources = dict(exports)
         self._offers = {name: _offer(source, writable) for name, source in exports.items()}
-        for name in exports:
-            if len(name.encode()) > wire.STRING_MAX:
-                raise UsageError(f"an export's name has at most {wire.STRING_MAX} bytes")
         self._tls = tls
         self._tls_required = tls_required
         self._max_clients = max_clients
@@ -124,7 +138,7 @@ class NbdServer:
         self._stall_timeout = stall_timeout
         self._loop = asyncio.get_running_loop()
         self._listeners: list[asyncio.Server] = []
-        self._paths: list[tuple[str, tuple[int, int]]] = []
+        self._paths: list[tuple[str, _Identity]] = []
         self._clients: set[_Client] = set()
         self._starved: dict[_Client, None] = {}
         self._watch: asyncio.TimerHandle | None = None
@@ -151,6 +165,8 @@ class NbdServer:
         Raises OSError. May be called several times.
         """
         self._check_open()
+        if not 0 <= port <= 65535:
+            raise UsageError(f"{port} is no TCP port")
         listener = await self._loop.create_server(lambda: _Client(self), host, port)
         self._listeners.append(listener)
         number = listener.sockets[0].getsockname()[1]
@@ -165,15 +181,14 @@ class NbdServer:
         """
         self._check_open()
         name = _absolute(path)
-        sock = _bound(name, mode)
+        sock, identity = _bound(name, mode)
         try:
             listener = await self._loop.create_unix_server(lambda: _Client(self), sock=sock)
         except BaseException:
             sock.close()
-            os.unlink(name)
+            _unlink(name, identity)
             raise
-        found = os.stat(name)
-        self._paths.append((name, (found.st_dev, found.st_ino)))
+        self._paths.append((name, identity))
         self._listeners.append(listener)
         export = next(iter(self._sources))
         return str(NbdAddress(export, socket=name, tls=self._tls_required))
@@ -181,18 +196,15 @@ class NbdServer:
     async def aclose(self, drain: float = 10.0) -> None:
         """Stop: nobody new gets in, requests under way are answered, then clients are closed.
 
-        After ``drain`` seconds what is left is dropped. Idempotent.
+        After ``drain`` seconds what is left is dropped; a second call may shorten that. Returns
+        when the last call of a source has ended. Idempotent.
         """
         self._closing = True
         for listener in self._listeners:
             listener.close()
         self._listeners.clear()
         for name, identity in self._paths:
-            # Somebody else's by now, perhaps: then it stays.
-            with contextlib.suppress(OSError):
-                found = os.stat(name)
-                if (found.st_dev, found.st_ino) == identity:
-                    os.unlink(name)
+            _unlink(name, identity)
         self._paths.clear()
         for client in list(self._clients):
             client.drain()
@@ -200,7 +212,8 @@ class NbdServer:
             async with asyncio.timeout(drain):
                 await self._idle.wait()
         except TimeoutError:
-            log.warning("NBD: %d clients did not finish in time", len(self._clients))
+            if self._clients:
+                log.warning("NBD: %d clients did not finish in time", len(self._clients))
         finally:
             for client in list(self._clients):
                 client.abort()
@@ -250,14 +263,15 @@ class NbdServer:
                 return
 
     def _complain(self, error: BaseException) -> None:
-        if not isinstance(error, AiouffdError | OSError):
-            log.error("NBD: a request failed", exc_info=error)
-            return
         # A source that is away fails every request; once in a while is enough.
         now = time.monotonic()
-        if now - self._complained > COMPLAINTS:
-            self._complained = now
+        if now - self._complained <= COMPLAINTS:
+            return
+        self._complained = now
+        if isinstance(error, AiouffdError | OSError):
             log.warning("NBD: a request failed: %s (%d so far)", error, self.stats.failed + 1)
+        else:
+            log.error("NBD: a request failed (%d so far)", self.stats.failed + 1, exc_info=error)
 
     def _look_later(self) -> None:
         pause = min(self._handshake_timeout, self._stall_timeout) / 4
@@ -284,15 +298,30 @@ def _offer(source: Source, writable: bool) -> Offer:
         flags |= wire.FLAG_SEND_FLUSH | wire.FLAG_SEND_FUA | wire.FLAG_SEND_WRITE_ZEROES
     else:
         flags |= wire.FLAG_READ_ONLY
+    if not 0 <= source.size <= SIZE_MAX:
+        raise UsageError(f"NBD cannot serve {source.size} bytes")
     return Offer(source.size, flags)
+
+
+def _check_name(name: str) -> None:
+    try:
+        length = len(name.encode())
+    except UnicodeEncodeError:
+        raise UsageError(f"an export's name is UTF-8, which {name!r} is not") from None
+    if length > wire.STRING_MAX or "\0" in name:
+        raise UsageError(f"an export's name has at most {wire.STRING_MAX} bytes, none of them zero")
 
 
 def _absolute(path: str | os.PathLike[str]) -> str:
     return os.path.abspath(os.fspath(path))
 
 
-def _bound(path: str, mode: int) -> socket.socket:
-    """A socket at ``path`` that nobody without permission could ever connect to."""
+#: Device and inode of a socket's name.
+_Identity: TypeAlias = tuple[int, int]
+
+
+def _bound(path: str, mode: int) -> tuple[socket.socket, _Identity]:
+    """A socket that listens at ``path``, to which nobody without permission could ever connect."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         try:
@@ -302,12 +331,25 @@ def _bound(path: str, mode: int) -> socket.socket:
                 raise
             os.unlink(path)
             sock.bind(path)
-        # Until it listens, connecting is refused.
+        found = os.stat(path)
+        # Until it listens, connecting is refused; and others take it for one that nobody
+        # listens on any more, which is why it does at once.
         os.chmod(path, mode)
-        return sock
-    except BaseException:
+        sock.listen(BACKLOG)
+        return sock, (found.st_dev, found.st_ino)
+    except BaseException as error:
         sock.close()
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename = path  # which bind(2) does not tell
         raise
+
+
+def _unlink(path: str, identity: _Identity) -> None:
+    """Remove the name of a socket, unless it is somebody else's by now."""
+    with contextlib.suppress(OSError):
+        found = os.stat(path)
+        if (found.st_dev, found.st_ino) == identity:
+            os.unlink(path)
 
 
 def _is_dead(path: str) -> bool:
@@ -331,16 +373,18 @@ class _Client(asyncio.BufferedProtocol):
         self._server = server
         self._stats = server.stats
         self._transport: asyncio.Transport | None = None
+        #: Below TLS, if there is any.
+        self._wire: asyncio.Transport | None = None
         self._negotiation: Negotiation | None = Negotiation(
             server._offers, tls=server._tls is not None, tls_required=server._tls_required
         )
         self._scratch = memoryview(bytearray(4096))
-        self._requests = Requests()
+        self._requests: Requests | None = None
         self._source: Source | None = None
         self._read_now: Any = None
         self._has_holes = False
         self._offer = next(iter(server._offers.values()))
-        self._structured = self._allocation = False
+        self._structured = False
         self._tasks: dict[asyncio.Task[None], Request] = {}
         self._upgrade: asyncio.Task[None] | None = None
         self._early = bytearray()
@@ -348,16 +392,20 @@ class _Client(asyncio.BufferedProtocol):
         self._reading = True
         self._writing = True
         self._draining = False
-        self._ended = False
-        self._made = self._since = time.monotonic()
-        self._unsent = 0
-        #: Bytes of requests that are being worked on.
+        # Nobody hears us any more; nothing is said any more; nothing is listened to any more.
+        self._ended = self._dropped = self._leaving = False
+        self._made = time.monotonic()
+        self._mark: _Mark | None = None
+        #: Bytes given to the transport.
+        self._said = 0
+        #: Bytes of requests that are being worked on, or whose replies were not taken yet.
         self.outstanding = 0
+        self._untaken = 0
 
     # ---- the protocol's callbacks ----
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
+        self._transport = self._wire = cast(asyncio.Transport, transport)
         if not self._server._joined(self):
             self._ended = True
             self._transport.abort()
@@ -375,41 +423,41 @@ class _Client(asyncio.BufferedProtocol):
 
     def _uses(self, transport: asyncio.Transport) -> None:
         self._transport = transport
-        transport.set_write_buffer_limits(high=SOCKET_BUFFER)
         # asyncio before 3.12 joins what it is given as a list, and after that forgets to pause us.
         self._pieces = "uvloop" in type(transport).__module__
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return self._scratch if self._negotiation is not None else self._requests.get_buffer()
+        if self._requests is None or self._leaving or self._dropped:
+            return self._scratch
+        return self._requests.get_buffer()
 
     def buffer_updated(self, nbytes: int) -> None:
-        self._since = time.monotonic()
+        if self._leaving or self._dropped:
+            return
+        if self._requests is None:
+            self._options(bytes(self._scratch[:nbytes]))
+            return
         try:
-            if self._upgrade is not None:
-                # Encrypted, and here before the task has heard that it may go on.
-                self._early += self._scratch[:nbytes]
-                if len(self._early) > SOCKET_BUFFER:
-                    self.abort()
-            elif self._negotiation is not None:
-                self._negotiate(bytes(self._scratch[:nbytes]))
-            else:
-                self._requests.received(nbytes)
-            self.pump()
-        except AiouffdError as error:
-            log.info("NBD: dropped a client: %s", error)
-            self.abort()
+            self._requests.received(nbytes)
+        except NbdProtocolError as error:
+            self._hangs_up(error)
+            return
+        self.pump()
 
     def eof_received(self) -> bool:
         return False
 
     def pause_writing(self) -> None:
         self._writing = False
-        self._since = time.monotonic()
-        self._unsent = 1 << 62
 
     def resume_writing(self) -> None:
         self._writing = True
-        self.pump()
+        untaken, self._untaken = self._untaken, 0
+        self._release(untaken)
+        if self._requests is None and self._upgrade is None and not self._ended:
+            self._options(b"")
+        else:
+            self.pump()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._ended:
@@ -419,43 +467,76 @@ class _Client(asyncio.BufferedProtocol):
             self._upgrade.cancel()
         for task, request in list(self._tasks.items()):
             # What was to be written was received whole, and is written.
-            if request.command in (wire.CMD_READ, wire.CMD_BLOCK_STATUS):
+            if request.command in _READING:
                 task.cancel()
-        self._requests.ready.clear()
-        if not self._tasks:
-            self._server._left(self)
+        freed, self._untaken = self._untaken, 0
+        requests = self._requests
+        if requests is not None:
+            if requests.receiving is not None:
+                freed += requests.receiving.cost
+            requests.waiting = None
+            # Who said goodbye has a right to what he asked for before.
+            goodbye = requests.disconnected and not self._dropped
+            for request in list(requests.ready):
+                if not goodbye or request.command in _READING:
+                    requests.ready.remove(request)
+                    freed += request.cost
+        self._release(freed)
+        self.pump()
 
     # ---- negotiation ----
 
+    def _options(self, data: bytes) -> None:
+        """The client goes on with the handshake."""
+        if self._upgrade is not None:
+            # Encrypted, and here before the task has heard that it may go on.
+            self._early += data
+            if len(self._early) > OPTION_MAX // 2:
+                self.abort()
+            return
+        try:
+            self._negotiate(data)
+        except NbdProtocolError as error:
+            self._hangs_up(error)
+            return
+        self.pump()
+
     def _negotiate(self, data: bytes) -> None:
-        negotiation = self._negotiation
+        negotiation, transport = self._negotiation, self._transport
         assert negotiation is not None
-        transport = self._transport
         assert transport is not None
         rest = negotiation.feed(data)
         self._send_negotiation()
+        while negotiation.pending and self._writing:
+            rest = negotiation.feed(b"")
+            self._send_negotiation()
         if negotiation.aborted:
+            self._leaving = True
             transport.close()
-        elif negotiation.wants_tls:
+        elif negotiation.wants_tls and self._writing:
+            # Else the transport would tell the wrong one that it may write again.
             transport.pause_reading()
             self._upgrade = self._server._loop.create_task(self._start_tls())
         elif negotiation.chosen is not None:
             self._negotiation = None
+            # Only now, and above TLS if there is any: what waits shall not wait twice.
+            transport.set_write_buffer_limits(high=SOCKET_BUFFER)
             self._source = source = self._server._sources[negotiation.chosen]
             self._offer = self._server._offers[negotiation.chosen]
             self._structured = negotiation.structured
-            self._allocation = negotiation.allocation
             self._has_holes = own_method(source, "holes") is not None
             if not self._has_holes or not self._structured:
                 self._read_now = getattr(source, "read_now", None)
+            self._requests = Requests(
+                self._offer, structured=self._structured, allocation=negotiation.allocation
+            )
             self._requests.feed(rest)
 
     def _send_negotiation(self) -> None:
         assert self._negotiation is not None
-        assert self._transport is not None
         data = self._negotiation.take()
         if data:
-            self._transport.write(data)
+            self._send(data)
 
     async def _start_tls(self) -> None:
         server, negotiation, transport = self._server, self._negotiation, self._transport
@@ -469,8 +550,9 @@ class _Client(asyncio.BufferedProtocol):
                 server._tls,
                 server_side=True,
                 ssl_handshake_timeout=server._handshake_timeout,
+                ssl_shutdown_timeout=server._handshake_timeout,
             )
-            if upgraded is None:  # the client went away meanwhile
+            if upgraded is None or upgraded.is_closing():  # the client went away meanwhile
                 raise ConnectionResetError
         except Exception as error:
             log.info("NBD: a client's TLS handshake failed: %s", error or type(error).__name__)
@@ -482,97 +564,140 @@ class _Client(asyncio.BufferedProtocol):
         self._uses(upgraded)
         negotiation.tls_started()
         early, self._early = bytes(self._early), bytearray()
-        try:
-            self._negotiate(early)
-            self.pump()
-        except AiouffdError as error:
-            log.info("NBD: dropped a client: %s", error)
-            self.abort()
+        self._options(early)
 
     # ---- requests ----
 
     def pump(self) -> None:
         """Begin what there is room for, and read on if that is all."""
-        requests, server = self._requests, self._server
+        requests = self._requests
+        if requests is None:
+            if self._ended:
+                self._server._left(self)
+            elif self._upgrade is None and not self._leaving:
+                # No more questions of somebody who does not take the answers.
+                self._read(self._writing)
+            return
         ready = requests.ready
-        while ready and not self._ended:
-            request = ready[0]
+        while ready or requests.waiting is not None:
+            request = ready[0] if ready else requests.waiting
+            assert request is not None
+            if self._dropped or (self._ended and not ready):
+                break
             if self._draining:
+                if not ready:
+                    break
                 ready.popleft()
+                self._release(request.cost)
                 self._refuse(request, wire.ESHUTDOWN, "the server is shutting down")
                 continue
-            cost = OVERHEAD
-            if request.command in (wire.CMD_READ, wire.CMD_WRITE):
-                cost += min(request.length, wire.PAYLOAD_MAX)
-            if (
-                not self._writing
-                or len(self._tasks) >= server._max_requests
-                or not server._room(self, cost)
-            ):
+            if not self._writing and not self._ended:
                 break
-            ready.popleft()
-            self._begin(request, cost)
-        if self._ended or self._transport is None:
-            return
-        if requests.disconnected or self._draining:
-            if not self._tasks and not ready:
-                self._transport.close()
-            return
-        wanted = not ready
-        if wanted != self._reading:
-            self._reading = wanted
-            if wanted:
-                self._transport.resume_reading()
+            if request.error:
+                ready.popleft()
+                self._stats.requests += 1
+                self._refuse(request, request.error, "the request is not in order")
+                continue
+            if len(self._tasks) >= self._server._max_requests or not self._claim(request):
+                break
+            if ready:
+                ready.popleft()
+                self._begin(request)
             else:
-                self._transport.pause_reading()
-
-    def _refuse(self, request: Request, number: int, text: str) -> None:
-        assert self._transport is not None
-        self._stats.failed += 1
-        self._transport.write(error_reply(request, number, text, structured=self._structured))
-
-    def _begin(self, request: Request, cost: int) -> None:
-        self._stats.requests += 1
-        number = refusal(
-            request, self._offer, structured=self._structured, allocation=self._allocation
-        )
-        if number:
-            self._refuse(request, number, "the request is not in order")
-            return
-        if request.command == wire.CMD_READ and self._read_now is not None:
-            data = self._read_now(request.offset, request.length)
-            if data is not None:
-                self._send_data(request, request.offset, data, last=True)
+                requests.admit()
+        if self._ended:
+            if not self._tasks and (not ready or self._dropped):
+                self._server._left(self)
+        elif requests.disconnected or self._draining:
+            if self._leaving:
                 return
+            self._read(False)
+            if not self._tasks and not ready:
+                self._leave()
+        elif not self._dropped:
+            self._read(not ready and requests.waiting is None)
+
+    def _read(self, wanted: bool) -> None:
+        if wanted == self._reading or self._transport is None:
+            return
+        self._reading = wanted
+        if wanted:
+            self._transport.resume_reading()
+        else:
+            self._transport.pause_reading()
+
+    def _claim(self, request: Request) -> bool:
+        """Have room for ``request``; if there is none we are told when to ask again."""
+        if request.cost:
+            return True
+        cost = OVERHEAD
+        if request.command in (wire.CMD_READ, wire.CMD_WRITE):
+            cost += request.length
+        if not self._server._room(self, cost):
+            return False
+        request.cost = cost
         self.outstanding += cost
         self._stats.bytes_outstanding += cost
+        return True
+
+    def _release(self, cost: int) -> None:
+        if cost:
+            self.outstanding -= cost
+            self._stats.bytes_outstanding -= cost
+            self._server._freed()
+
+    def _replied(self, request: Request) -> None:
+        """Its reply was given to the transport: it counts until that has got rid of it."""
+        if self._writing or self._ended:
+            self._release(request.cost)
+        else:
+            self._untaken += request.cost
+
+    def _refuse(self, request: Request, number: int, text: str) -> None:
+        self._stats.failed += 1
+        self._send(error_reply(request, number, text, structured=self._structured))
+
+    def _begin(self, request: Request) -> None:
+        self._stats.requests += 1
+        if request.command == wire.CMD_READ and self._read_now is not None:
+            offset, length = request.offset, request.length
+            try:
+                data = self._read_now(offset, length)
+                if data is not None:
+                    data = check_length(data, length, offset=offset)
+            except Exception as error:
+                self._failed(request, error)
+                self._replied(request)
+                return
+            if data is not None:
+                self._send_data(request, offset, data, last=True)
+                self._replied(request)
+                return
         task = self._server._loop.create_task(self._serve(request))
         self._tasks[task] = request
-        task.add_done_callback(lambda task: self._done(task, cost))
+        task.add_done_callback(self._done)
 
-    def _done(self, task: asyncio.Task[None], cost: int) -> None:
+    def _done(self, task: asyncio.Task[None]) -> None:
         request = self._tasks.pop(task)
-        self.outstanding -= cost
-        self._stats.bytes_outstanding -= cost
-        error = None if task.cancelled() else task.exception()
-        if self._ended:
-            if not self._tasks:
-                self._server._left(self)
-        elif task.cancelled():
-            self._refuse(request, wire.ESHUTDOWN, "the server is shutting down")
-        elif error is not None:
-            self._server._complain(error)
-            # The text stays here: it may tell of things that are not the client's.
-            self._refuse(request, wire_error(error), "the source failed")
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if error is not None:
+            self._failed(request, error)
+        self._replied(request)
         self.pump()
-        self._server._freed()
+
+    def _failed(self, request: Request, error: BaseException) -> None:
+        if self._ended or self._dropped:
+            return
+        self._server._complain(error)
+        # The text stays here: it may tell of things that are not the client's.
+        self._refuse(request, wire_error(error), "the source failed")
 
     async def _serve(self, request: Request) -> None:
         source = self._source
         assert source is not None
         command, offset, length = request.command, request.offset, request.length
         if command == wire.CMD_READ:
-            await self._read(source, request)
+            await self._serve_read(source, request)
             return
         if command == wire.CMD_BLOCK_STATUS:
             reply = status_reply(request, await holes_in_source(source, offset, length))
@@ -587,11 +712,12 @@ class _Client(asyncio.BufferedProtocol):
             self._stats.bytes_written += length
         if command == wire.CMD_FLUSH or request.flags & wire.CMD_FLAG_FUA:
             flush = own_method(source, "flush")
-            if flush is not None:
+            # Where nothing can be written there is nothing to flush, though some ask.
+            if flush is not None and not self._offer.flags & wire.FLAG_READ_ONLY:
                 await flush()
         self._send(error_reply(request, 0, "", structured=self._structured))
 
-    async def _read(self, source: Source, request: Request) -> None:
+    async def _serve_read(self, source: Source, request: Request) -> None:
         offset, length = request.offset, request.length
         holes: tuple[tuple[int, int], ...] = ()
         if self._has_holes and self._structured:
@@ -610,16 +736,19 @@ class _Client(asyncio.BufferedProtocol):
                 self._send_data(request, start, data, last=last)
 
     def _send(self, data: bytes) -> None:
-        if not self._ended and self._transport is not None:
-            self._transport.write(data)
+        if self._ended or self._dropped or self._transport is None:
+            return
+        self._said += len(data)
+        self._transport.write(data)
 
     def _send_data(self, request: Request, offset: int, data: memoryview, *, last: bool) -> None:
         transport = self._transport
-        if self._ended or transport is None:
+        if self._ended or self._dropped or transport is None:
             return
         length = len(data)
         self._stats.bytes_read += length
         head = data_head(request, offset, length, structured=self._structured, last=last)
+        self._said += len(head) + length
         if length <= JOINED:
             transport.write(b"".join((head, data)))
         elif self._pieces:
@@ -632,36 +761,97 @@ class _Client(asyncio.BufferedProtocol):
 
     def stalled(self, now: float, handshake: float, stall: float) -> str | None:
         """Why this client should go; None if it may stay."""
-        if self._negotiation is not None:
+        if self._ended or self._transport is None:
+            return None
+        requests = self._requests
+        if requests is None:
             return "did not choose an export" if now - self._made > handshake else None
-        transport = self._transport
-        if not self._writing and transport is not None:
-            unsent = transport.get_write_buffer_size()
-            if unsent < self._unsent:
-                self._unsent, self._since = unsent, now
-            elif now - self._since > stall:
-                return "does not take its replies"
-        elif self._requests.receiving and self._reading and now - self._since > stall:
-            return "does not finish what it sends"
+        unsent = self._transport.get_write_buffer_size()
+        if unsent:
+            mark = _Mark(now, "does not take its replies", self._said - unsent, 0)
+        elif requests.incomplete and self._reading and not self._leaving:
+            mark = _Mark(now, "does not finish what it sends", requests.bytes, requests.count)
+        else:
+            self._mark = None
+            return None
+        if self._mark is None or mark.moved_since(self._mark):
+            self._mark = mark
+        elif now - self._mark.time > stall:
+            return mark.reason
         return None
 
     def drain(self) -> None:
         """Answer what is under way, and close."""
-        if self._negotiation is not None:
+        if self._requests is None:
             self.abort()
             return
         self._draining = True
-        if self._reading and self._transport is not None:
-            self._reading = False
-            self._transport.pause_reading()
         self.pump()
+
+    def _leave(self) -> None:
+        """Everything is answered: close, when it has arrived."""
+        self._leaving = True
+        if self._draining:
+            # A socket that is closed while the client goes on sending throws away what is in it.
+            # So what comes is read, and forgotten, until everything is out.
+            self._read(True)
+            self._leaves()
+        elif self._transport is not None:
+            # Who has said goodbye sends nothing more.
+            self._transport.close()
+
+    def _leaves(self) -> None:
+        transport = self._transport
+        if self._ended or self._dropped or transport is None:
+            return
+        if self._unsent():
+            self._server._loop.call_later(LEAVING, self._leaves)
+        else:
+            transport.close()
+
+    def _unsent(self) -> int:
+        """Bytes of ours that the client's machine has not got yet."""
+        assert self._transport is not None
+        assert self._wire is not None
+        waiting = self._transport.get_write_buffer_size() + self._wire.get_write_buffer_size()
+        sock = self._wire.get_extra_info("socket")
+        # What a Unix socket has taken is the client's.
+        if not waiting and sock is not None and sock.family != socket.AF_UNIX:
+            with contextlib.suppress(OSError, ValueError):  # it is gone already
+                answer = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(_INT.size))
+                waiting = _INT.unpack(answer)[0]
+        return waiting
+
+    def _hangs_up(self, error: NbdProtocolError) -> None:
+        log.info("NBD: dropped a client: %s", error)
+        self.abort()
 
     def abort(self) -> None:
         """Close at once."""
+        self._dropped = True
         for task in self._tasks:
             task.cancel()
         if self._transport is not None:
             self._transport.abort()
+
+
+_READING = (wire.CMD_READ, wire.CMD_BLOCK_STATUS)
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """How far a client has come whose turn it is."""
+
+    time: float
+    reason: str
+    bytes: int
+    requests: int
+
+    def moved_since(self, before: _Mark) -> bool:
+        """Whether it has done something else since, or has been fast enough."""
+        if self.reason != before.reason or self.requests != before.requests:
+            return True
+        return self.bytes - before.bytes >= max(1, SLOWEST * (self.time - before.time))
 
 
 async def _write_zeros(source: Source, request: Request) -> None:

@@ -8,12 +8,14 @@ large write is received where it stays. Everything that a client can make large 
 from __future__ import annotations
 
 import errno
+import mmap
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
+from ..errors import UsageError
 from . import wire
 from .wire import NbdProtocolError
 
@@ -21,10 +23,15 @@ __all__ = ["Negotiation", "Offer", "Request", "Requests", "wire_error"]
 
 #: Longest option, and how many of them, before the client counts as hostile.
 OPTION_MAX, OPTIONS_MAX = 64 * 1024, 1000
+#: Bytes of answers to options from which on they have to be taken before there are more.
+ANSWERS_MAX = 64 * 1024
 #: Bytes of the buffer for headers and the data of small writes.
 HEAD = 64 * 1024
 #: Data of a write that is still to come, in bytes, from which on it is received where it stays.
 DIRECT = 4096
+#: Longer writes get memory that is there only when it is written to: their headers alone cost
+#: nothing. It is slower than memory that was there before.
+LAZY = 4 << 20
 #: Our id of the context base:allocation.
 ALLOCATION_ID = 1
 #: Extents of one answer. What lies behind them the client asks for again.
@@ -51,9 +58,10 @@ Step = Generator[int | Literal["tls"], bytes, None]
 class Negotiation:
     """Newstyle negotiation, for one client.
 
-    `feed` what the client sends; send what `take` gives. When `wants_tls` turns true: send what
-    there is, upgrade the connection, and call `tls_started`. It ends with `chosen` set, or with
-    `aborted` (send what `take` gives, then close). Raises NbdProtocolError.
+    `feed` what the client sends; send what `take` gives. While `pending`, options wait for that
+    to be sent: then `feed` nothing, and go on. When `wants_tls` turns true: send what there is,
+    upgrade the connection, and call `tls_started`. It ends with `chosen` set, or with `aborted`
+    (send what `take` gives, then close). Raises NbdProtocolError.
     """
 
     def __init__(
@@ -84,6 +92,11 @@ class Negotiation:
         """Whether the connection is to be upgraded now."""
         return self._need == "tls" and not self._ended
 
+    @property
+    def pending(self) -> bool:
+        """Whether there is an option that was not looked at yet."""
+        return not self._ended and isinstance(self._need, int) and len(self._in) >= self._need
+
     def take(self) -> bytes:
         """What is to be sent."""
         data = bytes(self._out)
@@ -93,7 +106,9 @@ class Negotiation:
     def feed(self, data: bytes) -> bytes:
         """Bytes from the client; returns those that come after the negotiation."""
         self._in += data
-        while not self._ended and isinstance(self._need, int) and len(self._in) >= self._need:
+        # A few bytes may ask for the list of thousands of exports, again and again.
+        while self.pending and len(self._out) < ANSWERS_MAX:
+            assert isinstance(self._need, int)
             part = bytes(self._in[: self._need])
             del self._in[: self._need]
             self._advance(part)
@@ -191,6 +206,10 @@ class Negotiation:
             return next(iter(self._offers))
         return None
 
+    def _flags(self, offer: Offer) -> int:
+        """Transmission flags, without what the client has not asked for."""
+        return offer.flags if self.structured else offer.flags & ~wire.FLAG_SEND_DF
+
     def _choose(self, name: str) -> None:
         self.chosen = name
         self.allocation = self.allocation and self._allocation_of == name
@@ -200,7 +219,7 @@ class Negotiation:
         if name is None:
             raise NbdProtocolError("the client wants an export that does not exist")
         offer = self._offers[name]
-        self._out += wire.EXPORT.pack(offer.size, offer.flags)
+        self._out += wire.EXPORT.pack(offer.size, self._flags(offer))
         if pad:
             self._out += bytes(wire.EXPORT_PADDING)
         self._choose(name)
@@ -230,7 +249,7 @@ class Negotiation:
             self._reply(option, wire.REP_ERR_UNKNOWN, b"there is no such export")
             return
         offer = self._offers[name]
-        info = wire.EXPORT_INFO.pack(wire.INFO_EXPORT, offer.size, offer.flags)
+        info = wire.EXPORT_INFO.pack(wire.INFO_EXPORT, offer.size, self._flags(offer))
         self._reply(option, wire.REP_INFO, info)
         if wire.INFO_NAME in asked:
             text = wire.U16.pack(wire.INFO_NAME) + name.encode()
@@ -250,6 +269,9 @@ class Negotiation:
         taken = _take_string(payload)
         queries = None if taken is None else _take_strings(taken[1])
         listing = option == wire.OPT_LIST_META_CONTEXT
+        if not listing:
+            # It replaces what was selected before, also when it fails.
+            self.allocation = False
         if taken is None or queries is None or not self.structured:
             self._reply(option, wire.REP_ERR_INVALID)
             return
@@ -302,9 +324,10 @@ def _take_strings(data: bytes) -> list[str] | None:
 
 
 class Request:
-    """What a client asks for. ``data`` is what it wants written."""
+    """What a client asks for. ``data`` is what it wants written; ``error`` the number that it gets
+    without being tried, or 0; ``cost`` is for whoever counts what it takes."""
 
-    __slots__ = ("command", "cookie", "data", "flags", "length", "offset")
+    __slots__ = ("command", "cookie", "cost", "data", "error", "flags", "length", "offset")
 
     def __init__(self, command: int, flags: int, cookie: int, offset: int, length: int) -> None:
         self.command = command
@@ -312,30 +335,54 @@ class Request:
         self.cookie = cookie
         self.offset = offset
         self.length = length
-        self.data: bytearray | None = None
+        self.data: bytearray | memoryview | None = None
+        self.error = 0
+        self.cost = 0
 
 
 class Requests:
     """The client's side of transmission, parsed.
 
     Receive into `get_buffer()` and say how much came by `received`; or `feed` it bytes. Complete
-    requests collect in `ready`, at most as many as one buffer holds. `disconnected` is set when
+    requests collect in `ready`, at most as many as one buffer holds. Data of a write that is not
+    in order is thrown away. When a write is `waiting`, it is longer than the buffer: receive
+    nothing more until there is room for its data, and `admit` it. `disconnected` is set when
     the client said goodbye. Raises NbdProtocolError; nothing works after that.
     """
 
-    def __init__(self, largest_write: int = wire.PAYLOAD_MAX) -> None:
+    def __init__(
+        self,
+        offer: Offer,
+        *,
+        structured: bool = False,
+        allocation: bool = False,
+        largest_write: int = wire.PAYLOAD_MAX,
+    ) -> None:
+        self._offer = offer
+        self._structured = structured
+        self._allocation = allocation
         self._largest = largest_write
         self.ready: deque[Request] = deque()
+        self.waiting: Request | None = None
         self.disconnected = False
+        #: How many bytes came, and requests with all that belongs to them.
+        self.bytes = self.count = 0
         self._head = memoryview(bytearray(HEAD))
         self._start = self._end = 0
+        # Data under way: whose it is, bytes to come, and where they go (nowhere: empty).
         self._request: Request | None = None
+        self._left = 0
         self._target = memoryview(b"")
 
     @property
-    def receiving(self) -> bool:
-        """Whether a write's data is under way."""
-        return self._request is not None
+    def receiving(self) -> Request | None:
+        """The write whose data is under way."""
+        return self._request
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether it is the client's turn to send the rest of something."""
+        return self.waiting is None and (self._request is not None or self._start != self._end)
 
     def get_buffer(self) -> memoryview:
         """Where the next bytes go."""
@@ -351,16 +398,18 @@ class Requests:
 
     def received(self, count: int) -> None:
         """``count`` bytes came into what `get_buffer` gave."""
+        self.bytes += count
         if len(self._target) >= DIRECT and self._start == self._end:
             self._target = self._target[count:]
-            if not self._target:
-                self._written()
+            self._left -= count
+            if not self._left:
+                self._completed()
             return
         self._end += count
         self._parse()
 
     def feed(self, data: bytes) -> None:
-        """For bytes that came otherwise."""
+        """For bytes that came otherwise; fewer than a buffer if any may be `waiting`."""
         view = memoryview(data)
         while view and not self.disconnected:
             buffer = self.get_buffer()
@@ -369,45 +418,83 @@ class Requests:
             self.received(count)
             view = view[count:]
 
+    def admit(self) -> None:
+        """Receive the data of the write that is `waiting`."""
+        request = self.waiting
+        assert request is not None
+        self.waiting = None
+        self._expect(request, store=True)
+        self._parse()
+
     def _parse(self) -> None:
-        while not self.disconnected:
+        while self.waiting is None:
+            if self.disconnected:
+                # There should be nothing, and nobody looks at it.
+                self._start = self._end = 0
+                return
             have = self._end - self._start
             if self._request is not None:
-                count = min(len(self._target), have)
-                self._target[:count] = self._head[self._start : self._start + count]
-                self._start += count
-                self._target = self._target[count:]
+                count = min(self._left, have)
                 if self._target:
+                    self._target[:count] = self._head[self._start : self._start + count]
+                    self._target = self._target[count:]
+                self._start += count
+                self._left -= count
+                if self._left:
                     return
-                self._written()
+                self._completed()
                 continue
             if have < wire.REQUEST.size:
                 return
-            magic, flags, command, cookie, offset, length = wire.REQUEST.unpack_from(
-                self._head, self._start
-            )
+            magic, *fields = wire.REQUEST.unpack_from(self._head, self._start)
             self._start += wire.REQUEST.size
             if magic != wire.REQUEST_MAGIC:
                 raise NbdProtocolError("the client sent something that is no request")
-            if command == wire.CMD_DISC:
-                self.disconnected = True
-                return
-            request = Request(command, flags, cookie, offset, length)
-            if command == wire.CMD_WRITE:
-                if length > self._largest:
-                    raise NbdProtocolError("the client writes more at a time than is allowed")
-                request.data = bytearray(length)
-                self._request, self._target = request, memoryview(request.data)
-            else:
-                self.ready.append(request)
+            flags, command, cookie, offset, length = fields
+            self._asked(Request(command, flags, cookie, offset, length))
 
-    def _written(self) -> None:
+    def _asked(self, request: Request) -> None:
+        """The header of a request has come."""
+        if request.command == wire.CMD_DISC:
+            self.disconnected = True
+            return
+        request.error = refusal(
+            request, self._offer, structured=self._structured, allocation=self._allocation
+        )
+        if request.command != wire.CMD_WRITE:
+            self._request = request
+            self._completed()
+        elif request.length > self._largest:
+            raise NbdProtocolError("the client writes more at a time than is allowed")
+        elif request.error:
+            self._expect(request, store=False)
+        elif request.length > HEAD:
+            self.waiting = request
+        else:
+            self._expect(request, store=True)
+
+    def _expect(self, request: Request, *, store: bool) -> None:
+        self._request, self._left = request, request.length
+        if store:
+            request.data = _space(request.length)
+            self._target = memoryview(request.data)
+
+    def _completed(self) -> None:
         assert self._request is not None
+        self.count += 1
         self.ready.append(self._request)
         self._request, self._target = None, memoryview(b"")
 
 
+def _space(length: int) -> bytearray | memoryview:
+    """Memory for the data of a write."""
+    if length <= LAZY:
+        return bytearray(length)
+    return memoryview(mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+
+
 _WRITING = (wire.CMD_WRITE, wire.CMD_WRITE_ZEROES)
+_CHANGING = (*_WRITING, wire.CMD_TRIM)
 _FLAGS_OF = {
     wire.CMD_READ: wire.CMD_FLAG_DF,
     wire.CMD_WRITE: wire.CMD_FLAG_FUA,
@@ -420,12 +507,16 @@ _FLAGS_OF = {
 def refusal(request: Request, offer: Offer, *, structured: bool, allocation: bool) -> int:
     """The error that a request gets without being tried; 0 if it is in order."""
     command, length = request.command, request.length
-    # FUA is allowed with every command where it is offered, and means nothing for most.
-    allowed = _FLAGS_OF.get(command)
-    if allowed is None or request.flags & ~(allowed | wire.CMD_FLAG_FUA):
-        return wire.EINVAL
-    if command in _WRITING and offer.flags & wire.FLAG_READ_ONLY:
+    if command in _CHANGING and offer.flags & wire.FLAG_READ_ONLY:
         return wire.EPERM
+    allowed = _FLAGS_OF.get(command)
+    if allowed is None:
+        return wire.EINVAL
+    if offer.flags & wire.FLAG_SEND_FUA:
+        # With every command, though it means nothing for most.
+        allowed |= wire.CMD_FLAG_FUA
+    if request.flags & ~allowed:
+        return wire.EINVAL
     if command == wire.CMD_FLUSH:
         return 0
     if command == wire.CMD_BLOCK_STATUS and not allocation:
@@ -496,10 +587,9 @@ def _chunk(request: Request, kind: int, length: int, *, last: bool) -> bytes:
     return wire.CHUNK.pack(wire.STRUCTURED_MAGIC, flags, kind, request.cookie, length)
 
 
-_SAME = {
-    number: number
-    for number in (wire.EPERM, wire.EIO, wire.ENOMEM, wire.EINVAL, wire.ENOSPC, wire.ESHUTDOWN)
-}
+# Not ESHUTDOWN, at which a client has to leave: where the source's bytes come from may go away
+# while we stay.
+_SAME = {number: number for number in (wire.EPERM, wire.EIO, wire.ENOMEM, wire.EINVAL, wire.ENOSPC)}
 _OTHERS = {errno.EDQUOT: wire.ENOSPC, errno.EFBIG: wire.ENOSPC, errno.EROFS: wire.EPERM}
 
 
@@ -507,5 +597,7 @@ def wire_error(error: BaseException) -> int:
     """The protocol's number for an exception."""
     if isinstance(error, PermissionError):
         return wire.EPERM
+    if isinstance(error, UsageError):
+        return wire.EINVAL
     number: Any = getattr(error, "errno", None)
     return _SAME.get(number) or _OTHERS.get(number) or wire.EIO
