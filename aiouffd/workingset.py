@@ -25,6 +25,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from heapq import heappop, heappush
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -130,25 +131,28 @@ class WorkingSet:
     def union(self, other: WorkingSet) -> WorkingSet:
         """What is in either: first this one's in its order, then what the other adds."""
         self._check_same(other)
-        return self._with([*self._ranges, *other._ranges])
+        return self._with([*self._ranges, *other._ranges], other)
 
     def intersection(self, other: WorkingSet) -> WorkingSet:
         """What is in both, in the order of this one."""
         self._check_same(other)
         others = Ranges()
-        for offset, length in other._ranges:
+        for offset, length in sorted(other._ranges):
             others.add(offset, offset + length)
-        return self._with(
+        parts = (
             part
             for offset, length in self._ranges
             for part in others.within(offset, offset + length)
         )
+        return self._with(parts, other)
 
     __or__ = union
     __and__ = intersection
 
-    def _with(self, ranges: Iterable[tuple[int, int]]) -> WorkingSet:
-        return WorkingSet(ranges, size=self._size, version=self._version, source=self._source)
+    def _with(self, ranges: Iterable[tuple[int, int]], other: WorkingSet) -> WorkingSet:
+        # If only one of them knows the version, what comes of both is not to be taken for any.
+        version = other._version if self._version is None else self._version
+        return WorkingSet(ranges, size=self._size, version=version, source=self._source)
 
     def _check_same(self, other: WorkingSet) -> None:
         if self.is_stale(other._version, other._size):
@@ -199,7 +203,7 @@ class WorkingSet:
             found = cls(_pairs(body), size=size, version=version, source=str(head["source"]))
             if len(found._ranges) != count or found.total != head["bytes"]:
                 raise ValueError("its ranges are not apart")
-        except (ValueError, KeyError, TypeError, IndexError, zlib.error) as error:
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError, zlib.error) as error:
             raise UsageError(f"this is no usable working set: {error}") from error
         return found
 
@@ -221,20 +225,34 @@ class WorkingSet:
 
 def _apart(ranges: Iterable[tuple[int, int]], size: int) -> list[tuple[int, int]]:
     """The same bytes in the same order, none of them twice."""
-    seen = Ranges()
-    found: list[tuple[int, int]] = []
-    for offset, length in ranges:
+    given = []
+    for number, (offset, length) in enumerate(ranges):
         if offset < 0 or length < 0 or offset + length > size:
             raise UsageError(f"{length} bytes at {offset} are not within an object of {size} bytes")
-        at, end = offset, offset + length
-        for known, count in [*seen.within(at, end), (end, 0)]:
-            if known > at:
-                if found and sum(found[-1]) == at:
-                    found[-1] = (found[-1][0], known - found[-1][0])
-                else:
-                    found.append((at, known - at))
-            at = known + count
-        seen.add(offset, end)
+        given.append((offset, offset + length, number))
+    # From left to right: each byte is the first range's of those that have it. (There may be
+    # millions of ranges, so looking each up among those before is too slow.)
+    given.sort()
+    having: list[tuple[int, int]] = []
+    pieces: list[tuple[int, int, int]] = []
+    at = 0
+    for start, end, number in [*given, (size, size, -1)]:
+        while having and at < start:
+            first, stop = having[0]
+            if stop > at:
+                pieces.append((first, at, min(stop, start)))
+                at = min(stop, start)
+            else:
+                heappop(having)
+        at = start
+        heappush(having, (number, end))
+    pieces.sort()
+    found: list[tuple[int, int]] = []
+    for _, start, end in pieces:
+        if found and sum(found[-1]) == start:
+            found[-1] = (found[-1][0], end - found[-1][0])
+        else:
+            found.append((start, end - start))
     return found
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import os
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import aiouffd
-from aiouffd.errors import ShortReadError, SourceChangedError, SourceError, UsageError
+from aiouffd.errors import (
+    ClosedError,
+    ShortReadError,
+    SourceChangedError,
+    SourceError,
+    UsageError,
+)
 from aiouffd.sources.base import (
     BaseSource,
     aclose_source,
@@ -32,6 +40,7 @@ from aiouffd.sources.compose import (
     Manifest,
     RetrySource,
     SliceSource,
+    retry,
 )
 from aiouffd.sources.compose.checksum import ALGORITHMS
 from aiouffd.sources.memory import MemorySource
@@ -68,6 +77,23 @@ class Noted(FullSource):
 
     def clone(self) -> Noted:
         return Noted(self.data, self.version)
+
+
+class Final(Noted):
+    """As most sources: what was closed stays closed."""
+
+    failures = 0
+
+    async def open(self) -> None:
+        if "close" in self.events:
+            raise ClosedError("closed before")
+        if self.failures:
+            self.failures -= 1
+            raise transient()
+        await super().open()
+
+    def clone(self) -> Final:
+        return Final(self.data, self.version)
 
 
 class Unopenable(Noted):
@@ -124,6 +150,10 @@ async def test_slice_outside() -> None:
     with pytest.raises(UsageError):
         await SliceSource(inner, len(DATA) - 10, 11).open()
     assert inner.events == ["open", "close"]
+    holes = SliceSource(Noted(), 10, 10)
+    await holes.open()
+    with pytest.raises(UsageError):
+        await holes_in_source(holes, 5, 6)
     part = SliceSource(DATA, 10, 10)
     await part.open()
     for call in (part.read(5, 6), part.read_into and part.read_into(5, memoryview(bytearray(6)))):
@@ -172,6 +202,16 @@ async def test_concat_holes_and_writes() -> None:
     assert other.version not in (None, source.version)
 
 
+async def test_concat_versions_of_any_kind() -> None:
+    """Whoever writes versions with line breaks in them makes no two lists look alike."""
+    found = set()
+    for one, two in (("a", "b\n1 c"), ("a\n1 b", "c"), ("a", "b"), ("b", "a"), ("", "ab")):
+        source = ConcatSource([Noted(b"x", one), Noted(b"y", two)])
+        await source.open()
+        found.add(source.version)
+    assert len(found) == 5
+
+
 async def test_concat_closes_what_it_opened_when_one_fails() -> None:
     parts = [Noted(), Unopenable(), Noted()]
     with pytest.raises(SourceError):
@@ -179,6 +219,28 @@ async def test_concat_closes_what_it_opened_when_one_fails() -> None:
     assert parts[0].events == parts[2].events == ["open", "close"]
     with pytest.raises(UsageError):
         ConcatSource([])
+
+
+async def test_open_again_after_a_failure() -> None:
+    """What was opened before something else failed is closed, and opened again the next time."""
+    parts = [Final(DATA[:1000]), Final(DATA[1000:])]
+    parts[1].failures = 2
+    source = RetrySource(SliceSource(ConcatSource(parts), 5), first=0.001)
+    await source.open()
+    await oracle(source, DATA[5:])
+    assert parts[0].events == ["open", "close"]
+    await source.aclose()
+    assert parts[1].events == ["open", "close"]
+
+    manifest = await Manifest.make(MemorySource(DATA), block_size=4096, algorithm="crc32")
+    cases: list[tuple[Any, type[Exception]]] = [
+        (SliceSource(Final(), len(DATA) + 1), UsageError),
+        (ChecksumSource(Final(DATA[:-1]), manifest), SourceChangedError),
+    ]
+    for wrong, error in cases:
+        for _ in range(2):
+            with pytest.raises(error):
+                await wrong.open()
 
 
 async def test_concat_leaves_no_reader_behind() -> None:
@@ -233,6 +295,55 @@ async def test_retry_in_the_middle_of_a_stream() -> None:
     assert failed
 
 
+async def test_retry_of_a_stream_that_breaks_all_the_time() -> None:
+    """As long as it makes progress it uses up neither budget nor reserve."""
+    inner = FullSource(DATA)
+    inner.piece = 1000
+    broken: set[int] = set()
+
+    async def each_once(offset: int, length: int) -> None:
+        if offset not in broken:
+            broken.add(offset)
+            raise transient()
+
+    inner.script = each_once
+    source = RetrySource(inner, first=0.0001, longest=0.0002, budget=0.5, reserve=5)
+    assert b"".join([bytes(c) async for c in stream_source(source, 0, len(DATA))]) == DATA
+    assert source.retries == 301
+
+
+async def test_retry_counts_from_the_first_try() -> None:
+    """A try that took longer than the budget was the last one."""
+    clock = [1000.0]
+
+    async def slow(offset: int, length: int) -> None:
+        clock[0] += 50
+        raise transient()
+
+    inner = PlainSource(DATA, slow)  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retry, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+        source = RetrySource(inner, first=0.001, budget=60)
+        for tries in (2, 4):
+            with pytest.raises(SourceError, match="noisy"):
+                await source.read(0, 1)
+            assert len(inner.reads) == tries
+
+
+async def test_retry_pauses_no_longer_than_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses = []
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    monkeypatch.setattr(retry, "asyncio", SimpleNamespace(sleep=sleep))
+    source = RetrySource(FailingSource(DATA, 99, transient), first=0.5, longest=1.0, budget=1e9)
+    await source.read(0, 1)
+    assert len(pauses) == 99
+    assert 0.25 <= pauses[0] <= 0.75
+    assert max(pauses) == 1.0
+
+
 async def test_retry_gives_up() -> None:
     for error in (final, lambda: SourceChangedError("another")):
         source = RetrySource(FailingSource(DATA, 3, error), first=0.001)
@@ -271,6 +382,9 @@ async def test_checksums(algorithm: str, tmp_path: Path) -> None:
     assert Manifest.load(path) == manifest
     source = ChecksumSource(PlainSource(DATA), path)
     await source.open()
+    executor = source._executor
+    await source.open()
+    assert source._executor is executor
     await oracle(source, DATA)
     assert source.bad_blocks == 0
     await source.aclose()
@@ -330,6 +444,9 @@ async def test_manifest_from_a_source() -> None:
     assert await Manifest.fetch(manifest.to_bytes()) == manifest
     with pytest.raises(UsageError):
         await Manifest.fetch(DATA)
+    deep = b"aiouffd-manifest 1\n" + b"[" * 100_000
+    with pytest.raises(UsageError):
+        Manifest.from_bytes(deep + hashlib.sha256(deep).digest())
 
 
 async def test_a_bad_block_is_never_installed() -> None:

@@ -131,6 +131,26 @@ async def test_a_buffer_by_url(folder: Path, client: Any, layout: str) -> None:
         assert await asyncio.to_thread(bytes, buf.view) == DATA
 
 
+async def test_a_disk_cache(folder: Path, client: Any, tmp_path: Path) -> None:
+    fill(client, "hash")
+    url = f"redis+unix://{folder}/redis?db=0&key=a"
+    for _ in range(2):
+        async with aiouffd.open(url, layout="hash", cache=tmp_path) as buf:
+            assert await asyncio.to_thread(bytes, buf.view) == DATA
+            cached: Any = buf.source
+    assert cached.stats.hit_bytes == SIZE
+    keys = {
+        RedisSource(server, key, **options).cache_key  # type: ignore[arg-type]
+        for server in ("redis://h/0", "redis://h/1", "redis://h:1", "unix:///s?db=0")
+        for key in ("a", "b#hash", "b?")
+        for options in ({}, {"layout": "hash"}, {"layout": "hash", "missing": "zeros"})
+    }
+    assert len(keys) == 36
+    secret = RedisSource("unix:///s?password=geheim&db=2", "a").cache_key
+    assert secret == "unix:///s/2/a#string"
+    assert RedisSource("redis://u:geheim@h/2", "a").cache_key == "redis://h/2/a#string"
+
+
 @LAYOUTS
 async def test_a_change_is_an_error(folder: Path, client: Any, layout: str) -> None:
     fill(client, layout)
@@ -146,6 +166,36 @@ async def test_a_change_is_an_error(folder: Path, client: Any, layout: str) -> N
                 await source.read(0, 10)
         with pytest.raises(SourceChangedError):
             await clone.open()
+
+
+@pytest.mark.parametrize("layout", ["hash", "keys"])
+async def test_cut_into_other_blocks(folder: Path, client: Any, layout: str) -> None:
+    """The same bytes, size and version, but block 1 begins elsewhere now."""
+    fill(client, layout)
+    async with opened(folder, layout) as source:
+        clone = source.clone()
+        if layout == "hash":
+            client.hset("a", mapping={**blocks(block=2 * BLOCK), "block_size": 2 * BLOCK})
+        else:
+            client.mset({f"a:{n}": data for n, data in blocks(block=2 * BLOCK).items()})
+            client.hset("a:meta", "block_size", 2 * BLOCK)
+        last = SIZE // (2 * BLOCK)  # short, and in the middle of what was opened
+        for block in (1, last):
+            with pytest.raises(SourceChangedError):
+                await source.read(block * BLOCK, 10)
+        with pytest.raises(SourceChangedError):
+            await clone.open()
+
+
+@pytest.mark.parametrize("layout", ["hash", "keys"])
+async def test_what_vanishes_is_not_zeros(folder: Path, client: Any, layout: str) -> None:
+    """Evicted or expired, and no version that would tell."""
+    fill(client, layout, version=None)
+    async with opened(folder, layout, missing="zeros") as source:
+        assert await source.read(0, 10) == DATA[:10]
+        client.flushall()
+        with pytest.raises(SourceChangedError):
+            await source.read(0, 10)
 
 
 @pytest.mark.parametrize("layout", ["hash", "keys"])
@@ -176,6 +226,13 @@ async def test_size_by_the_caller(folder: Path, client: Any) -> None:
         assert bytes(await source.read(0, SIZE)) == DATA
     with pytest.raises(UsageError, match="block_size"):
         await RedisSource(f"unix://{folder}/redis", "a", layout="hash").open()
+    client.hset("a", mapping={"size": SIZE, "block_size": BLOCK})
+    for wrong in ({"size": SIZE - 1}, {"block_size": 2 * BLOCK}):
+        with pytest.raises(UsageError, match="not"):
+            await RedisSource(f"unix://{folder}/redis", "a", layout="hash", **wrong).open()
+    client.hset("a", "size", "many")
+    with pytest.raises(UsageError, match="number"):
+        await RedisSource(f"unix://{folder}/redis", "a", layout="hash").open()
 
 
 async def test_what_cannot_be_opened(folder: Path, client: Any, tmp_path: Path) -> None:
@@ -183,6 +240,8 @@ async def test_what_cannot_be_opened(folder: Path, client: Any, tmp_path: Path) 
     for key, layout in (("no", "string"), ("no", "hash"), ("no:{block}", "keys")):
         with pytest.raises(FileNotFoundError):
             await RedisSource(server, key, layout=layout).open()  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="no_such_option"):
+        await RedisSource(server, "a", no_such_option=1).open()
     client.lpush("list", "x")
     with pytest.raises(UsageError):
         await RedisSource(server, "list").open()

@@ -213,6 +213,10 @@ async def test_over_http(tmp_path: Path) -> None:
         found = recording.working_set()
         assert found.version == '"v1"'
         assert b"secret" not in found.to_bytes()
+        async with opened(url.replace("//", "//user:geheim@")) as buf:
+            with buf.record() as recording:
+                pass
+        assert recording.working_set().source == server.url("/a") + "?..."
         async with opened(url) as buf:
             before = server.counts.requests
             assert await buf.prefetch(found)
@@ -275,7 +279,8 @@ def test_damaged_files(data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     "data",
     [b"", b"x", b"aiouffd working set 1\n", b"aiouffd working set 1\n{}\n",
-     b"aiouffd working set 2\n{}\n", b'aiouffd working set 1\n[1]\n'],
+     b"aiouffd working set 2\n{}\n", b'aiouffd working set 1\n[1]\n',
+     b"aiouffd working set 1\n" + b"[" * 60_000],
 )  # fmt: skip
 def test_what_is_no_working_set(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "set").write_bytes(data)
@@ -293,6 +298,27 @@ def test_wrong_ranges_and_mixed_versions() -> None:
         of_blocks([1]) | of_blocks([1], version="v2")
     with pytest.raises(FileNotFoundError):
         WorkingSet.load("/nothing/like/that")
+
+
+def test_a_version_is_not_lost() -> None:
+    unknown, known = of_blocks([1], version=None), of_blocks([1, 2])
+    for one, two in ((unknown, known), (known, unknown)):
+        assert (one | two).version == (one & two).version == "v1"
+        assert (one | two).is_stale("v2", SIZE)
+
+
+def test_many_ranges() -> None:
+    """Of an object of a terabyte, touched all over, each one and a half blocks into the next."""
+    blocks = random.Random(1).sample(range(1 << 24), 20_000)
+    size = (1 << 40) + (1 << 17)
+    found = WorkingSet(((block << 16, 1 << 17) for block in blocks), size=size)
+    assert members_of(found) == {block + more for block in blocks for more in (0, 1)}
+    assert found.total == len(members_of(found)) << 16
+    assert (found | found) == (found & found) == found
+
+
+def members_of(working_set: WorkingSet) -> set[int]:
+    return {block for run in working_set.blocks(1 << 16) for block in range_of(run)}
 
 
 def test_small() -> None:

@@ -23,6 +23,9 @@ from .base import SourcePermissionError
 
 _CONTENT_RANGE = re.compile(r"\s*bytes\s+(?:(\d{1,19})-(\d{1,19})|\*)/(\d{1,19}|\*)\s*", re.I)
 _FINAL_5XX = frozenset({501, 505})  # not implemented, version not supported
+#: Seconds after which an object may be trusted not to change without a change of its date: dates
+#: tell whole seconds, and two machines' clocks may have made them (RFC 9110, 8.8.2.2).
+_SETTLED = 60.0
 
 
 @dataclass(frozen=True)
@@ -60,17 +63,27 @@ class Validator:
     size: int
     etag: str | None
     last_modified: str | None
+    #: Whether the date was old enough for a later change to show in it.
+    settled: bool = False
 
     @classmethod
     def of(cls, size: int, headers: Mapping[str, str]) -> Validator:
         """Take the validators out of the headers of a reply."""
-        return cls(size, headers.get("ETag") or None, headers.get("Last-Modified") or None)
+        modified = headers.get("Last-Modified") or None
+        since, now = _timestamp(modified or ""), _timestamp(headers.get("Date", ""))
+        settled = since is not None and (time.time() if now is None else now) - since >= _SETTLED
+        return cls(size, headers.get("ETag") or None, modified, settled)
 
     @property
     def strong(self) -> bool:
         """Whether the ETag is one that If-Match may carry."""
         etag = self.etag
         return etag is not None and etag.startswith('"') and etag.endswith('"') and len(etag) > 1
+
+    @property
+    def weak(self) -> bool:
+        """Whether bytes may change and all this stay the same."""
+        return not self.strong and not self.settled
 
     @property
     def version(self) -> str | None:

@@ -1,21 +1,28 @@
 """Bytes of a file in any file system that fsspec knows.
 
 File systems that are asynchronous themselves run on our own loop, each source with an
-instance of its own, because such an instance belongs to one loop. All others are called in
-threads of this source.
+instance of its own, because such an instance belongs to one loop. All others are made and called
+in threads of this source: many connect when they are made. And most of them are not made for
+several threads at a time (an FTP connection's commands would mix), so each has one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import importlib
 import inspect
+import re
+import threading
+import time
 import warnings
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+from weakref import WeakKeyDictionary
 
 from ..errors import (
     AiouffdError,
@@ -29,14 +36,21 @@ from ..errors import (
 )
 from .base import BaseSource, Buffer, SourcePermissionError, check_length, check_range
 from .coalesce import Coalescer
+from .names import split_chain, without_password
 
 __all__ = ["FsspecSource"]
 
 #: What file systems call that which changes with the contents, the most telling first.
+_TIMES = ("LastModified", "last_modified", "updated", "mtime", "modified", "created")
 _VERSIONS = (
     "ETag", "etag", "generation", "VersionId", "version_id", "md5Hash", "content_md5", "checksum",
-    "LastModified", "last_modified", "updated", "mtime", "modified", "created",
+    *_TIMES,
 )  # fmt: skip
+#: Classes that any number of threads may use at a time, and calls at a time then.
+_THREADED, _THREADS = frozenset({"LocalFileSystem", "MemoryFileSystem"}), 4
+#: Seconds after which a time of whole seconds may be trusted to tell a later change.
+_SETTLED = 60.0
+_GONE = (404, 410)
 #: Packages whose errors are those of a network, unless they carry a status that tells more.
 _NETWORK = frozenset({"aiohttp", "botocore", "aiobotocore", "requests", "urllib3", "paramiko"})
 
@@ -48,11 +62,14 @@ class FsspecSource(BaseSource):
         fs: a file system. One that is asynchronous is not used itself: a fresh one with the same
             settings runs on the loop that opens the source.
         path: of the file in it.
-        max_threads: calls at a time, of file systems that are not asynchronous.
+        max_threads: calls at a time, of file systems that are not asynchronous. None is 4 for
+            local files and memory, and else 1, shared by all sources over one ``fs``. More is
+            your word that it can be used by so many threads.
         timeout: seconds for one call of an asynchronous file system.
         recheck: seconds for which the version counts as looked at. 0 has it looked at after each
             read (once for all that ended in the meantime), and no byte of another version gets
-            through; more saves requests, and lets so much time pass until a change is seen.
+            through; more saves requests, and lets so much time pass until a change is seen. (So
+            nothing is kept by a disk cache then.)
         coalesce: as for object stores: bytes between two reads that are made as one; None joins
             none.
         name: what messages call the file.
@@ -60,9 +77,9 @@ class FsspecSource(BaseSource):
     The version is what `info` says of ETag, generation, modification time or the like. If it
     says nothing of the kind, ``version`` is None and only a change of the size can be seen.
 
-    ``open()`` raises FileNotFoundError, PermissionError, IsADirectoryError, and UsageError
-    for a file whose size nobody knows. Retries are the file system's own, and the failure
-    policy's of the buffer.
+    ``open()`` raises FileNotFoundError, PermissionError, IsADirectoryError, UsageError for a file
+    whose size nobody knows, and what `from_url` could not know yet. Retries are the file system's
+    own, and the failure policy's of the buffer.
     """
 
     def __init__(
@@ -70,20 +87,23 @@ class FsspecSource(BaseSource):
         fs: Any,
         path: str,
         *,
-        max_threads: int = 4,
+        max_threads: int | None = None,
         timeout: float = 60.0,
         recheck: float = 0.0,
         coalesce: int | None = 0,
         name: str | None = None,
     ) -> None:
-        if max_threads < 1 or timeout <= 0 or recheck < 0:
+        if (max_threads is not None and max_threads < 1) or timeout <= 0 or recheck < 0:
             raise UsageError("max_threads is at least 1, timeout positive, recheck not negative")
-        self._make: Callable[[], Any] = lambda: fs
+        #: The file system, and the path in it.
+        self._make: Callable[[], tuple[Any, str]] = lambda: (fs, path)
         if getattr(fs, "async_impl", False):
             kind, arguments = type(fs), getattr(fs, "storage_args", ())
             options = dict(getattr(fs, "storage_options", {}))
-            self._make = lambda: _own(kind, arguments, options)
+            self._make = lambda: (_own(kind, arguments, options), path)
         self._asynchronous = bool(getattr(fs, "async_impl", False))
+        self._threaded = type(fs).__name__ in _THREADED
+        self._key = _key_of(path) if "://" in path else None
         self._path = path
         self._settings: dict[str, Any] = {
             "max_threads": max_threads,
@@ -92,7 +112,7 @@ class FsspecSource(BaseSource):
             "coalesce": coalesce,
         }
         self._given = fs
-        self._name = name or path
+        self._name = name or (_shown(path) if "://" in path else path)
         self._timeout = timeout
         self._recheck = recheck
         self._fs: Any = None
@@ -101,7 +121,9 @@ class FsspecSource(BaseSource):
         self._coalescer = None if coalesce is None else Coalescer(self._get, gap=coalesce)
         self._size: int | None = None
         self._checks = _Shared(self._check)
-        self._last_check = 0.0
+        self._last_check = float("-inf")
+        self._turn: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        self._weak = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
 
@@ -110,7 +132,7 @@ class FsspecSource(BaseSource):
         cls,
         url: str,
         *,
-        max_threads: int = 4,
+        max_threads: int | None = None,
         timeout: float = 60.0,
         recheck: float = 0.0,
         coalesce: int | None = 0,
@@ -119,18 +141,24 @@ class FsspecSource(BaseSource):
         """The source for ``fsspec+PROTOCOL://...``; ``options`` are those of the file system.
 
         fsspec's chains (``fsspec+simplecache::s3://...``) work too, in threads. Raises UsageError
-        for an unknown protocol or options that do not fit, UnsupportedError when fsspec or what
-        it needs for the protocol is missing.
+        for an unknown protocol, UnsupportedError when fsspec or what it needs for the protocol is
+        missing. Options that do not fit are a UsageError too, of ``open()`` if the file
+        system is not asynchronous: it is made there, in a thread.
         """
         core = _import("fsspec.core")
         plain = url.removeprefix("fsspec+")
-        try:
-            fs, path = core.url_to_fs(plain, **options)
-        except ImportError as error:
-            raise UnsupportedError(f"fsspec cannot open {_shown(url)}: {error}") from error
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"{_shown(url)}: {error}") from error
-        return cls(
+        chain = split_chain(plain)
+        with _explained(plain):
+            kinds = [
+                _import("fsspec").get_filesystem_class(re.split("://|::", part)[0])
+                for part in chain
+            ]
+        fs, path = None, ""
+        alone = len(chain) == 1
+        if alone and kinds[0].async_impl:
+            with _explained(plain):
+                fs, path = core.url_to_fs(plain, **options)
+        source = cls(
             fs,
             path,
             max_threads=max_threads,
@@ -139,6 +167,17 @@ class FsspecSource(BaseSource):
             coalesce=coalesce,
             name=_shown(plain),
         )
+        source._key = _key_of(plain)
+        if fs is None:
+            source._threaded = alone and kinds[0].__name__ in _THREADED
+
+            def make() -> tuple[Any, str]:
+                with _explained(plain):
+                    found: tuple[Any, str] = core.url_to_fs(plain, **options)
+                    return found
+
+            source._make = make
+        return source
 
     def __repr__(self) -> str:
         return f"<FsspecSource {self._name}>"
@@ -161,6 +200,17 @@ class FsspecSource(BaseSource):
         """The URL that it was made from, without a query; None for a file system that was given."""
         return self._name if "://" in self._name else None
 
+    @property
+    def cache_key(self) -> str | None:
+        """What names the file for a disk cache; None for a path in a file system that was given."""
+        return self._key
+
+    @property
+    def weak(self) -> bool:
+        """Whether the file may change and its ``version`` stay: a weak ETag, a time of whole
+        seconds that was just now when it was opened, and with ``recheck``."""
+        return self._weak or self._recheck > 0
+
     async def open(self) -> None:
         """Ask for size and version."""
         if self._closed:
@@ -168,18 +218,25 @@ class FsspecSource(BaseSource):
         if self._fs is not None:
             return
         self._loop = asyncio.get_running_loop()
-        if not self._asynchronous:
-            self._executor = ThreadPoolExecutor(self._settings["max_threads"], "aiouffd-fsspec")
         try:
-            self._fs = self._make()
-            if self._asynchronous and hasattr(self._fs, "set_session"):
-                self._session = await self._fs.set_session()
+            if self._asynchronous:
+                self._fs, self._path = self._make()
+                if hasattr(self._fs, "set_session"):
+                    self._session = await self._fs.set_session()
+            else:
+                threads = self._settings["max_threads"] or (_THREADS if self._threaded else 1)
+                self._executor = ThreadPoolExecutor(threads, "aiouffd-fsspec")
+                self._fs, self._path = await self._loop.run_in_executor(self._executor, self._make)
+                if threads == 1:
+                    self._turn = _turn_of(self._fs)
             size, version = await self._ask()
         except BaseException as error:
             await self._let_go()
+            error = _reason(error)
             if isinstance(error, FileNotFoundError):
                 raise FileNotFoundError(errno.ENOENT, "no such file", self._name) from None
-            if isinstance(error, IsADirectoryError) or not isinstance(error, Exception):
+            known = isinstance(error, IsADirectoryError | AiouffdError)
+            if known or not isinstance(error, Exception):
                 raise
             raise self._translated(error) from error
         if self._size is not None and (size, version) != (self._size, self.version):
@@ -222,13 +279,22 @@ class FsspecSource(BaseSource):
         check_range(offset, length, self.size)
         if not length:
             return b""
-        if self._coalescer is None:
-            return await self._get(offset, length)
-        return await self._coalescer.read(offset, length)
+        try:
+            if self._coalescer is None:
+                return await self._get(offset, length)
+            return await self._coalescer.read(offset, length)
+        except asyncio.CancelledError:
+            # aclose() cancels what we wait for, but not our task.
+            task = asyncio.current_task()
+            if self._closed and task is not None and not task.cancelling():
+                raise ClosedError(f"{self!r} was closed during a read") from None
+            raise
 
     def clone(self) -> FsspecSource:
         """Another source for the same file, pinned to this version."""
         other = FsspecSource(self._given, self._path, name=self._name, **self._settings)
+        other._make, other._key = self._make, self._key
+        other._asynchronous, other._threaded = self._asynchronous, self._threaded
         other._size, other.version = self._size, self.version
         return other
 
@@ -257,8 +323,6 @@ class FsspecSource(BaseSource):
 
     async def _ask(self) -> tuple[int, str | None]:
         """Size and version at present."""
-        # What was listed a while ago is no answer.
-        self._fs.invalidate_cache(self._path)
         info = await self._call("info", self._path)
         if info.get("type") == "directory":
             raise IsADirectoryError(errno.EISDIR, "is a directory", self._name)
@@ -268,6 +332,7 @@ class FsspecSource(BaseSource):
         for key in _VERSIONS:
             value = info.get(key)
             if value not in (None, ""):
+                self._weak = _is_weak(key, value)
                 text = value.isoformat() if isinstance(value, datetime) else str(value)
                 # A file that took another's place may be as old.
                 return size, text if "ino" not in info else f"{info['ino']}-{text}"
@@ -278,20 +343,31 @@ class FsspecSource(BaseSource):
         if fs is None:
             raise ClosedError(f"{self!r} is closed")
         if self._asynchronous:
+            if method == "info":
+                # What was listed a while ago is no answer.
+                fs.invalidate_cache(self._path)
             async with asyncio.timeout(self._timeout):
                 return await getattr(fs, f"_{method}")(*arguments, **options)
+        turn = self._turn
+
+        def job() -> Any:
+            with turn:
+                if method == "info":
+                    fs.invalidate_cache(self._path)
+                return getattr(fs, method)(*arguments, **options)
+
         assert self._executor is not None
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            self._executor, lambda: getattr(fs, method)(*arguments, **options)
-        )
+        return await asyncio.get_running_loop().run_in_executor(self._executor, job)
 
     def _changed(self) -> SourceChangedError:
         return SourceChangedError(f"{self._name} has changed since it was opened")
 
     def _translated(self, error: BaseException) -> BaseException:
+        error = _reason(error)
         if isinstance(error, AiouffdError) or not isinstance(error, Exception):
             return error
+        if self._closed:
+            return ClosedError(f"{self!r} was closed during a read")
         name = self._name
         # aiohttp tells it here, and others in a response.
         status = getattr(error, "status", None)
@@ -299,7 +375,7 @@ class FsspecSource(BaseSource):
             return SourcePermissionError(
                 f"{name}: access denied", transient=False, errno=errno.EACCES
             )
-        if isinstance(error, FileNotFoundError) or status in (404, 410):
+        if isinstance(error, FileNotFoundError) or status in _GONE:
             return SourceError(f"{name} is gone", transient=False, errno=errno.ENOENT)
         if status in (412, 416):
             return self._changed()
@@ -342,6 +418,15 @@ class _Shared:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+def _reason(error: BaseException) -> BaseException:
+    """fsspec's HTTP calls every failure to describe a file a file that is not there."""
+    while isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
+        if getattr(error.__cause__, "status", None) in _GONE:
+            break
+        error = error.__cause__
+    return error
+
+
 def _retrieve(task: asyncio.Task[None]) -> None:
     if not task.cancelled():
         task.exception()
@@ -354,13 +439,61 @@ def _own(kind: Any, arguments: Any, options: dict[str, Any]) -> Any:
     return kind(*arguments, **settings)
 
 
-def _shown(url: str) -> str:
-    """The URL without password and query."""
-    from .names import without_password
+#: For each file system the lock of who calls it.
+_turns: WeakKeyDictionary[Any, threading.Lock] = WeakKeyDictionary()
 
-    if "::" in url:
+
+def _turn_of(fs: Any) -> threading.Lock:
+    try:
+        return _turns.setdefault(fs, threading.Lock())
+    except TypeError:  # not one of fsspec's own kind
+        return threading.Lock()
+
+
+def _is_weak(key: str, value: Any) -> bool:
+    """Whether a later change may leave the same."""
+    if isinstance(value, str):
+        return value.startswith("W/")
+    if key not in _TIMES:
+        return False
+    stamp = value.timestamp() if isinstance(value, datetime) else value
+    return stamp == int(stamp) and time.time() - stamp < _SETTLED
+
+
+@contextlib.contextmanager
+def _explained(url: str) -> Iterator[None]:
+    """What fsspec says to URLs and options, as errors of ours."""
+    try:
+        yield
+    except ImportError as error:
+        raise UnsupportedError(f"fsspec cannot open {_shown(url)}: {error}") from error
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{_shown(url)}: {error}") from error
+
+
+def _shown(url: str) -> str:
+    """The URL without passwords and queries."""
+    return "::".join(map(_plain, split_chain(url)))
+
+
+def _plain(url: str) -> str:
+    try:
+        return without_password(url).partition("?")[0]
+    except ValueError:
         return url.partition("?")[0].rpartition("@")[2]
-    return without_password(url).partition("?")[0]
+
+
+def _key_of(url: str) -> str:
+    """The URL without passwords only: queries may name objects, and what looks like a user may be
+    the beginning of a path."""
+    parts = []
+    for part in split_chain(url):
+        with contextlib.suppress(ValueError):
+            found = urlsplit(part)
+            user, at, host = found.netloc.rpartition("@")
+            part = urlunsplit(found._replace(netloc=user.partition(":")[0] + at + host))
+        parts.append(part)
+    return "::".join(parts)
 
 
 def _import(name: str) -> Any:

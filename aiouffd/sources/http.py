@@ -15,6 +15,7 @@ import re
 import ssl as ssl_module
 import warnings
 from collections.abc import AsyncGenerator, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult, unquote, urljoin, urlsplit, urlunsplit
@@ -149,6 +150,12 @@ class HttpSource(BaseSource):
     def url(self) -> str:
         """The URL as given, without user and password."""
         return self._url
+
+    @property
+    def weak(self) -> bool:
+        """Whether the object may change and its ``version`` stay: a weak ETag, or none, and a
+        date of less than a minute before it was opened."""
+        return self._pin is not None and self._pin.weak
 
     @property
     def size(self) -> int:
@@ -334,7 +341,7 @@ class HttpSource(BaseSource):
             self._done(response)
         if size is None:
             size = await self._head_size(validator)
-            validator = Validator(size, validator.etag, validator.last_modified)
+            validator = replace(validator, size=size)
         return validator
 
     async def _head_size(self, validator: Validator) -> int:

@@ -1,16 +1,19 @@
 """Bytes of an object in S3, Google Cloud Storage, Azure and the like, through obstore.
 
 Every request names the version that was opened, by ETag or version id, and every reply is
-checked. What obstore received is handed on as it is, in obstore's own memory: the one copy of
-each byte is the kernel's, into its page.
+checked. What obstore received is handed on as it is, in obstore's own memory.
+
+There is no ``stream``: each chunk of one costs two switches of threads, and a copy of the whole
+into a huge page, which is then moved to where it belongs, is twice as fast.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import time
 import warnings
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -26,11 +29,9 @@ from ..errors import (
 from ._objects_threads import answer, check_process
 from .base import BaseSource, Buffer, check_length, check_range
 from .coalesce import Coalescer
+from .names import without_password
 
 __all__ = ["ObjectSource"]
-
-#: Least bytes in a chunk of `ObjectSource.stream`. Each chunk costs a switch of threads.
-_CHUNK = 256 * 1024
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,20 @@ class _Pin:
         other = _Pin.of(meta, None).modified
         return None not in (self.modified, other) and self.modified != other
 
-    def __str__(self) -> str:
-        return self.version_id or self.etag or f"{self.size}-{self.modified or 'unknown'}"
+    @property
+    def weak(self) -> bool:
+        """Whether bytes may change and all this stay the same. Dates tell whole seconds, and the
+        clocks are two machines'."""
+        if self.version_id is not None or self.strong:
+            return False
+        return self.modified is None or time.time() - self.modified.timestamp() < 60
+
+    @property
+    def version(self) -> str | None:
+        """For `Source.version`; None if the store names no version at all."""
+        if self.version_id is not None or self.strong or self.modified is None:
+            return self.version_id or self.etag
+        return f"{self.etag or self.size} {self.modified}"
 
 
 class ObjectSource(BaseSource):
@@ -126,6 +139,7 @@ class ObjectSource(BaseSource):
         self._coalesce = coalesce
         self._name = name or path
         self._coalescer = None if coalesce is None else Coalescer(self._get, gap=coalesce)
+        self._key: str | None = None
         self._pin: _Pin | None = None
         self._conditions: dict[str, Any] = {}
         self._active: set[asyncio.Future[Any]] = set()
@@ -174,13 +188,17 @@ class ObjectSource(BaseSource):
         if version_id is not None and location.version_id not in (None, version_id):
             raise UsageError(f"{location.name}: version_id is not the version in the URL")
         settings = Settings(config, client_options, retry_config, credential_provider)
-        return cls(
+        source = cls(
             make_store(location, settings),
             location.path,
             version_id=version_id or location.version_id,
             coalesce=coalesce,
             name=location.name,
         )
+        # In a URL for HTTP the query counts.
+        web = location.scheme in ("http", "https")
+        source._key = without_password(location.place) if web else location.name
+        return source
 
     def __repr__(self) -> str:
         return f"<ObjectSource {self._name}>"
@@ -193,6 +211,17 @@ class ObjectSource(BaseSource):
     def url(self) -> str | None:
         """The URL that it was made from, without a query; None for a store that was given."""
         return self._name if "://" in self._name else None
+
+    @property
+    def cache_key(self) -> str | None:
+        """What names the object for a disk cache; None for a store that was given."""
+        return self._key
+
+    @property
+    def weak(self) -> bool:
+        """Whether the object may change and its ``version`` stay: a weak ETag, or none, and a
+        date of less than a minute before it was opened."""
+        return self._pin is not None and self._pin.weak
 
     @property
     def size(self) -> int:
@@ -219,7 +248,7 @@ class ObjectSource(BaseSource):
         if self._pin is None:
             self._pin = await self._probe()
         self._conditions = self._pin.conditions()
-        self.version = str(self._pin)
+        self.version = self._pin.version
         self._loop = asyncio.get_running_loop()
 
     async def aclose(self) -> None:
@@ -237,25 +266,9 @@ class ObjectSource(BaseSource):
             return await self._get(offset, length)
         return await self._coalescer.read(offset, length)
 
-    async def stream(self, offset: int, length: int) -> AsyncGenerator[Buffer, None]:
-        """Yield the range as it arrives, in chunks of at least 256 KiB but for the last.
-
-        Closing it early ends the request.
-        """
-        self._checked(offset, length)
-        left = length
-        chunks = (await self._ask(offset, length)).stream(_CHUNK) if length else None
-        while left:
-            assert chunks is not None
-            try:
-                chunk = await self._answer(chunks.__anext__())
-            except StopAsyncIteration:
-                raise ShortReadError(f"{self._name}: the reply ended {left} bytes early") from None
-            view = memoryview(chunk)
-            left -= view.nbytes
-            if left < 0:
-                raise ShortReadError(f"{self._name}: the reply is longer than what was asked for")
-            yield view
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Read ``len(buffer)`` bytes at byte ``offset`` into ``buffer``, once all have arrived."""
+        buffer[:] = await self.read(offset, len(buffer))
 
     def clone(self) -> ObjectSource:
         """Return an unopened source over the same object, pinned to this version.
@@ -269,6 +282,7 @@ class ObjectSource(BaseSource):
             coalesce=self._coalesce,
             name=self._name,
         )
+        other._key = self._key
         other._pin = self._pin
         other.version = self.version
         return other
@@ -332,8 +346,6 @@ class ObjectSource(BaseSource):
             task = asyncio.current_task()
             if self._closed and task is not None and not task.cancelling():
                 raise ClosedError(f"{self!r} was closed during a request") from None
-            raise
-        except StopAsyncIteration:
             raise
         except Exception as exc:
             if raw:

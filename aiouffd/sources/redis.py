@@ -14,8 +14,8 @@ may have slashes. What lies under the key:
     block size and version are fields of the hash ``model:meta``.
 
 The last block may be short. Reads that are made in one turn of the loop go out together, as one
-transaction (MULTI/EXEC) that also asks for size and version, so that what is delivered is
-of the version that was opened.
+transaction (MULTI/EXEC) that also asks for size, block size and version, so that what is delivered
+is of the version that was opened.
 """
 
 from __future__ import annotations
@@ -42,6 +42,10 @@ from .base import BaseSource, Buffer, SourcePermissionError, check_range
 __all__ = ["RedisSource"]
 
 Layout = Literal["string", "hash", "keys"]
+
+#: What metadata say, as the server has it; None for fields that are not there.
+_Meta = tuple[bytes | None, bytes | None, bytes | None]
+_FIELDS = ("size", "block_size", "version")
 
 #: Bytes of one transaction, if more is asked for at a time.
 _BATCH = 4 << 20
@@ -74,12 +78,13 @@ class RedisSource(BaseSource):
         timeout: seconds for connecting, and for each answer.
         options: more for redis-py's connections (``ssl_ca_certs=``, ...).
 
-    A string whose length changes, and metadata whose version or size changes, raises
-    SourceChangedError. A string that is overwritten by one of the same length is not noticed:
-    use a hash with a ``version``.
+    A string whose length changes, and metadata that change or vanish, raise SourceChangedError. A
+    string that is overwritten by one of the same length is not noticed: use a hash with a
+    ``version``.
 
     ``open()`` raises FileNotFoundError when there is nothing under the key, UsageError when it
-    is of another type or its metadata are missing.
+    is of another type, its metadata are missing or are not what was given here, and for
+    ``options`` that redis-py does not have.
     """
 
     def __init__(
@@ -129,6 +134,8 @@ class RedisSource(BaseSource):
         self._meta = self._key if layout == "hash" else self._key.replace(b"{block}", b"meta")
         self._size: int | None = None
         self._block_size = block_size or 0
+        #: As found when it was opened.
+        self._pin: _Meta | None = None
         self._client: Any = None
         self._waiting: list[_Read] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -176,6 +183,18 @@ class RedisSource(BaseSource):
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
 
     @property
+    def cache_key(self) -> str:
+        """What names these bytes for a disk cache: server, database, key and layout."""
+        parts = urlsplit(self._url)
+        query = parse_qs(parts.query)
+        database = query.get("db", [parts.path.strip("/") if parts.netloc else ""])[0]
+        place = parts.netloc.rpartition("@")[2] or parts.path
+        key = quote(self._key, safe="")
+        # Zeros that stand for what is missing are bytes of these settings only.
+        zeros = "#zeros" if self._zeros else ""
+        return f"{parts.scheme}://{place}/{database or 0}/{key}#{self._layout}{zeros}"
+
+    @property
     def size(self) -> int:
         """Length in bytes. Raises UsageError before ``open()``."""
         if self._size is None:
@@ -191,32 +210,36 @@ class RedisSource(BaseSource):
         if self._client is not None:
             return
         asyncio_redis = importlib.import_module("redis.asyncio")
-        pool = asyncio_redis.BlockingConnectionPool.from_url(
-            self._url,
-            max_connections=self._connections,
-            timeout=None,
-            socket_timeout=self._timeout,
-            socket_connect_timeout=self._timeout,
-            decode_responses=False,
+        settings = {
+            "max_connections": self._connections,
+            "timeout": None,
+            "socket_timeout": self._timeout,
+            "socket_connect_timeout": self._timeout,
             **self._options,
-        )
+            "decode_responses": False,
+        }
+        pool = asyncio_redis.BlockingConnectionPool.from_url(self._url, **settings)
         # Retrying is the failure policy's.
         client = asyncio_redis.Redis(connection_pool=pool)
         try:
-            size, block_size, version = await self._describe(client)
+            size, block_size, pin = await self._describe(client)
         except BaseException as error:
             await _disconnect(client, pool)
             if not isinstance(error, Exception) or isinstance(error, FileNotFoundError):
                 raise
+            if isinstance(error, TypeError) and self._options:
+                # Said by the connection's class, which is made no sooner.
+                raise UsageError(f"redis-py: {error}") from error
             raise self._translated(error) from error
-        if self._size is not None and (size, version) != (self._size, self.version):
+        if self._size is not None and (size, pin) != (self._size, self._pin):
             await _disconnect(client, pool)
             raise self._changed()
-        self._size, self._block_size, self.version = size, block_size, version
+        self._size, self._block_size, self._pin = size, block_size, pin
+        self.version = _text(pin[2])
         self._client = client
         self._loop = asyncio.get_running_loop()
 
-    async def _describe(self, client: Any) -> tuple[int, int, str | None]:
+    async def _describe(self, client: Any) -> tuple[int, int, _Meta]:
         if self._layout == "string":
             async with client.pipeline(transaction=True) as pipe:
                 pipe.exists(self._key)
@@ -226,8 +249,8 @@ class RedisSource(BaseSource):
                 raise FileNotFoundError(errno.ENOENT, "there is no such key", self._name)
             if self._given[0] not in (None, length):
                 raise UsageError(f"{self._name} has {length} bytes, not {self._given[0]}")
-            return length, 0, None
-        found = await client.hmget(self._meta, "size", "block_size", "version")
+            return length, 0, (None, None, None)
+        found = await client.hmget(self._meta, *_FIELDS)
         if not any(found) and None in self._given:
             if not await client.exists(self._meta):
                 raise FileNotFoundError(errno.ENOENT, "there is no such key", self._name)
@@ -235,21 +258,20 @@ class RedisSource(BaseSource):
                 f"{self._name} does not tell its size and block size",
                 hint="pass size= and block_size=, or set these fields",
             )
-        size, block_size, version = found
-        try:
-            numbers = [
-                int(field) if given is None else given
-                for field, given in zip((size, block_size), self._given, strict=True)
-            ]
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"size and block_size of {self._name} are not numbers") from error
+        numbers: list[int] = []
+        for name, field, given in zip(_FIELDS, found, self._given, strict=False):
+            try:
+                number = given if field is None else int(field)
+            except ValueError as error:
+                raise UsageError(f"{name} of {self._name} is not a number") from error
+            if number is None:
+                raise UsageError(f"{self._name} does not tell its {name}", hint=f"pass {name}=")
+            if given not in (None, number):
+                raise UsageError(f"{name} of {self._name} is {number}, not {given}")
+            numbers.append(number)
         if numbers[0] < 0 or numbers[1] < 1:
             raise UsageError(f"size and block_size of {self._name} cannot be")
-        return (
-            numbers[0],
-            numbers[1],
-            None if version is None else version.decode("utf-8", "replace"),
-        )
+        return numbers[0], numbers[1], tuple(found)
 
     async def aclose(self) -> None:
         """Disconnect. Reads in flight raise ClosedError. Idempotent."""
@@ -268,7 +290,7 @@ class RedisSource(BaseSource):
     def clone(self) -> RedisSource:
         """Another source for the same key, pinned to this version."""
         other = RedisSource(self._url, self._key, **self._settings)
-        other._size, other.version = self._size, self.version
+        other._size, other.version, other._pin = self._size, self.version, self._pin
         return other
 
     # ------------------------------------------------------------------- reading
@@ -311,7 +333,9 @@ class RedisSource(BaseSource):
     async def _bring(self, batch: list[_Read]) -> None:
         try:
             bring = self._bring_string if self._layout == "string" else self._bring_blocks
-            await bring([read for read in batch if not read.answer.done()])
+            batch = [read for read in batch if not read.answer.done()]
+            if batch:
+                await bring(batch)
         except asyncio.CancelledError:
             self._fail(batch, ClosedError(f"{self!r} is closed"))
             raise
@@ -348,13 +372,14 @@ class RedisSource(BaseSource):
             }
         )
         async with self._client.pipeline(transaction=True) as pipe:
-            pipe.hmget(self._meta, "size", "version")
+            pipe.hmget(self._meta, *_FIELDS)
             if self._layout == "hash":
                 pipe.hmget(self._key, [str(block) for block in blocks])
             else:
                 pipe.mget([self._key.replace(b"{block}", b"%d" % block) for block in blocks])
-            (size, version), values = await pipe.execute()
-        self._check(size, version)
+            meta, values = await pipe.execute()
+        if tuple(meta) != self._pin:
+            raise self._changed()
         found = dict(zip(blocks, values, strict=True))
         for read in batch:
             try:
@@ -363,10 +388,6 @@ class RedisSource(BaseSource):
                 self._fail([read], error)
             else:
                 self._answer(read, data)
-
-    def _check(self, size: bytes | None, version: bytes | None) -> None:
-        if _text(version) != self.version or (size is not None and int(size) != self._size):
-            raise self._changed()
 
     def _gather(self, read: _Read, found: dict[int, bytes | None]) -> Buffer:
         step, end = self._block_size, read.offset + read.length

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import faulthandler
 import os
 import random
+import resource
+import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from aiouffd.errors import SourceError
-from aiouffd.sources.cache import CachedSource
+from aiouffd.sources.cache import CachedSource, evict, layout
 from tests.faulty import PlainSource
 
 SIZE = 3_000_001
@@ -41,10 +45,10 @@ class NoSource(PlainSource):
         return self
 
 
-async def cached_blocks(directory: str | Path, whole: bytes) -> int:
+async def cached_blocks(directory: str | Path, whole: bytes, **options: Any) -> int:
     """How many blocks are cached, after a look at each."""
     right = 0
-    reader = source(NoSource(whole), directory)
+    reader = source(NoSource(whole), directory, **options)
     await reader.open()
     try:
         for offset in range(0, len(whole), BLOCK):
@@ -116,6 +120,144 @@ async def _until_killed(directory: str, whole: bytes, number: int, say: int) -> 
     os.write(say, b"x")
     while True:
         await read_at_random(reader, whole, chance, 1)
+
+
+class Counted:
+    """Kills this process at a chosen call to the file system, before, in the middle of, or
+    after it; and counts the calls if none is chosen."""
+
+    CHANGES = ("mkdir", "open", "pwrite", "replace", "unlink", "rmdir", "utime", "fdatasync")
+
+    def __init__(self, at: int | None, kind: str) -> None:
+        self.count = 0
+        self._at, self._kind = at, kind
+        for name in self.CHANGES:
+            setattr(os, name, self._counted(getattr(os, name)))
+
+    def _counted(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any, **options: Any) -> Any:
+            mine = self.count == self._at
+            self.count += 1
+            if mine and self._kind == "before":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if mine and self._kind == "within" and call.__name__ == "pwrite":
+                fd, data, position = arguments
+                call(fd, data[: len(data) // 3 + 7], position)
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = call(*arguments, **options)
+            if mine:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return counted
+
+
+#: Of the steps that are killed: a small object with zeros and a short last block.
+STEPPED = random.Random(8).randbytes(20_000) + bytes(9000) + random.Random(9).randbytes(7001)
+
+
+async def _steps(directory: str, version: str) -> None:
+    """Fill the cache with two objects of a version, of which there is room for little more than
+    one; so that something is replaced, and something evicted."""
+    for key in ("other", "k"):
+        inner = PlainSource(STEPPED if version == "1" else STEPPED[::-1])
+        settings = {"version": version, "key": key, "size_limit": 90_000, "fsync": True}
+        reader = source(inner, directory, **settings)
+        await reader.open()
+        # Backwards, so that what is not written yet is a hole, and not the end of a file.
+        for offset in reversed(range(0, len(STEPPED), 3 * BLOCK)):
+            await reader.read(offset, min(3 * BLOCK, len(STEPPED) - offset))
+        await reader.aclose()
+
+
+def kill_at_each_step(_loop: Any, directory: str) -> dict[str, int]:
+    """Kill a process that fills the cache at each of its calls, and look at what it left behind:
+    in an empty directory, and in one with another version."""
+    faulthandler.cancel_dump_traceback_later()
+    place, before = Path(directory, "cache"), Path(directory, "before")
+    killed = cached = 0
+    for filled in (False, True):
+        if filled:
+            _in_child(lambda: asyncio.run(_steps(str(before), "1")))
+        for kind in ("before", "within", "after"):
+            for at in range(10_000):
+                shutil.rmtree(place, ignore_errors=True)
+                if filled:
+                    shutil.copytree(before, place)
+                end = _in_child(lambda: _stepped(str(place), at, kind))  # noqa: B023
+                for version, whole in (("1", STEPPED), ("2", STEPPED[::-1])):
+                    for key in ("other", "k"):
+                        looking = cached_blocks(place, whole, version=version, key=key)
+                        cached += asyncio.run(looking)
+                if not end:
+                    break
+                assert end == signal.SIGKILL, f"status {end} at {kind} {at}"
+                killed += 1
+    return {"killed": killed, "cached": cached}
+
+
+def _stepped(directory: str, at: int, kind: str) -> None:
+    Counted(at, kind)
+    asyncio.run(_steps(directory, "2"))
+
+
+def _in_child(call: Callable[[], None]) -> int:
+    """How a child ended that calls this."""
+    pid = os.fork()
+    if not pid:
+        try:
+            call()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitpid(pid, 0)[1]
+
+
+def forked_while_evicting(_loop: Any, directory: str) -> int:
+    """What is left of the cache when a process forks while it evicts, and its child lives on."""
+    faulthandler.cancel_dump_traceback_later()
+    root = layout.root_of(directory)
+    stay, go = os.pipe()
+    with evict._locked(root, wait=False):
+        child = os.fork()
+        if not child:
+            os.close(go)
+            os.read(stay, 1)
+            os._exit(0)
+    left = evict.shrink(root, 0)
+    os.close(go)
+    os.waitpid(child, 0)
+    return left
+
+
+def out_of_descriptors(_loop: Any, directory: str) -> list[bool]:
+    """Read everything while no file can be opened; say which segments are still there."""
+    segments = sorted(Path(directory).rglob("*.seg"))
+    asyncio.run(_read_without_descriptors(directory))
+    return [segment.exists() for segment in segments]
+
+
+async def _read_without_descriptors(directory: str) -> None:
+    whole = data()
+    reader = source(PlainSource(whole), directory)
+    await reader.open()
+    assert reader._entry is not None
+    for _ in range(20):  # all threads and what they import
+        await asyncio.gather(*(reader.read(0, BLOCK) for _ in range(8)))
+    reader._entry.forget()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+        with contextlib.suppress(OSError):
+            while True:
+                used.append(os.open("/dev/null", os.O_RDONLY))
+        assert await reader.read(0, SIZE) == whole
+        await reader.aclose()  # which waits for what was to be written
+    finally:
+        for fd in used:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def damage(directory: Path, chance: random.Random, *, gently: bool = False) -> str:

@@ -29,9 +29,13 @@ CRC-32C by the library ``crc32c`` takes a small share of the time that the kerne
 same bytes, so verifying once and remembering that would gain little, and lose the guarantee.
 Without that library it is zlib's CRC-32, four to seven times slower.
 
+**Which version.** What is kept longer than a source is open needs a version that equals no
+other one's: see `layout.lasting_version`.
+
 **Eviction** unlinks whole segment files, those longest unused first; a reader keeps what it has
-open. The limit holds for the directory, is looked at when a source opens and each time it has
-written a thirty-second of it, and may be exceeded by that much by each process that writes.
+open. The limit holds for the directory, is looked at when a source opens (once a minute is enough
+for a process) and each time a process has written a thirty-second of it, and may be exceeded by
+that much, and one write, by each process that writes.
 
 **Whose bytes.** A directory that others own or can write to is not used, nor are such files in it.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 from collections import OrderedDict
@@ -10,13 +11,28 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..compose.checksum import digest_function
-from .layout import DATA, PER_SEGMENT, Format, key_directory, make_directory, remove
+from .layout import (
+    DATA,
+    PER_SEGMENT,
+    Format,
+    Latest,
+    key_directory,
+    make_directory,
+    read_latest,
+    remove,
+    write_latest,
+)
 from .segment import Segment
 
 __all__ = ["Entry"]
 
 #: Segment files open at a time: large objects have thousands.
 OPEN = 64
+#: What opening a segment fails with if something else has its name. Anything else, a want of
+#: descriptors or memory above all, says nothing about the file.
+_IN_THE_WAY = (
+    errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.EACCES, errno.EPERM, errno.EIO,
+)  # fmt: skip
 
 
 class Entry:
@@ -26,6 +42,8 @@ class Entry:
         self.form = form
         self._root = root
         self.directory = key_directory(root, form.key) / form.name
+        #: To be noted with the blocks where that is lost, if this was seen last.
+        self.latest: Latest | None = None
         self._digest = digest_function(form.algorithm)
         self._open: OrderedDict[int, Segment] = OrderedDict()
         self._lock = threading.Lock()
@@ -97,9 +115,12 @@ class Entry:
                 for directory in (self.directory.parent, self.directory):
                     with contextlib.suppress(FileExistsError):
                         directory.mkdir(mode=0o700)
-            except OSError:
+                if self.latest is not None and read_latest(self.directory.parent) is None:
+                    with contextlib.suppress(FileNotFoundError):
+                        write_latest(self.directory.parent, self.latest)
+            except OSError as error:
                 # In the way: a link, another's file, one that cannot be read.
-                if not tries:
+                if not tries or error.errno not in _IN_THE_WAY:
                     raise
                 remove(path)
 

@@ -17,12 +17,17 @@ from pathlib import Path
 
 from .layout import DATA, LATEST, LOCK, read_latest, remove, root_of
 
-__all__ = ["CachedObject", "Usage", "clear", "shrink", "usage"]
+__all__ = ["FULL", "CachedObject", "Usage", "clear", "make_room", "shrink", "usage"]
+
+#: Of errors: those that less files would help against.
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 #: Seconds after which the temporary file of a process that died is one.
 _STALE = 3600.0
 #: Shrinking goes on to this share of the limit, so that it is not always going on.
 _ENOUGH = 0.9
+#: Seconds that the time of a file may be ahead of the clock.
+_AHEAD = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +50,22 @@ class Usage:
     objects: tuple[CachedObject, ...]
 
 
+@dataclass(slots=True)
+class _Folder:
+    """A directory, of a version or of a key: what itself takes, and what is left in it."""
+
+    path: str
+    bytes: int
+    left: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class _File:
     path: str
     bytes: int
     used: float
+    folder: _Folder
+    key: _Folder
 
 
 def _entries(path: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
@@ -66,41 +82,80 @@ def _folders(path: str | os.PathLike[str]) -> Iterator[os.DirEntry[str]]:
                 yield entry
 
 
-def _segments(path: str | os.PathLike[str]) -> Iterator[_File]:
-    for entry in _entries(path):
+def _blocks(path: str | os.PathLike[str]) -> int:
+    with contextlib.suppress(OSError):
+        return os.stat(path, follow_symlinks=False).st_blocks * 512
+    return 0
+
+
+def _key(path: str) -> _Folder:
+    return _Folder(path, _blocks(path) + _blocks(os.path.join(path, LATEST)))
+
+
+def _segments(folder: _Folder, key: _Folder) -> Iterator[_File]:
+    now = time.time()
+    for entry in _entries(folder.path):
         if entry.name.endswith(DATA):
             with contextlib.suppress(OSError):
                 found = entry.stat(follow_symlinks=False)
-                yield _File(entry.path, found.st_blocks * 512, found.st_mtime)
+                used = found.st_mtime
+                if used > now + _AHEAD:
+                    # The clock was wrong then. From now on it grows old as others do.
+                    used = now
+                    with contextlib.suppress(OSError):
+                        os.utime(entry.path, (now, now), follow_symlinks=False)
+                yield _File(entry.path, found.st_blocks * 512, used, folder, key)
+
+
+def _all(root: Path) -> tuple[int, int, list[_File]]:
+    """Bytes that everything takes, small files and directories too; how many of these are of
+    what has no segments; and the segments."""
+    total, idle = 0, 0
+    files: list[_File] = []
+    for entry in _folders(root):
+        key = _key(entry.path)
+        total += key.bytes
+        for inner in _folders(key.path):
+            folder = _Folder(inner.path, _blocks(inner.path))
+            found = list(_segments(folder, key))
+            folder.left = len(found)
+            key.left += bool(found)
+            total += folder.bytes + sum(file.bytes for file in found)
+            idle += 0 if found else folder.bytes
+            files += found
+        idle += 0 if key.left else key.bytes
+    return total, idle, files
 
 
 def usage(directory: str | os.PathLike[str] | None = None) -> Usage:
     """What the cache in ``directory`` (None: the usual one) holds. Blocks for file operations;
     any thread. A directory that is not there or cannot be read holds nothing."""
     objects: list[CachedObject] = []
-    for key in _folders(root_of(directory)):
+    total = 0
+    for entry in _folders(root_of(directory)):
+        key = _key(entry.path)
+        total += key.bytes
         latest = read_latest(Path(key.path))
-        folders = list(_folders(key.path))
-        newest = max(
-            folders,
-            key=lambda folder: max((f.used for f in _segments(folder)), default=0.0),
-            default=None,
-        )
-        for folder in folders:
-            files = list(_segments(folder))
+        folders = [_Folder(inner.path, _blocks(inner.path)) for inner in _folders(key.path)]
+        files = [list(_segments(folder, key)) for folder in folders]
+        used = [max((file.used for file in found), default=0.0) for found in files]
+        newest = used.index(max(used)) if used else -1
+        for number, (folder, found) in enumerate(zip(folders, files, strict=True)):
             # The name is the key's; version and size are only those of what was seen last.
-            known = latest if folder is newest else None
+            known = latest if number == newest else None
+            taken = folder.bytes + sum(file.bytes for file in found)
+            total += taken
             objects.append(
                 CachedObject(
                     latest.name if latest else None,
                     known.version if known else None,
                     known.size if known else None,
-                    sum(file.bytes for file in files),
-                    max((file.used for file in files), default=0.0),
+                    taken,
+                    used[number],
                 )
             )
     objects.sort(key=lambda found: found.used, reverse=True)
-    return Usage(sum(found.bytes for found in objects), tuple(objects))
+    return Usage(total, tuple(objects))
 
 
 def clear(directory: str | os.PathLike[str] | None = None) -> int:
@@ -112,39 +167,52 @@ def clear(directory: str | os.PathLike[str] | None = None) -> int:
     if not root.is_dir():
         return 0
     with _locked(root, wait=True):
-        freed = 0
-        for key in _folders(root):
-            for folder in _folders(key.path):
-                for file in _segments(folder):
-                    with contextlib.suppress(FileNotFoundError):
-                        os.unlink(file.path)
-                        freed += file.bytes
-            _tidy(key.path)
-        return freed
+        before, idle, files = _all(root)
+        return before - _evict(root, files, before - idle, -1)
 
 
 def shrink(root: Path, limit: int) -> int:
     """Unlink segments, the longest unused first, until at most ``limit`` bytes are taken; returns
-    how many are left. Does nothing while another process does it. Raises OSError."""
+    how many are left. Does nothing while another process does it. Raises OSError if files
+    that would have to go cannot be removed."""
     with _locked(root, wait=False) as ours:
-        files = [
-            file
-            for key in _folders(root)
-            for folder in _folders(key.path)
-            for file in _segments(folder)
-        ]
-        total = sum(file.bytes for file in files)
+        total, idle, files = _all(root)
         if total <= limit or not ours:
             return total
-        for file in sorted(files, key=lambda file: file.used):
-            if total <= limit * _ENOUGH:
-                break
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(file.path)
-            total -= file.bytes
-        for key in _folders(root):
-            _tidy(key.path)
-        return total
+        return _evict(root, files, total - idle, int(limit * _ENOUGH))
+
+
+def make_room(root: Path, limit: int) -> None:
+    """A full disk is everybody's, and what is here can be had again: give up a quarter."""
+    with contextlib.suppress(OSError):
+        shrink(root, shrink(root, limit) * 3 // 4)
+
+
+def _evict(root: Path, files: list[_File], total: int, limit: int) -> int:
+    failure: OSError | None = None
+    for file in sorted(files, key=lambda file: file.used):
+        if total <= limit:
+            break
+        try:
+            os.unlink(file.path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            # The others may still be enough.
+            failure = failure or error
+            continue
+        total -= file.bytes
+        file.folder.left -= 1
+        if not file.folder.left:
+            total -= file.folder.bytes
+            file.key.left -= 1
+            if not file.key.left:
+                total -= file.key.bytes
+    for key in _folders(root):
+        _tidy(key.path)
+    if failure is not None and total > limit:
+        raise failure
+    return total
 
 
 def _tidy(key: str) -> None:
@@ -166,22 +234,38 @@ def _tidy(key: str) -> None:
 
 @contextlib.contextmanager
 def _locked(root: Path, *, wait: bool) -> Iterator[bool]:
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-    try:
-        fd = os.open(root / LOCK, flags, 0o600)
-    except OSError as error:
-        if error.errno not in (errno.EISDIR, errno.ELOOP, errno.ENXIO):
-            raise
-        remove(root / LOCK)
-        fd = os.open(root / LOCK, flags, 0o600)
+    """Whether we may evict. Where nothing can be locked we may: two that evict at a time cost
+    too many files, and none costs the disk."""
+    fd = _open_lock(root / LOCK)
+    if fd is None:
+        yield True
+        return
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
-            # File systems without locks: then two may evict at a time, which costs too many files.
-            if error.errno == errno.EWOULDBLOCK:
-                yield False
-                return
-        yield True
+            yield error.errno != errno.EWOULDBLOCK
+            return
+        try:
+            yield True
+        finally:
+            # Closing is not enough: a process forked meanwhile has the descriptor too.
+            fcntl.flock(fd, fcntl.LOCK_UN)
     finally:
         os.close(fd)
+
+
+def _open_lock(path: Path) -> int | None:
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        try:
+            return os.open(path, flags, 0o600)
+        except OSError as error:
+            if error.errno not in (errno.EISDIR, errno.ELOOP, errno.ENXIO):
+                raise
+            remove(path)
+            return os.open(path, flags, 0o600)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UsageError
-from ..compose import ChecksumSource, ConcatSource, RetrySource, SliceSource
+from ..compose import ChecksumSource, ConcatSource, RetrySource, SliceSource, Wrapper
 from ..compose.checksum import ALGORITHMS
 from ..names import without_password
 
@@ -30,6 +31,7 @@ __all__ = [
     "derive_key",
     "forget_older",
     "key_directory",
+    "lasting_version",
     "make_directory",
     "own_file",
     "read_latest",
@@ -102,10 +104,17 @@ class Latest:
 
 
 def default_directory() -> Path:
-    """``$XDG_CACHE_HOME/aiouffd``, else ``~/.cache/aiouffd``."""
+    """``$XDG_CACHE_HOME/aiouffd``, else ``~/.cache/aiouffd``. Raises FileNotFoundError for a user
+    without a home, as there are in containers."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     # The specification wants relative ones ignored.
-    return Path(base if os.path.isabs(base) else os.path.expanduser("~/.cache")) / "aiouffd"
+    if not os.path.isabs(base):
+        base = os.path.expanduser("~/.cache")
+    if not os.path.isabs(base):
+        raise FileNotFoundError(
+            errno.ENOENT, "no home to keep a cache in; set XDG_CACHE_HOME or give a directory", base
+        )
+    return Path(base) / "aiouffd"
 
 
 def root_of(directory: str | os.PathLike[str] | None) -> Path:
@@ -121,19 +130,37 @@ def key_directory(root: Path, key: str) -> Path:
 def derive_key(source: Any) -> str | None:
     """What names the object behind ``source`` for good, or None. Two names for one object cost
     space only; one name for two objects is told apart by version and size."""
-    if isinstance(source, RetrySource | ChecksumSource):
+    if isinstance(source, RetrySource):
         return derive_key(source.inner)
+    if isinstance(source, ChecksumSource):
+        inner = derive_key(source.inner)
+        # What was not verified when it was fetched is not taken for what was.
+        return None if inner is None else f"{inner}#manifest={source.manifest.name}"
     if isinstance(source, SliceSource):
         inner = derive_key(source.inner)
         return None if inner is None else f"{inner}#slice={source.start},{source.length}"
     if isinstance(source, ConcatSource):
         keys = [derive_key(part) for part in source.parts]
         return None if None in keys else "concat:" + json.dumps(keys)
+    key = getattr(source, "cache_key", None)
+    if isinstance(key, str):
+        return key
     url = getattr(source, "url", None)
     if isinstance(url, str):
         return without_password(url)
     path = getattr(source, "path", None)
     return f"file://{path}" if isinstance(path, str) else None
+
+
+def lasting_version(source: Any) -> str | None:
+    """The version of an open source, if bytes may be kept under it for longer than it is open:
+    None if there is none, if the source itself may write, or if others may unseen (``weak``)."""
+    version = getattr(source, "version", None)
+    if getattr(source, "writable", False) or getattr(source, "weak", False):
+        return None
+    parts = source.parts if isinstance(source, ConcatSource) else ()
+    inner = [source.inner] if isinstance(source, Wrapper) else parts
+    return None if None in map(lasting_version, inner) else version
 
 
 def make_directory(root: Path) -> None:
@@ -174,10 +201,11 @@ def write_latest(directory: Path, latest: Latest) -> None:
     body = json.dumps(
         {"name": latest.name, "version": latest.version, "size": latest.size}
     ).encode()
+    seal = _seal_latest(directory, body)
     part = directory / f".{LATEST}.{os.getpid()}.{time.monotonic_ns()}.part"
     try:
         with open(part, "xb", opener=_private) as file:
-            file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body + b"\n")
+            file.write(seal + b"\n" + body + b"\n")
         try:
             part.replace(directory / LATEST)
         except IsADirectoryError:
@@ -185,6 +213,11 @@ def write_latest(directory: Path, latest: Latest) -> None:
             part.replace(directory / LATEST)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _seal_latest(directory: Path, body: bytes) -> bytes:
+    # The directory's name is the key's: elsewhere the same file means nothing.
+    return hashlib.sha256(directory.name.encode() + b"\n" + body).hexdigest().encode()
 
 
 def remove(path: Path) -> None:
@@ -203,7 +236,7 @@ def read_latest(directory: Path) -> Latest | None:
             if not own_file(os.fstat(fd)):
                 return None
             seal, _, body = file.read(1 << 20).rstrip(b"\n").partition(b"\n")
-        if hashlib.sha256(body).hexdigest().encode() != seal:
+        if _seal_latest(directory, body) != seal:
             return None
         found = json.loads(body)
         return Latest(str(found["name"]), str(found["version"]), int(found["size"]))

@@ -7,6 +7,7 @@ power failure, a full disk or a second writer leaves behind is either right or a
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import threading
@@ -46,8 +47,9 @@ class Segment:
             self.writable = False
             self._fd = os.open(path, _FLAGS | os.O_RDONLY)
         if not own_file(os.fstat(self._fd)):
-            raise PermissionError(f"{path} is not a file of ours")
+            raise PermissionError(errno.EPERM, "not a file of ours", path)
         self._form = form
+        self._identity = form.identity
         self._digest = digest
         self._first = number * PER_SEGMENT
         self._raw = b""
@@ -90,7 +92,7 @@ class Segment:
         body = bytes([flag]) + digest
         # The key ties it to this version of this object, wherever the file may be moved to.
         seal = hashlib.blake2b(
-            body + block.to_bytes(8, "big"), digest_size=_SEAL, key=self._form.identity
+            body + block.to_bytes(8, "big"), digest_size=_SEAL, key=self._identity
         )
         return body + seal.digest()
 
@@ -129,6 +131,8 @@ class Segment:
         last = first + -(-len(view) // self._form.block_size)
         if not self._nowait or [*self._runs(first, last)] != [(first, last, _DATA)]:
             return False
+        if self._touch_due():
+            return False  # once a minute by `read_into`, which may wait for a disk
         try:
             done = os.preadv(self._fd, [view], self._position(first), _NOWAIT)
         except BlockingIOError:
@@ -177,10 +181,12 @@ class Segment:
                 bad.append(block)
         return bad
 
+    def _touch_due(self) -> bool:
+        return not self._touched or time.monotonic() - self._touched > _TOUCH
+
     def _touch(self) -> None:
-        now = time.monotonic()
-        if now - self._touched > _TOUCH or not self._touched:
-            self._touched = now
+        if self._touch_due():
+            self._touched = time.monotonic()
             try:
                 os.utime(self._fd)
             except OSError:

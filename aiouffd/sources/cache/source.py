@@ -30,10 +30,12 @@ from ..base import (
 )
 from ..compose.checksum import digest_function
 from ..compose.concat import together
+from ..compose.wrapper import close_again
 from ..file import _settle
 from ..names import display_name, without_password
 from . import layout
 from .entry import Entry
+from .evict import FULL, make_room
 from .layout import Format, Latest
 from .writer import Settings, Writer
 
@@ -43,6 +45,7 @@ log = logging.getLogger("aiouffd")
 
 _INLINE_MAX = 256 << 10  # largest read tried on the loop's thread, bytes
 _FETCH = 16 << 20  # most that is asked of the inner source at a time, bytes
+_HOLES = 4096  # most blocks that are looked at for zeros at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,8 @@ class CachedSource(BaseSource):
         key: what names the object, for ever. None takes the URL without user and password, or the
             path. Give one for URLs that differ each time, as signed ones do.
         version: of the object, if the source cannot tell. Your word that its bytes never
-            change under that name: without any version nothing is cached.
+            change under that name: without any version nothing is cached, nor with a weak one,
+            which may stay when the bytes change (see `layout.lasting_version`).
         size_limit: bytes on disk that the whole directory may take, by all that use it with
             this limit; what was longest unused goes first.
         block_size: bytes, a power of two. Reads of other sources are widened to it.
@@ -122,7 +126,8 @@ class CachedSource(BaseSource):
                 hint="pass key=, a name that this object alone has",
             )
         self._key = key
-        self._directory = directory
+        # Absolute now: the working directory may be another one when a clone opens.
+        self._directory = None if directory is None else os.path.abspath(directory)
         self._given = version
         self._block_size = block_size
         self._checksum = checksum
@@ -131,6 +136,8 @@ class CachedSource(BaseSource):
         self._close_timeout = close_timeout
         #: Size and version that all bytes are of, once known.
         self._pin: tuple[int, str | None] | None = None
+        #: Whether bytes can be kept under that version.
+        self._lasting = False
         self._reached = False
         self._reaching: asyncio.Lock | None = None
         self._changed: SourceChangedError | None = None
@@ -195,7 +202,7 @@ class CachedSource(BaseSource):
         if self._opened:
             return
         executor = ThreadPoolExecutor(4, "aiouffd-cache")
-        pin = self._pin
+        pin, lasting = self._pin, self._lasting
         try:
             try:
                 await self._reach()
@@ -203,14 +210,15 @@ class CachedSource(BaseSource):
                 if not self._stale_ok or not getattr(error, "transient", True):
                     raise
                 await self._open_stale(executor, error)
-            await self._open_cache(executor)
+            # What a clone is pinned to may no longer be the last.
+            await self._open_cache(executor, news=pin is None and self._reached)
         except BaseException:
             executor.shutdown(wait=False)
             self._let_go()
-            self._pin = pin
+            self._pin, self._lasting = pin, lasting
             if self._reached:
                 self._reached = False
-                await aclose_source(self._inner)
+                self._inner = await close_again(self._inner)
             raise
         self._executor = executor
         self._opened = True
@@ -228,7 +236,10 @@ class CachedSource(BaseSource):
                 return
             await open_source(self._inner)
             version = getattr(self._inner, "version", None)
-            found = (self._inner.size, self._given if version is None else version)
+            lasting = layout.lasting_version(self._inner) is not None
+            if not lasting and self._given is not None:
+                version, lasting = self._given, True
+            found = (self._inner.size, version)
             if self._pin is not None and self._pin != found:
                 await aclose_source(self._inner)
                 self._changed = SourceChangedError(
@@ -239,34 +250,40 @@ class CachedSource(BaseSource):
             if self._closed:
                 await aclose_source(self._inner)
                 raise ClosedError(f"{self!r} is closed")
-            self._pin = found
-            self.version = found[1]
+            self._pin, self._lasting = found, lasting
+            self.version = version
             self._reached = True
 
     async def _open_stale(self, executor: ThreadPoolExecutor, error: Exception) -> None:
         if self._pin is None:
-            directory = layout.key_directory(layout.root_of(self._directory), self._key)
+            try:
+                directory = layout.key_directory(layout.root_of(self._directory), self._key)
+            except OSError:
+                raise error from None
             loop = asyncio.get_running_loop()
             latest = await loop.run_in_executor(executor, layout.read_latest, directory)
             if latest is None:
                 raise error
-            self._pin = (latest.size, latest.version)
+            self._pin, self._lasting = (latest.size, latest.version), True
             self.version = latest.version
         log.warning("%r cannot be reached, its version %s is used: %s", self, self.version, error)
 
-    async def _open_cache(self, executor: ThreadPoolExecutor) -> None:
+    async def _open_cache(self, executor: ThreadPoolExecutor, *, news: bool) -> None:
         assert self._pin is not None
         size, version = self._pin
-        if version is None:
-            log.info("%r tells no version and is not cached; pass version=", self)
+        if version is None or not self._lasting:
+            log.info("%r tells no version that lasts and is not cached; pass version=", self)
             return
         form = Format(self._key, version, size, self._block_size, self._checksum)
-        root = layout.root_of(self._directory)
-        opening = asyncio.get_running_loop().run_in_executor(executor, _prepare, root, form)
         try:
+            root = layout.root_of(self._directory)
+            opening = asyncio.get_running_loop().run_in_executor(
+                executor, _prepare, root, form, self._settings.size_limit, news
+            )
             entry, writable = await _settle(opening)
         except OSError as error:
-            log.warning("%s is no cache for %r: %s", root.parent, self, error)
+            where = self._directory or "the usual directory"
+            log.warning("%s is no cache for %r: %s", where, self, error)
             return
         self._entry = entry
         if writable:
@@ -316,7 +333,7 @@ class CachedSource(BaseSource):
             queue=settings.queue,
             close_timeout=self._close_timeout,
         )
-        other._pin = self._pin
+        other._pin, other._lasting = self._pin, self._lasting
         other.version = self.version
         return other
 
@@ -441,7 +458,8 @@ class CachedSource(BaseSource):
             # It goes on if we are cancelled, for the others.
             data = await asyncio.shield(task)
         except asyncio.CancelledError:
-            if self._closed and task.cancelled():
+            ours = asyncio.current_task()
+            if self._closed and task.cancelled() and ours is not None and not ours.cancelling():
                 raise ClosedError(f"{self!r} is closed") from None
             raise
         part[:] = data[start : start + len(part)]
@@ -458,12 +476,13 @@ class CachedSource(BaseSource):
             task.exception()  # retrieved, also if nobody waits any more
 
     async def holes(self, offset: int, length: int) -> Sequence[tuple[int, int]]:
-        """Ranges known to be zeros: by the cache, and by the source where nothing is cached."""
+        """Ranges known to be zeros: by the cache, and by the source where nothing is cached. Of a
+        long range only the first 4096 blocks are looked at."""
         self._check(offset, length)
         entry, step = self._entry, self._block_size
         if not length:
             return ()
-        end = offset + length
+        end = min(offset + length, (offset // step + _HOLES) * step)
         ask = self._reached and own_method(self._inner, "holes") is not None
         if ask and entry is not None and self._executor is not None:
             # Reading a table is cheaper than a question that it would have spared.
@@ -509,10 +528,12 @@ def _runs(blocks: list[int], most: int) -> list[tuple[int, int]]:
     return runs
 
 
-def _prepare(root: Path, form: Format) -> tuple[Entry, bool]:
-    """What is cached, and whether more can be. Raises OSError if the directory is unusable."""
+def _prepare(root: Path, form: Format, size_limit: int, news: bool) -> tuple[Entry, bool]:
+    """What is cached, and whether more can be; with ``news`` this is the version that was seen
+    last. Raises OSError if the directory is unusable."""
     entry = Entry(root, form)
-    latest = Latest(display_name(form.key), form.version, form.size)
+    if news:
+        entry.latest = Latest(display_name(form.key), form.version, form.size)
     tries = 3
     while True:
         tries -= 1
@@ -520,7 +541,8 @@ def _prepare(root: Path, form: Format) -> tuple[Entry, bool]:
             layout.make_directory(root)
             with contextlib.suppress(FileExistsError):
                 entry.directory.parent.mkdir(mode=0o700)
-            layout.write_latest(entry.directory.parent, latest)
+            if entry.latest is not None:
+                layout.write_latest(entry.directory.parent, entry.latest)
         except FileNotFoundError:
             # Whoever evicts removes empty directories.
             if not tries:
@@ -528,6 +550,9 @@ def _prepare(root: Path, form: Format) -> tuple[Entry, bool]:
         except layout.Unsafe:
             raise
         except OSError as error:
+            if tries and error.errno in FULL:
+                make_room(root, size_limit)
+                continue
             # Read-only, or full: what is there can still be read.
             if not entry.directory.is_dir():
                 raise
@@ -535,7 +560,8 @@ def _prepare(root: Path, form: Format) -> tuple[Entry, bool]:
             log.warning("the cache in %s cannot be written: %s", root.parent, error)
             return entry, False
         else:
-            layout.forget_older(entry.directory.parent, form.name)
+            if news:
+                layout.forget_older(entry.directory.parent, form.name)
             return entry, True
 
 

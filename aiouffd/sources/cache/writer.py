@@ -7,16 +7,16 @@ Every failure means the same: no cache for a while.
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import threading
 import time
+from collections import defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from .entry import Entry
-from .evict import shrink
+from .evict import FULL, make_room, shrink
 
 __all__ = ["Settings", "Writer"]
 
@@ -26,6 +26,8 @@ log = logging.getLogger("aiouffd")
 PAUSE = 30.0
 #: Looked after the directory's size each time this share of its limit was written.
 SHARE = 32
+#: And by a process that opens sources all the time, each so many seconds: others write too.
+LOOK = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,44 @@ class Settings:
     size_limit: int
     queue: int
     sync: bool
+
+
+class _Looks:
+    """When this process last looked after a directory, and how much it has written there since.
+
+    For all its sources together: a thousand of them write a thousand times as much, and looking
+    takes time for each file there is. Changed without a lock, by threads that a fork may
+    end: what is lost that way are bytes of one write.
+    """
+
+    def __init__(self) -> None:
+        self._at = float("-inf")
+        self._limit = 0
+        self.written = 0
+
+    def due(self, limit: int) -> bool:
+        """Whether to look when a source opens."""
+        late = time.monotonic() - self._at > LOOK
+        return late or limit < self._limit or self.enough(limit)
+
+    def enough(self, limit: int) -> bool:
+        """Whether to look when something was written."""
+        return self.written > limit // SHARE
+
+    def look(self, root: Path, limit: int) -> None:
+        """Evict what is too much. Raises OSError, and is due as before then."""
+        written, self.written = self.written, 0
+        try:
+            shrink(root, limit)
+        except FileNotFoundError:
+            pass  # all of it was removed: it is small enough
+        except OSError:
+            self.written += written
+            raise
+        self._at, self._limit = time.monotonic(), limit
+
+
+_looks: defaultdict[Path, _Looks] = defaultdict(_Looks)
 
 
 class Writer:
@@ -50,11 +90,12 @@ class Writer:
         #: Blocks that are not on disk yet.
         self._pending: dict[int, memoryview] = {}
         self._paused = 0.0
-        self._since_look = 0
+        self._looks = _looks[root]
         self._last: Future[None] | None = None
         self.written = 0
         self.dropped = 0
-        self._submit(self._look)
+        if self._looks.due(settings.size_limit):
+            self._submit(self._look)
 
     def _submit(self, job: object, *arguments: object) -> None:
         self._last = self._executor.submit(job, *arguments)  # type: ignore[arg-type]
@@ -107,11 +148,14 @@ class Writer:
     # ------------------------------------------------------ in the own thread
 
     def _write(self, first: int, data: memoryview | None, count: int) -> None:
+        enough = self._looks.enough
         try:
+            if enough(self._settings.size_limit) and time.monotonic() >= self._paused:
+                self._look()  # it failed the last time
             if time.monotonic() >= self._paused:
                 taken = self._entry.write(first, data, count, sync=self._settings.sync)
                 self.written += taken
-                self._since_look += taken
+                self._looks.written += taken
         except OSError as error:
             self._failed(error)
         finally:
@@ -119,24 +163,17 @@ class Writer:
                 self._pending.pop(block, None)
             with self._lock:
                 self._waiting -= len(data) if data is not None else 0
-        if self._since_look > self._settings.size_limit // SHARE:
+        if enough(self._settings.size_limit) and time.monotonic() >= self._paused:
             self._look()
 
     def _look(self) -> None:
-        self._since_look = 0
         try:
-            shrink(self._root, self._settings.size_limit)
-        except FileNotFoundError:
-            pass  # all of it was removed: it is small enough
+            self._looks.look(self._root, self._settings.size_limit)
         except OSError as error:
             self._failed(error)
 
     def _failed(self, error: OSError) -> None:
         log.warning("the cache in %s cannot be written: %s", self._root.parent, error)
         self._paused = time.monotonic() + PAUSE
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            try:
-                # A full disk is everybody's, and what is here can be had again.
-                shrink(self._root, shrink(self._root, self._settings.size_limit) * 3 // 4)
-            except OSError:
-                pass
+        if error.errno in FULL:
+            make_room(self._root, self._settings.size_limit)

@@ -25,7 +25,7 @@ from typing import Any
 from ...errors import SourceChangedError, SourceError, UnsupportedError, UsageError
 from .. import as_source
 from ..base import Buffer, aclose_source, check_length, check_range, open_source
-from .wrapper import Wrapper
+from .wrapper import Wrapper, close_again
 
 __all__ = ["ALGORITHMS", "ChecksumError", "ChecksumSource", "Manifest", "digest_function"]
 
@@ -94,6 +94,11 @@ class Manifest:
         """How many blocks there are."""
         return -(-self.size // self.block_size)
 
+    @property
+    def name(self) -> str:
+        """What tells it from other manifests: 32 hexadecimal digits of its SHA-256."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()[:32]
+
     def digest(self, block: int) -> bytes:
         """The checksum of one block."""
         width = ALGORITHMS[self.algorithm]
@@ -145,7 +150,7 @@ class Manifest:
             header = json.loads(line)
             size, block_size = header["size"], header["block_size"]
             algorithm, version = header["algorithm"], header.get("version")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UsageError("the manifest's header cannot be read") from error
         numbers = type(size) is int and type(block_size) is int
         if not numbers or not isinstance(algorithm, str) or not isinstance(version, str | None):
@@ -216,12 +221,19 @@ class ChecksumSource(Wrapper):
     write_zeros: Any = None
 
     @property
+    def manifest(self) -> Manifest:
+        """What is verified against."""
+        return self._manifest
+
+    @property
     def writable(self) -> bool:
         """False: the manifest would no longer fit."""
         return False
 
     async def open(self) -> None:
         """Open what is inside, and see that it is what the manifest is of."""
+        if self._executor is not None:
+            return
         await super().open()
         version = getattr(self._inner, "version", None)
         wanted = self._manifest.version
@@ -232,7 +244,7 @@ class ChecksumSource(Wrapper):
         else:
             self._executor = ThreadPoolExecutor(2, "aiouffd-hash")
             return
-        await super().aclose()
+        self._inner = await close_again(self._inner)
         raise SourceChangedError(f"the object {problem}, as its manifest says")
 
     async def aclose(self) -> None:

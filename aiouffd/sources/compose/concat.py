@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 from bisect import bisect_right
 from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from itertools import accumulate
@@ -23,6 +24,7 @@ from ..base import (
     own_method,
     read_into_source,
 )
+from .wrapper import close_again
 
 __all__ = ["ConcatSource", "together"]
 
@@ -87,15 +89,15 @@ class ConcatSource(BaseSource):
             for task in tasks:
                 task.cancel()
             ends = await asyncio.gather(*tasks, return_exceptions=True)
-            for part, end in zip(self._parts, ends, strict=True):
+            for number, end in enumerate(ends):
                 if end is None:
-                    await aclose_source(part)
+                    self._parts[number] = await close_again(self._parts[number])
             raise
         versions = [getattr(part, "version", None) for part in self._parts]
         if None not in versions:
-            text = "\n".join(
-                f"{part.size} {name}" for part, name in zip(self._parts, versions, strict=True)
-            )
+            # JSON, so that no two lists give one text, whatever versions look like.
+            sizes = [part.size for part in self._parts]
+            text = json.dumps([*zip(sizes, versions, strict=True)])
             self.version = hashlib.sha256(text.encode()).hexdigest()[:32]
 
     async def aclose(self) -> None:

@@ -37,7 +37,9 @@ class RetrySource(Wrapper):
         reserve: retries that all calls have together; each success gives one back, and so
             does each second.
 
-    A stream that made progress starts its budget anew. ``retries`` counts them.
+    A try that has begun is not cut short: how long it may take is the source's own timeout. A
+    stream that made progress starts its budget anew, and counts as a success. ``retries`` counts
+    them.
     """
 
     def __init__(
@@ -103,23 +105,27 @@ class RetrySource(Wrapper):
         end = offset + length
         attempt = _Attempt(self)
         while offset < end:
+            begun = offset
             try:
                 async with aclosing(stream_source(self._inner, offset, end - offset)) as chunks:
                     async for chunk in chunks:
                         offset += chunk.nbytes
-                        attempt = _Attempt(self)
+                        attempt.again()
                         yield chunk
+                        # Not the time that whoever reads us takes.
+                        attempt.again()
             except SourceError as error:
+                if offset > begun:
+                    self._succeeded()
                 await attempt.failed(error)
         self._succeeded()
 
     async def _again(self, call: Callable[..., Awaitable[T]], *arguments: Any) -> T:
-        attempt = None
+        attempt = _Attempt(self)
         while True:
             try:
                 result = await call(*arguments)
             except SourceError as error:
-                attempt = attempt or _Attempt(self)
                 await attempt.failed(error)
             else:
                 self._succeeded()
@@ -141,18 +147,23 @@ class RetrySource(Wrapper):
 
 
 class _Attempt:
-    """One call: when it began to fail, and how long the next pause is."""
+    """One call: when its time is over, and how long the next pause is."""
 
     __slots__ = ("_end", "_pause", "_source")
 
     def __init__(self, source: RetrySource) -> None:
         self._source = source
-        self._end = time.monotonic() + source._budget
-        self._pause = source._first
+        self.again()
+
+    def again(self) -> None:
+        """Begin anew."""
+        self._end = time.monotonic() + self._source._budget
+        self._pause = self._source._first
 
     async def failed(self, error: SourceError) -> None:
         """Wait before the next try, or raise ``error`` if there is none."""
-        pause = max(self._pause * (0.5 + random.random()), error.retry_after or 0.0)
+        pause = min(self._pause * (0.5 + random.random()), self._source._longest)
+        pause = max(pause, error.retry_after or 0.0)
         late = time.monotonic() + pause > self._end
         if not error.transient or late or not self._source._take():
             raise error

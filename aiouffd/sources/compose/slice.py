@@ -6,7 +6,7 @@ from typing import Any
 
 from ...errors import UsageError
 from ..base import Buffer, check_range
-from .wrapper import Wrapper
+from .wrapper import Wrapper, close_again
 
 __all__ = ["SliceSource"]
 
@@ -50,7 +50,7 @@ class SliceSource(Wrapper):
         length = 0 if self._length is None else self._length
         if self._offset + length > self._inner.size:
             size = self._inner.size
-            await self.aclose()
+            self._inner = await close_again(self._inner)
             raise UsageError(f"a slice of {length} bytes at {self._offset} is not within {size}")
 
     def clone(self) -> SliceSource:
@@ -71,6 +71,7 @@ class SliceSource(Wrapper):
         return super()._stream(self._offset + offset, length)
 
     async def _holes(self, offset: int, length: int) -> Any:
+        check_range(offset, length, self.size)
         found = await super()._holes(self._offset + offset, length)
         return [(start - self._offset, count) for start, count in found]
 

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...errors import UnsupportedError
 from .. import as_source
 from ..base import Buffer, Source, aclose_source, check_length, open_source, own_method
 
-__all__ = ["Wrapper"]
+__all__ = ["Wrapper", "close_again"]
+
+
+async def close_again(source: Source) -> Source:
+    """Close an open source because something else failed, so that all may be opened again, which
+    a closed one cannot be. Returns what is to be opened then: a clone, if there can be one."""
+    try:
+        return source.clone()
+    except UnsupportedError:
+        return source
+    finally:
+        await aclose_source(source)
 
 
 class Wrapper:
