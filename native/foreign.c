@@ -4,8 +4,11 @@
 #include "engine.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <stdbool.h>
 #include <stddef.h>
+#include <sys/uio.h>
+#include <unistd.h>
 
 #define BASE_PAGE 4096ULL
 /* An address that nobody can register: below what the kernel lets be mapped. */
@@ -31,10 +34,12 @@ static int issue(int fd, int op, uint64_t start, const uint8_t *src, uint64_t le
 	}
 }
 
-int64_t au_foreign_put(int fd, int op, uint64_t start, const uint8_t *src, uint64_t length,
-		       uint64_t page_size)
+int64_t au_foreign_fill(int fd, int op, uint64_t start, const uint8_t *src, uint64_t length,
+			uint64_t page_size, uint64_t *absent)
 {
 	uint64_t at = 0, most = length;
+
+	*absent = 0;
 
 	while (at < length) {
 		uint64_t part = length - at < most ? length - at : most;
@@ -52,6 +57,8 @@ int64_t au_foreign_put(int fd, int op, uint64_t start, const uint8_t *src, uint6
 			continue;
 		}
 		if (result == -EEXIST || result == -ENOENT) {
+			if (result == -ENOENT)
+				*absent += page_size;
 			au_abi_wake(fd, start + at, page_size);
 			at += page_size;
 			continue;
@@ -61,6 +68,36 @@ int64_t au_foreign_put(int fd, int op, uint64_t start, const uint8_t *src, uint6
 		return -1 - (int64_t)(at << 8 | (uint64_t)(-result & 0xff));
 	}
 	return (int64_t)at;
+}
+
+int64_t au_foreign_put(int fd, int op, uint64_t start, const uint8_t *src, uint64_t length,
+		       uint64_t page_size)
+{
+	uint64_t absent;
+
+	return au_foreign_fill(fd, op, start, src, length, page_size, &absent);
+}
+
+int64_t au_foreign_read(int fd, struct au_uffd_msg *messages, int64_t max)
+{
+	struct iovec part = { messages, (size_t)max * sizeof(*messages) };
+	struct pollfd ready = { .fd = fd, .events = POLLIN };
+	ssize_t got;
+
+	if (max <= 0)
+		return -EINVAL;
+	do
+		got = preadv2(fd, &part, 1, -1, RWF_NOWAIT);
+	while (got < 0 && errno == EINTR);
+	if (got < 0 && errno != EOPNOTSUPP && errno != ENOSYS && errno != ESPIPE)
+		return -errno;
+	if (got < 0) {
+		/* Before Linux 6.10. A descriptor that would block is never ready but in error. */
+		if (poll(&ready, 1, 0) <= 0 || ready.revents != POLLIN)
+			return -EAGAIN;
+		return au_abi_read(fd, messages, (int)max);
+	}
+	return got / (ssize_t)sizeof(*messages);
 }
 
 static const struct au_foreign_area *find(const struct au_foreign_area *areas, uint64_t count,
@@ -120,9 +157,9 @@ static bool answer(int fd, const struct au_foreign_area *area, uint64_t window, 
 	return page < first;
 }
 
-static bool has_event(const struct au_uffd_msg *messages, long count)
+static bool has_event(const struct au_uffd_msg *messages, int64_t count)
 {
-	long index;
+	int64_t index;
 
 	for (index = 0; index < count; index++)
 		if (messages[index].event != AU_EVENT_PAGEFAULT)
@@ -134,8 +171,7 @@ int64_t au_foreign_pump(int fd, const struct au_foreign_area *areas, uint64_t co
 			uint64_t window, struct au_uffd_msg *out, int64_t max, uint64_t *faults,
 			uint64_t *installed)
 {
-	long got = au_abi_read(fd, out, (int)max), index;
-	int64_t left = 0;
+	int64_t got = au_foreign_read(fd, out, max), index, left = 0;
 
 	*faults = *installed = 0;
 	if (got <= 0 || has_event(out, got))

@@ -19,6 +19,14 @@
 int64_t au_foreign_put(int fd, int op, uint64_t start, const uint8_t *src, uint64_t length,
 		       uint64_t page_size);
 
+/* The same; *absent counts the bytes of those pages that are not mapped. */
+int64_t au_foreign_fill(int fd, int op, uint64_t start, const uint8_t *src, uint64_t length,
+			uint64_t page_size, uint64_t *absent);
+
+/* Read at most `max` messages: how many, or a negated errno. Never waits, whatever the other process
+ * makes of O_NONBLOCK, which is of the open file and so in its hands as well. */
+int64_t au_foreign_read(int fd, struct au_uffd_msg *messages, int64_t max);
+
 /* An area of the other process whose bytes are in our memory. */
 struct au_foreign_area {
 	uint64_t start, length;

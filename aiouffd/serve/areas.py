@@ -9,23 +9,34 @@ been removed, moved or forgotten.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .blocks import BlockStore
 
-__all__ = ["INSTALLED", "REMOVED", "Area", "AreaMap"]
+__all__ = ["ABSENT", "GONE", "INSTALLED", "REMOVED", "Area", "AreaMap"]
 
 #: State of a page, bits of one byte. REMOVED: it reads as zeros, for the process dropped it.
 REMOVED = 1
 #: We have put it there. A hint: the process may have dropped it without telling.
 INSTALLED = 2
+#: It is not mapped there any more: a note for a server that comes after us, and knows the area as
+#: it was at first.
+GONE = 4
+
+#: It was not mapped as we tried to fill it. It may be later.
+ABSENT = 8
 
 _REMOVE = bytes(value & ~INSTALLED & 0xFF | REMOVED for value in range(256))
-_INSTALL = bytes(value | INSTALLED for value in range(256))
+_INSTALL = bytes(value & ~ABSENT & 0xFF | INSTALLED for value in range(256))
+_MISS = bytes(value & ~INSTALLED & 0xFF | ABSENT for value in range(256))
+_LOOK_AGAIN = bytes(value & ~ABSENT & 0xFF for value in range(256))
+_UNMAP = bytes(value | GONE for value in range(256))
+_REMAP = bytes(value & ~GONE & 0xFF for value in range(256))
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +99,18 @@ class Area:
         assert self.states is not None
         self.states[(page - self.start) // self.page_size] |= INSTALLED
 
+    def mark_absent(self, start: int, end: int) -> None:
+        """The pages of ``start`` to ``end`` are not mapped."""
+        states, first, last = self._states(), self.page_of(start), self.page_of(end)
+        states[first:last] = bytes(states[first:last]).translate(_MISS)
+
+    def forget_absent(self) -> None:
+        """What was not mapped may be by now."""
+        states = self._states()
+        some = bytes(states)
+        if any(some):
+            states[:] = some.translate(_LOOK_AGAIN)
+
     def missing(self, start: int, end: int) -> list[tuple[int, int]]:
         """Runs of pages in ``start`` to ``end`` that are neither removed nor there already."""
         first, size = self.page_of(start), self.page_size
@@ -103,10 +126,10 @@ class Area:
             at = some.find(0, at)
         return runs
 
-    def _part(self, start: int, end: int, moved: int = 0) -> Area:
+    def _part(self, start: int, end: int) -> Area:
         first, last = self.page_of(start), self.page_of(end)
         return Area(
-            start + moved,
+            start,
             end - start,
             self.store,
             self.offset_of(start),
@@ -115,6 +138,25 @@ class Area:
             self.lasting,
         )
 
+    def _unmapped(self) -> None:
+        states = self._states()
+        states[:] = bytes(states).translate(_UNMAP)
+
+    def _moved(self, distance: int) -> Area:
+        """The same at another address. Its states go with it; those of the old place stay there."""
+        return Area(
+            self.start + distance,
+            self.length,
+            self.store,
+            self.offset,
+            self.page_size,
+            memoryview(bytearray(self._states()).translate(_REMAP)),
+            self.lasting,
+        )
+
+
+_NOWHERE: tuple[list[Area], list[int], list[int]] = ([], [], [])
+
 
 class AreaMap:
     """The areas of one address space, by address. Not thread-safe."""
@@ -122,6 +164,8 @@ class AreaMap:
     def __init__(self, areas: Iterable[Area] = ()) -> None:
         self._areas: list[Area] = []
         self._starts: list[int] = []
+        self._by_offset: dict[BlockStore, tuple[list[Area], list[int], list[int]]] = {}
+        self._indexed = -1
         #: Changes with every change of what is where; not with the states of pages.
         self.version = 0
         for area in areas:
@@ -174,13 +218,34 @@ class AreaMap:
             at += 1
         return found
 
-    def of_block(self, store: BlockStore, number: int) -> Iterator[tuple[Area, int, int]]:
-        """Where a block of an object belongs: areas, and the addresses there."""
+    def of_block(self, store: BlockStore, number: int) -> list[tuple[Area, int, int]]:
+        """Where a block of an object belongs: areas by offset, and the addresses there."""
+        if self._indexed != self.version:
+            self._index()
+        found: list[tuple[Area, int, int]] = []
+        areas, offsets, reach = self._by_offset.get(store, _NOWHERE)
         size = store.block_size
-        low, high = number * size, (number + 1) * size
-        for area in self._areas:
-            if area.store is store and area.offset < high and low < area.offset + area.length:
-                yield (area, *area.block(number, size))
+        low = number * size
+        at = bisect_left(offsets, low + size)
+        # `reach` never falls, so before the first that ends too early all do.
+        while at and reach[at - 1] > low:
+            at -= 1
+            area = areas[at]
+            if low < area.offset + area.length:
+                found.append((area, *area.block(number, size)))
+        found.reverse()
+        return found
+
+    def _index(self) -> None:
+        """The areas of each object by offset, and how far those up to each one reach."""
+        self._by_offset.clear()
+        for area in sorted(self._areas, key=attrgetter("offset")):
+            if area.store is not None:
+                areas, offsets, reach = self._by_offset.setdefault(area.store, ([], [], []))
+                areas.append(area)
+                offsets.append(area.offset)
+                reach.append(max(area.offset + area.length, reach[-1] if reach else 0))
+        self._indexed = self.version
 
     def removed(self, start: int, end: int) -> None:
         """The process dropped the contents of ``start`` to ``end`` (MADV_DONTNEED and the like)."""
@@ -194,7 +259,12 @@ class AreaMap:
         gone = []
         self.version += 1
         for area, low, high in self.within(start, end):
+            # Of a page that is gone in part nothing is left. The kernel cuts huge pages nowhere,
+            # but a client may have called pages huge that are not.
+            low = area.start + (low - area.start) // area.page_size * area.page_size
+            high = area.start - (area.start - high) // area.page_size * area.page_size
             gone.append(area._part(low, high))
+            gone[-1]._unmapped()
             at = self._starts.index(area.start)
             kept = []
             if area.start < low:
@@ -211,7 +281,12 @@ class AreaMap:
         # Whatever was at the target is gone: mremap has unmapped it.
         self.unmapped(target, target + length)
         for part in parts:
-            self.add(part._part(part.start, part.end, target - source))
+            if (target - source) % part.page_size:
+                continue  # as above: what is in the midst of a page is nowhere
+            moved = part._moved(target - source)
+            # What was rounded up may be more than what was moved, and reach into another area.
+            if not self.within(moved.start, moved.end):
+                self.add(moved)
 
     def copy(self) -> AreaMap:
         """For a forked child: the same, with states of its own."""

@@ -54,11 +54,14 @@ class Wanter(Protocol):
 
 
 class _Flight:
-    __slots__ = ("count", "first", "running", "since", "urgent", "wanters")
+    __slots__ = ("count", "first", "limit", "running", "since", "urgent", "waited", "wanters")
 
     def __init__(self, first: int, count: int, urgent: bool) -> None:
         self.first, self.count, self.urgent = first, count, urgent
         self.running = False
+        #: Somebody waits, from `since` on.
+        self.waited = urgent
+        self.limit: asyncio.Timeout | None = None
         self.since = time.monotonic()
         self.wanters: dict[int, list[Wanter]] = {}
 
@@ -147,11 +150,20 @@ class BlockStore:
         flight = self._flights.get(block)
         if flight is None or not (flight.running or flight.urgent):
             # One that waits behind others, as part of a longer one, may take long.
-            flight = _Flight(block, 1, True)
+            queued, flight = flight, _Flight(block, 1, True)
+            if queued is not None:
+                flight.wanters[block] = queued.wanters.pop(block, [])
             self._flights[block] = flight
             self._number += 1
             heapq.heappush(self._queue, (wanter.share.used, self._number, flight))
             wanter.share.used += FLIGHT
+        elif not flight.waited:
+            # It was nobody's until now, and had all the time in the world.
+            flight.waited = True
+            flight.since = time.monotonic()
+            if flight.limit is not None and self._deadline is not None:
+                now = asyncio.get_running_loop().time()
+                flight.limit.reschedule(now + self._deadline)
         flight.wanters.setdefault(block, []).append(wanter)
         self._start()
 
@@ -256,15 +268,15 @@ class BlockStore:
         pause = RETRY_FIRST
         while True:
             try:
-                if self._deadline is None or not flight.urgent:
+                if self._deadline is None:
                     return await self._read(flight)
-                async with asyncio.timeout_at(
-                    asyncio.get_running_loop().time()
-                    + max(0.001, flight.since + self._deadline - time.monotonic())
-                ):
+                left = max(0.001, flight.since + self._deadline - time.monotonic())
+                async with asyncio.timeout(left if flight.waited else None) as flight.limit:
                     return await self._read(flight)
             except Exception as failure:
                 error = _as_source_error(failure)
+            finally:
+                flight.limit = None
             self.tally.last_error = str(error)
             if isinstance(error, SourceChangedError) or not flight.wanters:
                 self.tally.failures += 1
@@ -280,6 +292,8 @@ class BlockStore:
                 logging.WARNING if pause >= 1 else logging.INFO,
                 "%r, block %d: %s; next try in %.2f s", self, flight.first, error, delay,
             )  # fmt: skip
+            if self._deadline is not None and flight.waited:
+                delay = min(delay, max(0.0, flight.since + self._deadline - time.monotonic()))
             await asyncio.sleep(delay)
             pause = min(pause * 2, RETRY_LONGEST)
 

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from .._lib import ffi, lib
-from ..errors import PeerError, UsageError
+from ..errors import ClosedError, PeerError, UsageError
 from ..uffd import Userfaultfd
 from ..workingset import WorkingSet
 from .areas import Area, AreaMap
@@ -109,6 +108,8 @@ class Client:
         overlapping, past the end of their object, or more than the server's limits allow.
         """
         try:
+            if self._ending:
+                raise ClosedError(f"{self!r} has ended")
             areas_map = self._checked(areas, page_size)
             if len(self.memories) >= self.server.limits.memories:
                 raise PeerError(f"{self!r} has handed over too many descriptors")
@@ -252,7 +253,18 @@ class Client:
         except PeerError as error:
             log.warning("%r is dropped: %s", self, error)
         if not self._ending:
-            self.server._end(self)
+            self._hung_up()
+
+    def _hung_up(self) -> None:
+        """It is done with us, but processes that have nobody else are not."""
+        for memory in list(self.memories):
+            if self._is_sole(memory) and memory.probe():
+                continue
+            memory.close()
+            self._gone(memory)
+
+    def _is_sole(self, memory: Memory) -> bool:
+        return memory.sole or self.complete_on_close
 
     async def store_for(self, source: Any, **options: Any) -> BlockStore:
         """The store of an object, opened, and shared by all who are served from it.
@@ -266,17 +278,13 @@ class Client:
     def _forked(self, parent: Memory, fd: int) -> None:
         """A fork: the child's memory is a copy, with a descriptor of its own."""
         areas = parent.areas.copy()
-        if len(self.memories) >= self.server.limits.memories:
-            log.error("%r has too many children; the new one gets errors", self)
-            for area in areas:
-                for low, high in area.missing(area.start, area.end):
-                    lib.au_foreign_put(
-                        fd, lib.AU_OP_POISON, low, ffi.NULL, high - low, area.page_size
-                    )
-            os.close(fd)
-            return
         name = f"a child of {parent.name}"
         memory = self._memory(fd, areas, parent.page_size, parent.uncovered, name)
+        memory.sole = True
+        if self._ending or len(self.memories) >= self.server.limits.memories:
+            log.error("%r has too many children, or has ended; %r gets errors", self, memory)
+            memory.close()
+            return
         memory.background = parent.background
         memory.recording = parent.recording
         self.memories.append(memory)
@@ -290,7 +298,8 @@ class Client:
 
     def _failed(self, memory: Memory, error: BaseException) -> bool:
         log.error("%r: %s", memory, error)
-        if self.on_failure == "kill":
+        # Whose memory a forked child's is, or one that somebody else has handed over, is not known.
+        if self.on_failure == "kill" and not self._is_sole(memory):
             return self.peer.kill()
         return False
 
@@ -355,23 +364,33 @@ class Client:
 
     async def complete(self) -> None:
         """Bring everything that is missing in all of its memory."""
-        await asyncio.gather(*(memory.complete() for memory in list(self.memories)))
+        done = set[Memory]()
+        while more := [memory for memory in self.memories if memory not in done]:
+            done.update(more)  # others may be forked meanwhile
+            await asyncio.gather(*(memory.complete() for memory in more))
 
     def kill(self) -> bool:
         """End the process (SIGKILL through its pidfd)."""
         return self.peer.kill()
 
-    def close(self) -> None:
-        """Serve it no more. Idempotent."""
+    def close(self, *, handed: bool = False) -> None:
+        """Serve it no more. Idempotent.
+
+        :param handed: another server has it.
+        """
         if self._ending:
             return
         self._ending = True
         for task in self._tasks:
             task.cancel()
-        for memory in list(self.memories):
+        while self.memories:
+            memory = self.memories.pop()
+            memory.sole = self._is_sole(memory)
+            if handed:
+                memory.let_go()
+            else:
+                memory.close()
             self._past += memory.stats
-            memory.close()
-        self.memories.clear()
         self.channel.close()
         self.peer.close()
         self.ended.set()

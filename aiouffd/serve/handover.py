@@ -2,15 +2,18 @@
 
 A server listens on a second socket, ``PATH.handover``, for its successor. Asked, it stops reading,
 and sends the listening socket, and for each client that could not connect anew by itself its
-connection, its pidfd, its descriptors, and what is known of its pages. Both have all of it then;
-only when the successor says that it serves does the old one let go, and if the successor
-dies before, the old one goes on. Nobody fills pages in between: a page that the process removes
-meanwhile must be filled by the one who has read of it.
+connection, its pidfd, its descriptors, and what is known of its pages. Both have all of it then.
+The successor says that it is ready, and if it does not, the old one goes on. The old one says that
+it lets go, and never serves again; only then does the successor begin. One that hears nothing does
+not know whether the old one has given up waiting and goes on: it begins if that process is dead, and
+gives up if not. So nobody fills pages in between, and never do two: a page that the process
+removes must be filled by the one who has read of it.
 
 Clients whose dialect connects again by itself (``Client.reconnects``) are simply let go: they
 find the successor at the same path.
 
-On the wire: `HELLO` from the successor; then messages of `LENGTH` and that many bytes of JSON,
+On the wire: `HELLO` from the successor; `READY` from it at the end, and `YOURS` back; between
+messages of `LENGTH` and that many bytes of JSON,
 compressed by zlib, and before each the descriptors that it names, `BATCH` at most per sendmsg.
 Both ends are of one version of this package or refuse each other.
 """
@@ -18,7 +21,6 @@ Both ends are of one version of this package or refuse each other.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
@@ -49,7 +51,9 @@ BATCH = 128
 MESSAGE_MAX = 1 << 30
 #: Seconds that each step of the other end may take.
 PATIENCE = 30.0
-DONE = b"served\n"
+READY, YOURS = b"ready\n", b"yours\n"
+#: Seconds for the old server's process to end, once its connection has.
+DYING = 2.0
 
 
 def handover_path(path: Path) -> Path:
@@ -100,13 +104,18 @@ def _close_all(fds: list[int]) -> None:
 # ------------------------------------------------------------------ describing
 
 
-def _describe(client: Client) -> tuple[dict[str, Any], list[int]]:
-    """A client as JSON and descriptors: its connection, its pidfd, then its memories."""
+def _describe(client: Client) -> tuple[dict[str, Any] | None, list[int]]:
+    """A client as JSON and descriptors: its connection, its pidfd, then its memories. None if it
+    has ended."""
+    if client.ended.is_set():
+        return None, []
     fds = [client.channel.fileno()]
     if client.peer.pidfd >= 0:
         fds.append(client.peer.pidfd)
     memories = []
     for memory in client.memories:
+        if memory.closed:
+            continue
         fds.append(memory.fd)
         memories.append(
             {
@@ -114,6 +123,7 @@ def _describe(client: Client) -> tuple[dict[str, Any], list[int]]:
                 "page_size": memory.page_size,
                 "uncovered": memory.uncovered,
                 "background": memory.background,
+                "sole": memory.sole,
                 "areas": [
                     {
                         "start": area.start,
@@ -163,7 +173,7 @@ async def _restore(server: Server, item: dict[str, Any], fds: list[int]) -> Clie
                 )
                 for area in memory["areas"]
             ]
-            client.adopt(
+            adopted = client.adopt(
                 left.pop(0),
                 areas,
                 page_size=memory["page_size"],
@@ -172,6 +182,7 @@ async def _restore(server: Server, item: dict[str, Any], fds: list[int]) -> Clie
                 name=memory["name"],
                 start=False,
             )
+            adopted.sole = memory["sole"]
         return client
     except BaseException:
         _close_all(left)
@@ -232,8 +243,11 @@ class Handover:
                 await _send(channel, head, [listening] if listening >= 0 else [])
                 for client in clients:
                     await _send(channel, *_describe(client))
-                said, _ = await channel.recv_exactly(len(DONE))
-                handed = said == DONE
+                said, _ = await channel.recv_exactly(len(READY))
+            # No waiting from here on. If it cannot be said the successor has died, or finds us alive
+            # and gives up: then it is for us to go on.
+            if said == READY:
+                handed = _say(channel, YOURS)
         except (AiouffdError, OSError, TimeoutError) as error:
             log.warning("%r was not taken over: %s", server, error or "it took too long")
         finally:
@@ -287,12 +301,13 @@ async def take_over(server: Server) -> socket.socket | None:
             if fds:
                 listening = socket.socket(fileno=fds[0])
             for _ in range(head["clients"]):
-                clients.append(await _restore(server, *await _receive(channel)))
-        # From here on it is ours. The other one has stopped reading, and lets go when it hears.
+                item, fds = await _receive(channel)
+                if item is not None:
+                    clients.append(await _restore(server, item, fds))
+            await channel.send(READY)
+        await _until_ours(channel)
         for client in clients:
             client.start_all()
-        with contextlib.suppress(PeerError):
-            await channel.send(DONE)
         return listening
     except BaseException as error:
         for client in clients:
@@ -305,6 +320,41 @@ async def take_over(server: Server) -> socket.socket | None:
     finally:
         channel.close()
         channel.peer.close()
+
+
+def _say(channel: Channel, word: bytes) -> bool:
+    """Send a word that fits into the socket's buffer, or do not."""
+    try:
+        sent = socket.socket(fileno=os.dup(channel.fileno()))
+    except OSError:
+        return False
+    with sent:
+        try:
+            return sent.send(word, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT) == len(word)
+        except OSError:
+            return False
+
+
+async def _until_ours(channel: Channel) -> None:
+    """Until the other server has let go, or is dead. Raises PeerError if it goes on."""
+    try:
+        try:
+            async with asyncio.timeout(PATIENCE):
+                said, _ = await channel.recv_exactly(len(YOURS))
+        except TimeoutError:
+            # From here on it cannot be said any more. Perhaps it just was.
+            with socket.socket(fileno=os.dup(channel.fileno())) as same:
+                same.shutdown(socket.SHUT_RDWR)
+            said, _ = await channel.recv_exactly(len(YOURS))
+        if said == YOURS:
+            return
+    except PeerError:
+        limit = asyncio.get_running_loop().time() + DYING
+        while channel.peer.alive and asyncio.get_running_loop().time() < limit:
+            await asyncio.sleep(0.01)
+        if channel.peer.alive is False:
+            return
+    raise PeerError("the other server has not let go in time, and goes on")
 
 
 def check_same_object(what: str, size: int, version: str | None, other: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ import errno
 import logging
 import os
 import struct
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -36,7 +37,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .._lib import ffi, lib
 from ..errors import ClosedError, SourceError
 from ..readahead import Readahead
-from .areas import INSTALLED, REMOVED, Area, AreaMap
+from .areas import ABSENT, INSTALLED, REMOVED, Area, AreaMap
 from .reactor import Reactor, Share
 
 if TYPE_CHECKING:
@@ -63,9 +64,14 @@ _FLAG_MINOR: int = lib.AU_PAGEFAULT_FLAG_MINOR
 #: struct uffd_msg: the event, and three words whose meaning it tells.
 _MESSAGE = struct.Struct("=B7xQQQ")
 _BATCH = 64
+#: Batches read in one go. Threads that wake each other can fault without end.
+_BATCHES = 8
 
 #: Pauses between tries of what got EAGAIN, in seconds: first and longest.
 AGAIN_FIRST, AGAIN_LONGEST = 0.0002, 0.02
+#: Seconds that making errors of all pages may take, if a stopped thread is in the way; and where
+#: the loop has to wait for it.
+GIVE_UP, GIVE_UP_NOW = 2.0, 0.01
 #: Tries of a huge page that "exists" and does not, before the pool counts as empty.
 HUGE_TRIES = 100
 #: Blocks that `complete` and `prefetch` ask for at a time.
@@ -121,6 +127,9 @@ class Memory:
         #: Set once the process has ended or the memory was closed.
         self.ended = asyncio.Event()
         self.share = share
+        #: The process has no copy of the descriptor, as forked children have none: with ours the
+        #: last one goes, and what is missing would read as zeros. So it becomes errors before.
+        self.sole = False
         #: While somebody records: (store, block) in the order of their first need.
         self.recording: dict[tuple[BlockStore, int], None] | None = None
         self._reactor = reactor
@@ -137,10 +146,14 @@ class Memory:
         self._liked: dict[tuple[BlockStore, int], None] = {}
         self._room: asyncio.Event = asyncio.Event()
         self._ahead: dict[BlockStore, Readahead] = {}
-        self._again: list[int] = []
+        self._again: dict[int, None] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._pause = AGAIN_FIRST
         self._huge_tries: dict[int, int] = {}
+        self._absent = ffi.new("uint64_t *")
+        # Pages were found not to be mapped, before `complete` looked for them.
+        self._was_absent = False
+        self._completing = 0
         self._forked, self._gone, self._failed = forked, gone, failed
         self._reserve = reserve
         self._closed = self._paused = False
@@ -170,6 +183,20 @@ class Memory:
 
     def serve_some(self) -> None:
         """Read all that there is to read, then act. Called when the descriptor is readable."""
+        try:
+            self._serve_some()
+        except Exception as error:
+            self._broken(error)
+
+    def _broken(self, error: Exception) -> None:
+        """A bug of ours is this client's end, and must not become everybody's."""
+        self._loop.call_exception_handler(
+            {"message": f"{self!r} cannot be served any more", "exception": error}
+        )
+        if not self._closed:
+            self._end()
+
+    def _serve_some(self) -> None:
         if self._at_hand_version != self.areas.version:
             self._find_at_hand()
         if not self._at_hand_count or self.recording is not None:
@@ -224,8 +251,10 @@ class Memory:
     def _read(self) -> dict[int, int]:
         """Drain the descriptor and apply the events. Returns addresses of faults, and flags."""
         faults: dict[int, int] = {}
-        while not self._closed:
-            count = lib.au_abi_read(self.fd, self._messages, _BATCH)
+        for _ in range(_BATCHES):
+            if self._closed:
+                break
+            count = lib.au_foreign_read(self.fd, self._messages, _BATCH)
             if count < 0:
                 if -count in (errno.EMFILE, errno.ENFILE) and self._reserve is not None:
                     # The event of a fork waits for a free descriptor, and the fork for us.
@@ -288,7 +317,9 @@ class Memory:
         size = self.page_size if area is None else area.page_size
         page = address & -size
         if flags & _FLAG_WP:
-            lib.au_abi_writeprotect(self.fd, page, size, 0)
+            if lib.au_abi_writeprotect(self.fd, page, size, 0) == -errno.EAGAIN:
+                # Nothing can be put there, and who waits is woken by the try.
+                self._later(page)
             return
         if area is None:
             if self.uncovered == "zero":
@@ -365,13 +396,8 @@ class Memory:
         if self._closed or self._paused:
             return
         for page in waiting:
-            area = self.areas.find(page)
-            if (
-                area is not None
-                and area.store is store
-                and area.offset_of(page) // store.block_size == block
-                and not area.state_of(page) & REMOVED
-            ):
+            area = self._still(store, block, page)
+            if area is not None:
                 self._fill(area, store, block, data, page)
             else:
                 # It is something else now. Who waits there asks again.
@@ -379,6 +405,18 @@ class Memory:
         if liked:
             for area, _start, _end in self.areas.of_block(store, block):
                 self._fill(area, store, block, data)
+
+    def _still(self, store: BlockStore, block: int, page: int) -> Area | None:
+        """The area of a page that was to come from a block, if that is still so."""
+        area = self.areas.find(page)
+        if (
+            area is not None
+            and area.store is store
+            and area.offset_of(page) // store.block_size == block
+            and not area.state_of(page) & REMOVED
+        ):
+            return area
+        return None
 
     def failed(self, store: BlockStore, block: int, error: BaseException) -> None:
         """A block could not be had, for good."""
@@ -390,7 +428,10 @@ class Memory:
         if self._failed is not None and self._failed(self, error):
             return
         for page in waiting:
-            self._poison(page, self.page_size)
+            if self._still(store, block, page) is not None:
+                self._poison(page, self.page_size)
+            else:
+                lib.au_abi_wake(self.fd, page, self.page_size)
 
     def _fill(
         self,
@@ -409,7 +450,9 @@ class Memory:
                 done = self._put(_ZERO, page, self._zeros, size, size)
             else:
                 done = self._put(_COPY, page, ffi.from_buffer("uint8_t[]", data), size, size)
-            if done:
+            if self._absent[0]:
+                self._note_absent(area, page, page + size)
+            elif done:
                 area.mark_page(page)
                 self.stats.installed_bytes += done
             return
@@ -423,17 +466,44 @@ class Memory:
                 done = self._put(_ZERO, low, self._zeros, high - low, page_size)
             else:
                 done = self._put(_COPY, low, source + (low - base), high - low, page_size)
-            if done:
+            if self._absent[0]:
+                done -= self._fill_singly(area, low, low + done, source, base)
+            elif done:
                 area.mark_installed(low, low + done)
-                self.stats.installed_bytes += done
+            self.stats.installed_bytes += done
+            if page is not None and low + done < page < high:
+                # The next try begins before it, where meanwhile there may be something else.
+                self._later(page)
+
+    def _fill_singly(self, area: Area, start: int, end: int, source: Any, base: int) -> int:
+        """Fill pages some of which are not mapped, to know which. Returns the bytes of these."""
+        size, absent = area.page_size, 0
+        for low in range(start, end, size):
+            if source == ffi.NULL:
+                self._put(_ZERO, low, self._zeros, size, size)
+            else:
+                self._put(_COPY, low, source + (low - base), size, size)
+            if self._absent[0]:
+                self._note_absent(area, low, low + size)
+                absent += size
+            else:
+                area.mark_installed(low, low + size)
+        return absent
+
+    def _note_absent(self, area: Area, start: int, end: int) -> None:
+        area.mark_absent(start, end)
+        if not self._completing:
+            self._was_absent = True
 
     # ---------------------------------------------------------------- filling
 
     def _put(self, op: int, start: int, source: Any, length: int, page_size: int) -> int:
         """One native call. Returns the bytes done; what could not be done now is tried again."""
+        absent = self._absent
+        absent[0] = 0
         if self._closed or self._paused:
             return 0
-        result: int = lib.au_foreign_put(self.fd, op, start, source, length, page_size)
+        result: int = lib.au_foreign_fill(self.fd, op, start, source, length, page_size, absent)
         if result >= 0:
             self._pause = AGAIN_FIRST
             return result
@@ -470,7 +540,7 @@ class Memory:
     def _later(self, address: int) -> None:
         """Serve ``address`` again in a while (0: only read)."""
         if address:
-            self._again.append(address)
+            self._again[address] = None
         if self._timer is None and not self._closed:
             self._timer = self._loop.call_later(self._pause, self._try_again)
             self._pause = min(self._pause * 2, AGAIN_LONGEST)
@@ -479,11 +549,14 @@ class Memory:
         self._timer = None
         if self._closed:
             return
-        faults = self._read()
-        again, self._again = self._again, []
-        for address in again:
-            faults.setdefault(address, 0)
-        self._serve_all(faults)
+        try:
+            faults = self._read()
+            again, self._again = self._again, {}
+            for address in again:
+                faults.setdefault(address, 0)
+            self._serve_all(faults)
+        except Exception as error:
+            self._broken(error)
 
     # ------------------------------------------------------------- background
 
@@ -501,16 +574,23 @@ class Memory:
     async def complete(self) -> None:
         """Bring everything that is still missing, in the background. Returns once it is there, or
         the memory has ended. Raises SourceError when a part could not be had."""
+        self._completing += 1
+        try:
+            if self._was_absent:
+                self._was_absent = False
+                for area in self.areas:
+                    area.forget_absent()
+            await self._complete()
+        finally:
+            self._completing -= 1
+
+    async def _complete(self) -> None:
         while not self._closed:
             before = self._missing_bytes()
             if not before:
                 return
-            for area in list(self.areas):
-                if area.store is not None:
-                    size = area.store.block_size
-                    first = area.offset // size
-                    last = (area.offset + area.length - 1) // size
-                    await self.prefetch(area.store, [(first, last - first + 1)])
+            for store, runs in self._blocks_of_areas().items():
+                await self.prefetch(store, runs)
             while self._liked and not self._closed:
                 self._room.clear()
                 await self._room.wait()
@@ -523,6 +603,20 @@ class Memory:
                     await asyncio.sleep(AGAIN_LONGEST)
                 elif not self._closed:
                     raise SourceError(f"{self!r}: some of it could not be brought")
+
+    def _blocks_of_areas(self) -> dict[BlockStore, list[tuple[int, int]]]:
+        """Runs of blocks that anything shows, by object. Small areas may share blocks."""
+        found: dict[BlockStore, list[tuple[int, int]]] = {}
+        for area in self.areas:
+            if area.store is not None:
+                size = area.store.block_size
+                first, end = area.offset // size, -(-(area.offset + area.length) // size)
+                runs = found.setdefault(area.store, [])
+                if runs and runs[-1][0] <= first <= sum(runs[-1]):
+                    before, count = runs.pop()
+                    first, end = before, max(end, before + count)
+                runs.append((first, end - first))
+        return found
 
     def _missing_bytes(self) -> int:
         return sum(
@@ -557,7 +651,7 @@ class Memory:
             # There may be events, of a fork for example. Who waits is woken by closing.
             self._serve_all(self._read())
         if not self._closed:
-            if self._missing_bytes():
+            if self._was_absent or self._missing_bytes():
                 return False
             self._end()
         return True
@@ -565,21 +659,41 @@ class Memory:
     async def give_up(self) -> None:
         """Make errors (SIGBUS) of what is missing, and close the descriptor. For processes that
         keep no copy of it, and would see zeros instead."""
+        limit = self._loop.time() + GIVE_UP
         while not self._closed:
-            self._read()
-            again = False
-            for area in list(self.areas):
-                for low, high in area.missing(area.start, area.end) if area.store else ():
-                    size = area.page_size
-                    result = lib.au_foreign_put(self.fd, _POISON, low, ffi.NULL, high - low, size)
-                    if result >= 0:
-                        self.stats.poisoned_pages += (high - low) // size
-                    elif ~result & 0xFF == errno.EAGAIN:
-                        again = True
+            again = self._make_errors()
+            if again and self._loop.time() > limit:
+                log.error("%r: it is stopped, and what it lacks may read as zeros later", self)
+                again = False
             if not again:
                 self._end()
                 return
             await asyncio.sleep(AGAIN_FIRST)
+
+    def _make_errors(self) -> bool:
+        """Errors where something is missing. True if that cannot be yet."""
+        self._read()
+        again = False
+        for area in list(self.areas) if not self._closed else ():
+            if area.store is None:
+                continue
+            area.forget_absent()
+            size = area.page_size
+            for low, high in area.missing(area.start, area.end):
+                result = lib.au_foreign_put(self.fd, _POISON, low, ffi.NULL, high - low, size)
+                done = high - low if result >= 0 else ~result >> 8
+                area.mark_installed(low, low + done)
+                self.stats.poisoned_pages += done // size
+                again = again or (result < 0 and ~result & 0xFF == errno.EAGAIN)
+        return again
+
+    def _errors_now(self) -> None:
+        limit = time.monotonic() + GIVE_UP_NOW
+        while self._make_errors():
+            if time.monotonic() > limit:
+                log.error("%r: it is stopped, and what it lacks may read as zeros later", self)
+                return
+            time.sleep(20e-6)  # for the thread that is in the way: microseconds
 
     def pause(self) -> None:
         """Read nothing and fill nothing until `resume`, because somebody else may begin to. What is
@@ -596,9 +710,21 @@ class Memory:
 
     def close(self) -> None:
         """Stop, and close the descriptor. Threads that wait stay blocked for as long as
-        another copy of it exists; with the last one the kernel lets them see zeros. Idempotent."""
+        another copy of it exists; with the last one the kernel lets them see zeros. Idempotent.
+
+        Where ours is the `sole` one, what is missing becomes errors first.
+        """
         if not self._closed:
-            os.close(self._stop())
+            if self.sole:
+                self.sole = False
+                self._errors_now()
+            if not self._closed:
+                os.close(self._stop())
+
+    def let_go(self) -> None:
+        """Close the descriptor, because somebody else has a copy and serves."""
+        self.sole = False
+        self.close()
 
     def _stop(self) -> int:
         self._closed = True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -39,8 +40,10 @@ class Peer:
         pidfd = -1
         try:
             pidfd = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
-        except OSError:
-            if pid:
+        except OSError as error:
+            # Where the kernel knows the option, a process that it does not find has ended, and its
+            # number may be somebody else's by now.
+            if pid and error.errno == errno.ENOPROTOOPT:
                 with contextlib.suppress(OSError):
                     pidfd = os.pidfd_open(pid)
         return cls(pid, uid, gid, pidfd)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import select
 import time
 from typing import Protocol
@@ -69,13 +70,18 @@ class Reactor:
     def _turn(self) -> None:
         ready = self._epoll.poll(0)
         if len(ready) <= 1:
-            for fd, _ in ready:
+            for fd, events in ready:
+                if events & select.EPOLLERR:
+                    _unblock(fd)
                 alone = self._served.get(fd)
                 if alone is not None:
                     before = time.perf_counter()
                     alone.serve_some()
                     alone.share.used += time.perf_counter() - before
             return
+        for fd, events in ready:
+            if events & select.EPOLLERR:
+                _unblock(fd)
         served = [self._served[fd] for fd, _ in ready if fd in self._served]
         floor = self._level - CREDIT
         for one in served:
@@ -100,6 +106,12 @@ class Reactor:
                 self._loop.remove_reader(self._epoll.fileno())
             self._served.clear()
             self._epoll.close()
+
+
+def _unblock(fd: int) -> None:
+    """A descriptor that would block is always in error. Its other owner has made it so."""
+    with contextlib.suppress(OSError):
+        os.set_blocking(fd, False)
 
 
 def _used(served: Served) -> float:

@@ -323,7 +323,14 @@ class Server:
 
     def _welcome(self, connection: socket.socket) -> None:
         peer = Peer.of(connection)
-        if len(self.clients) >= self._max_clients or not self._allow(peer):
+        try:
+            welcome = len(self.clients) < self._max_clients and self._allow(peer)
+        except Exception as error:
+            self._loop.call_exception_handler(
+                {"message": f"whether {peer!r} may be served is not known", "exception": error}
+            )
+            welcome = False
+        if not welcome:
             log.warning("%r is turned away", peer)
             self.refused += 1
             peer.close()
@@ -354,10 +361,10 @@ class Server:
             self.refused += 1
             self._end(client)
 
-    def _end(self, client: Client) -> None:
+    def _end(self, client: Client, *, handed: bool = False) -> None:
         if client in self.clients:
             self.clients.remove(client)
-            client.close()
+            client.close(handed=handed)
             self._past += client.stats
 
     # --------------------------------------------------------------- hand-over
@@ -416,7 +423,7 @@ class Server:
         self._handed = True
         self.taken_over.set()
         for client in list(self.clients):
-            self._end(client)
+            self._end(client, handed=not client.reconnects)
 
     def restored(self, channel: Channel) -> Client:
         """A client that another server had."""
@@ -428,7 +435,7 @@ class Server:
 
     def drop_restored(self, client: Client) -> None:
         """Forget it: the other server goes on with it."""
-        self._end(client)
+        self._end(client, handed=True)
 
     # ----------------------------------------------------------------- looking
 
@@ -473,13 +480,15 @@ class Server:
         if self._closed:
             return
         self._closed = True
-        if self._open:
-            self.stop_listening()
-            last = [client.complete() for client in self.clients if client.complete_on_close]
-            for failure in await asyncio.gather(*last, return_exceptions=True):
-                if isinstance(failure, BaseException):
-                    log.error("a client could not be given everything: %s", failure)
-        await self._close_all()
+        try:
+            if self._open:
+                self.stop_listening()
+                last = [client.complete() for client in self.clients if client.complete_on_close]
+                for failure in await asyncio.gather(*last, return_exceptions=True):
+                    if isinstance(failure, BaseException):
+                        log.error("a client could not be given everything: %s", failure)
+        finally:
+            await self._close_all()
 
     async def _close_all(self) -> None:
         self._closed = True
@@ -497,7 +506,10 @@ class Server:
         self.stop_listening()
         for pending in self._stores.values():
             if pending.done() and not pending.cancelled() and pending.exception() is None:
-                await pending.result().aclose()
+                try:
+                    await pending.result().aclose()
+                except Exception as error:
+                    log.error("%r could not be closed: %s", pending.result(), error)
             else:
                 pending.cancel()
                 await asyncio.gather(pending, return_exceptions=True)

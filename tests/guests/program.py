@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from typing import Any
 
 from aiouffd import Feature, Mode, Userfaultfd
@@ -45,14 +46,21 @@ class Program:
         self.page = options.get("page_size", PAGE)
         self.length = pages * self.page
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (0x40000 if self.page != PAGE else 0)
-        self.base = check(libc.mmap(None, self.length, 3, flags, -1, 0))
+        # With more room than that it can begin at a multiple of `align`.
+        align = options.get("align", self.page)
+        base = check(libc.mmap(None, self.length + align - self.page, 3, flags, -1, 0))
+        self.base = -(-base // align) * align
         features = Feature(0)
         for name in options.get("features", ["EVENT_REMOVE", "EVENT_UNMAP", "EVENT_REMAP"]):
             features |= Feature[name]
         self.uffd = Userfaultfd(features, user_mode_only=None)
-        self.uffd.register(self.base, self.length, Mode.MISSING)
+        for first, count in options.get("register", [(0, pages)]):
+            self.register(first, count)
         self.offset = options.get("offset", 0)
         return self.base
+
+    def register(self, page: int, count: int) -> None:
+        self.uffd.register(self.base + page * self.page, count * self.page, Mode.MISSING)
 
     def hand_over(self, path: str) -> str:
         self.connection = connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -118,8 +126,29 @@ class Program:
         os.waitpid(pid, 0)
         return array.array("Q", data).tolist()
 
+    def leave_child(self, pages: list[int], name: str) -> int:
+        """A child that has nothing but its memory. Once there is a file ``name`` it looks at
+        ``pages``, and writes what it sees behind it. Returns its pid."""
+        pid = os.fork()
+        if not pid:
+            try:
+                os.closerange(0, 1024)
+                while not os.path.exists(name):
+                    time.sleep(0.001)
+                seen = array.array("Q", self.words(pages)).tobytes()
+                with open(name + ".part", "wb") as file:
+                    file.write(seen)
+                os.rename(name + ".part", name + ".seen")
+            finally:
+                os._exit(0)
+        return pid
+
     def hang_up(self) -> None:
         self.connection.close()
+
+    def make_blocking(self) -> None:
+        """What whoever reads the descriptor had set is shared by all copies of it."""
+        os.set_blocking(self.uffd.fileno(), True)
 
 
 def main() -> None:

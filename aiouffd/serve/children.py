@@ -1,0 +1,467 @@
+"""Children of this process, and the lazy memory that fork left to them.
+
+The native core has a child make a userfaultfd of its own and hand it to us before anything else
+runs in it (``native/inherit.h``). So a child is a client like any other: a `Memory`, served on the
+background loop from a clone of the source. Whatever the loop of the buffer does, waiting for
+this very child included, it is not needed.
+
+- Private memory is a copy as of the fork. What was missing then is fetched for the child; blocks are
+  kept for a while, so that many children that read the same cost one fetch.
+- Shared memory is one for all. What a child misses is brought into the region itself and the
+  child is woken; that the region's page table is the only one there is keeps
+  installs from overwriting what somebody has written.
+- A closed buffer is an error for who touches it, served by us for as long as the child has others.
+  With the last one we let go of the child, whose own thread gives the errors then, as it does
+  when we die.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import struct
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from .._lib import PAGE_SIZE, ffi, lib
+from ..errors import AiouffdError, ClosedError
+from ..rescue import service
+from ..sources.base import BaseSource, Source, open_source
+from .areas import INSTALLED, Area, AreaMap
+from .blocks import BlockStore
+from .memory import Memory
+from .reactor import Reactor, Share
+
+if TYPE_CHECKING:
+    from ..region import Region
+    from ..tally import Tally
+
+__all__ = ["Inheritance", "RegionBlocks", "SourceBlocks", "children"]
+
+log = logging.getLogger("aiouffd")
+
+#: struct au_child_region: serial, start, length, page size.
+_REGION = struct.Struct("=QQQQ")
+assert _REGION.size == ffi.sizeof("struct au_child_region")
+_POISON: int = lib.AU_OP_POISON
+#: Bytes taken from a child's socket at a time.
+_READ = 1 << 16
+#: A child whose socket has ended is about to exit: first and longest pause between looks, seconds.
+PROBE_FIRST, PROBE_LONGEST = 0.005, 2.0
+#: Wakes of one page in a row after which the next ones are this late, in seconds.
+WAKES, WAKE_PAUSE = 8, 0.02
+
+
+# ---------------------------------------------------------------------- blocks
+
+
+class SourceBlocks(BlockStore):
+    """The blocks of a source that is opened with the first of them.
+
+    :param source: a clone, not open yet.
+    :param size: its length in bytes.
+    :param readahead: bytes to bring ahead of sequential access, per child.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        size: int,
+        tally: Tally,
+        *,
+        block_size: int,
+        deadline: float | None,
+        readahead: int,
+    ) -> None:
+        super().__init__(source, block_size=block_size, deadline=deadline)
+        self.tally = tally
+        self.readahead = readahead
+        self._size = size
+        self._is_open = False
+        self._opening: asyncio.Task[None] | None = None
+
+    def peek(self, block: int) -> tuple[memoryview | None] | None:
+        if self._is_open or block in self._kept:
+            return super().peek(block)
+        return None
+
+    async def _read(self, flight: Any) -> list[tuple[int, memoryview | None]]:
+        while not self._is_open:
+            if self._opening is None:
+                self._opening = asyncio.get_running_loop().create_task(self._open())
+            await asyncio.shield(self._opening)
+        return await super()._read(flight)
+
+    async def _open(self) -> None:
+        try:
+            await open_source(self.source)
+            self._is_open = True
+        finally:
+            self._opening = None
+
+    async def aclose(self) -> None:
+        opening = self._opening
+        if opening is not None:
+            opening.cancel()
+            await asyncio.gather(opening, return_exceptions=True)
+        await super().aclose()
+
+
+class RegionBlocks(BlockStore):
+    """The blocks of shared memory, which are where they belong once they are in the region.
+
+    :param bring: makes a block of the region resident, on the background loop; follows the
+        failure policy of the buffer.
+    """
+
+    def __init__(self, region: Region, bring: Callable[[int], Awaitable[None]]) -> None:
+        super().__init__(BaseSource(), block_size=region.block_size, keep=0)
+        self._region = region
+        self._bring = bring
+        self._size = region.mapped_length
+
+    def has(self, offset: int, length: int) -> bool:
+        """Whether these bytes are there."""
+        return not self._region.closed and self._region.is_resident(offset, length)
+
+    def peek(self, block: int) -> tuple[memoryview | None] | None:
+        return None
+
+    async def _attempts(self, flight: Any) -> list[tuple[int, memoryview | None]]:
+        blocks = range(flight.first, flight.first + flight.count)
+        for block in blocks:
+            await self._bring(block)
+        return [(block, None) for block in blocks]
+
+    def _put(self, block: int, data: memoryview | None) -> None:
+        """Nothing is kept: it is in the region."""
+
+
+# ---------------------------------------------------------------------- memory
+
+
+class _ChildMemory(Memory):
+    """The address space of a child. Its areas have a store, or None once that was closed."""
+
+    def __init__(self, child: _Child, areas: AreaMap, reactor: Reactor) -> None:
+        super().__init__(
+            reactor, child.uffd, areas, share=Share(), name=f"of {child!r}"
+        )
+        self._child = child
+        self._woken, self._wakes = 0, 0
+
+    def _serve(self, address: int, flags: int = 0) -> None:
+        area = self.areas.find(address)
+        size = PAGE_SIZE if area is None else area.page_size
+        page = address & -size
+        store = None if area is None else area.store
+        if area is None or store is None:
+            self._poison(page, size)
+            return
+        block = area.offset_of(page) // store.block_size
+        if isinstance(store, RegionBlocks) and store.has(area.offset_of(page), size):
+            self._wake_page(page, size)
+            return
+        if size > PAGE_SIZE and area.state_of(page) & INSTALLED and self._pool_is_empty(page):
+            return
+        at_hand = store.peek(block)
+        if at_hand is not None:
+            self._fill(area, store, block, at_hand[0], page)
+        else:
+            waiting = self._wanted.setdefault((store, block), [])
+            if not waiting:
+                store.want(block, self)
+            if page not in waiting:
+                waiting.append(page)
+        if isinstance(store, SourceBlocks) and store.readahead:
+            self.readahead = store.readahead
+            self._read_ahead(store, block)
+
+    def _wake_page(self, page: int, size: int) -> None:
+        """Have the child look again, but not all the time: somebody may have made a hole in the
+        file below the memory."""
+        self._wakes = self._wakes + 1 if page == self._woken else 0
+        self._woken = page
+        if self._wakes < WAKES:
+            lib.au_abi_wake(self.fd, page, size)
+        else:
+            self._loop.call_later(WAKE_PAUSE, self._wake_late, page, size)
+
+    def _wake_late(self, page: int, size: int) -> None:
+        if not self._closed:
+            lib.au_abi_wake(self.fd, page, size)
+
+    def _fill(
+        self,
+        area: Area,
+        store: BlockStore,
+        block: int,
+        data: memoryview | None,
+        page: int | None = None,
+    ) -> None:
+        if isinstance(store, RegionBlocks):
+            if page is not None and not self._closed:
+                lib.au_abi_wake(self.fd, page, area.page_size)
+            return
+        start, end = area.block(block, store.block_size)
+        if data is not None and len(data) < end - start:
+            # The end of the object, within a huge page.
+            data = memoryview(bytes(data) + bytes(end - start - len(data)))
+        super()._fill(area, store, block, data, page)
+
+    def failed(self, store: BlockStore, block: int, error: BaseException) -> None:
+        waiting = self._wanted.pop((store, block), ())
+        self._liked.pop((store, block), None)
+        if self._closed or not waiting:
+            return
+        if not isinstance(error, ClosedError):
+            log.error("%r gets an error for block %d: %s", self._child, block, error)
+        for page in waiting:
+            area = self.areas.find(page)
+            self._poison(page, PAGE_SIZE if area is None else area.page_size)
+
+    def _poison(self, page: int, size: int) -> None:
+        if self._closed:
+            return
+        self.stats.poisoned_pages += 1
+        result: int = lib.au_foreign_put(self.fd, _POISON, page, ffi.NULL, size, size)
+        code = ~result & 0xFF if result < 0 else 0
+        if code == errno.EAGAIN:
+            self._later(page)
+        elif code in (errno.EINVAL, errno.ENOTTY):
+            # Before Linux 6.6. The child itself can make it an error of another kind.
+            self._child.close()
+        elif code:
+            self._end()
+        else:
+            lib.au_abi_wake(self.fd, page, size)
+
+    def refuse(self, start: int, end: int) -> None:
+        """The buffer here was closed: errors from now on, for who waits as well."""
+        for area in self.areas.unmapped(start, end):
+            store = area.store
+            self.areas.add(Area(area.start, area.length, None, page_size=area.page_size))
+            if store is None:
+                continue
+            store.forget(self)
+            for key in [key for key in self._liked if key[0] is store]:
+                del self._liked[key]
+            for key in [key for key in self._wanted if key[0] is store]:
+                for page in self._wanted.pop(key):
+                    self._poison(page, area.page_size)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._stop()
+            self._child.release()
+
+
+# -------------------------------------------------------------------- children
+
+
+class _Child:
+    """One child, from its first word to its end."""
+
+    def __init__(self, family: Children, native: Any, number: int) -> None:
+        self.number = number
+        self.pid: int = native.pid
+        self.uffd: int = native.uffd
+        self._socket: int = native.socket
+        self._rest: int = native.regions * _REGION.size
+        self._family = family
+        self._loop = asyncio.get_running_loop()
+        self._heard = bytearray()
+        self._memory: _ChildMemory | None = None
+        self._kept: dict[int, Inheritance] = {}
+        self._reading = True
+        self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
+        os.set_blocking(self._socket, False)
+        self._loop.add_reader(self._socket, self._readable)
+
+    def _readable(self) -> None:
+        """What it has of us; later on, its end."""
+        try:
+            data = os.read(self._socket, _READ)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._stop_reading()
+            self._look(PROBE_FIRST)
+        elif self._memory is None:
+            self._heard += data
+            if len(self._heard) >= self._rest:
+                self._begin()
+
+    def _begin(self) -> None:
+        areas = AreaMap()
+        for serial, start, length, page_size in _REGION.iter_unpack(self._heard[: self._rest]):
+            kept = self._family.of(serial)
+            if kept is not None:
+                self._kept[start] = kept
+            with contextlib.suppress(ValueError):
+                store = None if kept is None else kept.store
+                areas.add(Area(start, length, store, page_size=page_size))
+        self._heard.clear()
+        if not self._kept:
+            self.close()  # all of it was closed meanwhile
+            return
+        for kept in self._kept.values():
+            kept.children += 1
+        self._memory = _ChildMemory(self, areas, self._family.reactor)
+        self._memory.start()
+
+    def _look(self, pause: float) -> None:
+        """The socket has ended, with the program that had the other end: is the memory gone?
+        If not, the descriptor has to stay: without it the rest might read as zeros."""
+        self._timer = None
+        if self._memory is None or not lib.au_foreign_alive(self.uffd):
+            self.close()
+        else:
+            self._timer = self._loop.call_later(pause, self._look, min(pause * 2, PROBE_LONGEST))
+
+    def refuse(self, kept: Inheritance) -> None:
+        """A buffer was closed."""
+        if self._kept.get(kept.start) is not kept:
+            return
+        del self._kept[kept.start]
+        kept.children -= 1
+        if self._memory is not None:
+            self._memory.refuse(kept.start, kept.start + kept.length)
+        if not self._kept:
+            self.close()
+
+    def _stop_reading(self) -> None:
+        if self._reading:
+            self._reading = False
+            self._loop.remove_reader(self._socket)
+
+    def close(self) -> None:
+        """Let go of it. If it lives, its touches are errors from now on. Idempotent."""
+        if self._memory is not None:
+            self._memory.close()
+        self.release()
+
+    def release(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._stop_reading()
+        if self._timer is not None:
+            self._timer.cancel()
+        for kept in self._kept.values():
+            kept.children -= 1
+        self._kept.clear()
+        lib.au_children_release(self.uffd, self._socket)
+        self._family.forget(self)
+
+    def __repr__(self) -> str:
+        return f"<child {self.pid}>"
+
+
+class Inheritance:
+    """A region that is left to children, as long as it is not closed. Made by `Children.leave`."""
+
+    def __init__(self, family: Children, region: Region, store: BlockStore) -> None:
+        self.serial, self.start, self.length = region.serial, region.address, region.mapped_length
+        self.store = store
+        #: How many children have it now.
+        self.children = 0
+        self._family = family
+        self._closed = False
+
+    def close(self) -> None:
+        """What is missing in children is an error, soon. From any thread. Idempotent."""
+        if not self._closed:
+            # Too late for that, the interpreter ends; and so do we for the children.
+            with contextlib.suppress(RuntimeError):
+                service.loop.call_soon_threadsafe(self._family.disown_soon, self)
+
+    async def aclose(self) -> None:
+        """As `close`, and done with the source. On any loop."""
+        if not self._closed:
+            await asyncio.wrap_future(service.submit(self._family.disown(self)))
+
+
+class Children:
+    """The children of this process that have lazy memory of ours. `children` is the one.
+
+    All of it but `leave` runs on the background loop.
+    """
+
+    reactor: Reactor
+
+    def __init__(self) -> None:
+        self._past: list[Any] = []
+        self._reset()
+
+    def _reset(self) -> None:
+        self._kept: dict[int, Inheritance] = {}
+        self._children: set[_Child] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._started = False
+        self._number = 0
+
+    def _after_fork(self) -> None:
+        # They go on in the parent. To collect them here might end connections that both share.
+        self._past.append((self._kept, self._children, self._tasks))
+        self._reset()
+
+    def leave(self, region: Region, store: BlockStore) -> Inheritance:
+        """Serve children that are forked from now on with what ``store`` has. Any thread."""
+        kept = Inheritance(self, region, store)
+        self._kept[kept.serial] = kept
+        service.loop.call_soon_threadsafe(self._start)
+        return kept
+
+    def of(self, serial: int) -> Inheritance | None:
+        return self._kept.get(serial)
+
+    def forget(self, child: _Child) -> None:
+        self._children.discard(child)
+
+    def _start(self) -> None:
+        if not self._started:
+            self._started = True
+            self.reactor = Reactor()
+            asyncio.get_running_loop().add_reader(lib.au_children_fd(), self._arrived)
+
+    def _arrived(self) -> None:
+        native = ffi.new("struct au_child *")
+        while True:
+            result: int = lib.au_children_receive(native)
+            if result > 0:
+                self._number += 1
+                self._children.add(_Child(self, native, self._number))
+                continue
+            if result == -errno.EMFILE:
+                log.error("no descriptor is free for a forked child; what it misses is an error")
+                continue
+            if result:
+                log.error("a forked child could not be received: %s", os.strerror(-result))
+            return
+
+    def disown_soon(self, kept: Inheritance) -> None:
+        task = asyncio.get_running_loop().create_task(self.disown(kept))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def disown(self, kept: Inheritance) -> None:
+        """A buffer is closed."""
+        if kept._closed:
+            return
+        kept._closed = True
+        self._kept.pop(kept.serial, None)
+        for child in list(self._children):
+            child.refuse(kept)
+        with contextlib.suppress(AiouffdError):
+            await kept.store.aclose()
+
+
+children = Children()
+os.register_at_fork(after_in_child=children._after_fork)
