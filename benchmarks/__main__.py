@@ -53,7 +53,12 @@ GROUPS = (
     Group("scan", "scan", "cold scans over TCP"),
     Group("http", "http", "cold scan and first byte over HTTP"),
     Group("fuse", "fuse", "cold scan against a FUSE file system in Python"),
+    Group("objects", "objects", "an object store: scan and amplification, against obstore, fsspec"),
+    Group("cache", "cache", "a second open through the disk cache, against the local file"),
+    Group("workingset", "workingset", "a recorded working set at 5 ms, against the same touches"),
     Group("nbd", "nbd", "NBD both ways, against nbdkit, nbdcopy and nbdfuse"),
+    Group("serve", "serve", "serving other processes, against a handler in C, and fairness"),
+    Group("microvm", "microvm", "restoring a microVM lazily, against a copy of its snapshot"),
     Group("loop", "loop_latency", "gaps of the event loop, and wake-ups when idle"),
     Group("size", "size", "cost against size and number of regions, on one CPU", True),
 )

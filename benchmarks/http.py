@@ -8,58 +8,20 @@ from __future__ import annotations
 
 import importlib.util
 import mmap
-import struct
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from functools import partial
-from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 import aiouffd
 
-from .baseline.build import OUTPUT
 from .baseline.uffd import PAGE, touch_all
 from .common import Report, in_thread
 from .scan import GIB, MIB
+from .served import mark, serving, wrong
 
 SIZE = GIB
 #: What the eager client buffers before it pauses the socket; the lazy one has the same.
 READ_BUFFER = 256 * 1024
-#: Every so often the object holds a number; between them it is a hole.
-MARK = 64 * 1024
-
-_NUMBER = struct.Struct("<Q")
-
-
-def _mark(offset: int) -> bytes:
-    return _NUMBER.pack((offset // MARK + 1) * 0x9E3779B97F4A7C15 & (1 << 64) - 1)
-
-
-def _wrong(memory: memoryview, step: int = MARK) -> list[int]:
-    """Offsets of numbers that are not what they should be."""
-    return [
-        offset
-        for offset in range(0, len(memory), step)
-        if memory[offset : offset + _NUMBER.size] != _mark(offset)
-    ]
-
-
-@contextmanager
-def _server() -> Iterator[str]:
-    """The object on a server; gives its URL."""
-    from tests.servers.http import start_in_process
-
-    OUTPUT.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile(dir=OUTPUT, prefix="object-") as file:
-        file.truncate(SIZE)
-        for offset in range(0, SIZE, MARK):
-            file.seek(offset)
-            file.write(_mark(offset))
-        file.flush()
-        with start_in_process({"/object": Path(file.name)}, record=False) as server:
-            yield server.url("/object")
-
 
 # --- the lazy way ----------------------------------------------------------------------------
 
@@ -70,8 +32,8 @@ async def lazy_scan(url: str) -> float:
     async with aiouffd.open(url) as buf:
         await in_thread(touch_all, buf.address, 0, SIZE // PAGE)
         elapsed = time.perf_counter() - started
-        if wrong := await in_thread(_wrong, buf.view, MIB):
-            raise AssertionError(f"wrong bytes at {wrong[:4]}")
+        if found := await in_thread(wrong, buf.view, MIB):
+            raise AssertionError(f"wrong bytes at {found[:4]}")
     return SIZE / elapsed / GIB
 
 
@@ -82,7 +44,7 @@ def first_byte(url: str, offset: int) -> Callable[[], Awaitable[float]]:
         async with aiouffd.open(url) as buf:
             got = await in_thread(buf.__getitem__, offset)
             elapsed = time.perf_counter() - started
-        if got != _mark(offset)[0]:
+        if got != mark(offset)[0]:
             raise AssertionError(f"a wrong byte at {offset}")
         return elapsed * 1000
 
@@ -95,7 +57,7 @@ def first_byte_sync(url: str, offset: int) -> float:
     with aiouffd.sync.open(url) as buf:
         got = buf[offset]
         elapsed = time.perf_counter() - started
-    if got != _mark(offset)[0]:
+    if got != mark(offset)[0]:
         raise AssertionError(f"a wrong byte at {offset}")
     return elapsed * 1000
 
@@ -122,7 +84,7 @@ async def eager_copy(url: str, huge_pages: bool = False) -> float:
                 at += len(chunk)
             elapsed = time.perf_counter() - started
             with memoryview(memory) as view:
-                if at != SIZE or _wrong(view, MIB):
+                if at != SIZE or wrong(view, MIB):
                     raise AssertionError("wrong bytes in the eager download")
     return elapsed
 
@@ -204,7 +166,8 @@ def run(report: Report, loop: str, runner) -> None:
     if importlib.util.find_spec("aiohttp") is None:
         report.skip("HTTP", "aiohttp is not installed: pip install aiouffd[http]")
         return
-    with _server() as url:
+    with serving(SIZE) as server:
+        url = server.url("/object")
         runner(_compare(report, loop, url))
         if loop == "asyncio":  # the loop below is the library's own
             report.compare(

@@ -10,6 +10,7 @@ import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,8 +59,8 @@ def output_of(name: str, *arguments: str, without: str = "", **variables: str) -
 
 def test_all_examples_are_listed() -> None:
     listed = (EXAMPLES / "README.md").read_text()
-    for path in EXAMPLES.glob("*.py"):
-        assert f"({path.name})" in listed
+    for path in (*EXAMPLES.glob("*.py"), *EXAMPLES.glob("*/run.py")):
+        assert f"({path.relative_to(EXAMPLES)})" in listed
 
 
 # ------------------------------------------------------------------- the demo
@@ -177,6 +178,55 @@ def test_kvm_guest() -> None:
         return
     assert "the guest said: Hello from lazy memory, everyone" in text
     assert "fetched 2,097,152 of 67,108,864 bytes" in text
+
+
+# ---------------------------------------------------------------- the microVM
+
+
+def test_microvm() -> None:
+    text = output_of("microvm/run.py")
+    found = probe()
+    if not (found.kvm and found.kernel_mode_faults and found.machine == "x86_64"):
+        assert text.startswith("skipped:")
+        return
+    assert text.count("guest: what the balloon took reads as zeros") == 3
+    assert text.count("as they should be") == 3
+    lazily, ahead, copied = fetched(text)
+    # 32 places and a few pages of the guest itself, in blocks of 64 KiB.
+    assert 0.5 < lazily < 1.5
+    assert ahead == lazily
+    assert copied == 100
+
+
+def test_microvm_says_what_it_needs() -> None:
+    text = output_of("microvm/run.py", without="aiohttp")
+    assert text == "skipped: this needs aiohttp; pip install aiouffd[http]\n"
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [(None, "all as they should be"), (0x77777, "SOME OF THEM WRONG"), ("list", "SOME OF")],
+    ids=["whole", "elsewhere", "in the list"],
+)
+def test_microvm_sees_what_is_wrong(tmp_path: Path, place: Any, said: str) -> None:
+    found = probe()
+    if not (found.kvm and found.machine == "x86_64"):
+        pytest.skip("needs x86-64 and /dev/kvm")
+    assert output_of("microvm/vmm.py", "snapshot", str(tmp_path), "--size=8") == ""
+    memory = tmp_path / "memory"
+    data = bytearray(memory.read_bytes())
+    assert len(data) == 8 << 20
+    if place == "list":  # the guest's parameters end with the address of the first element
+        place = int.from_bytes(data[0x2018:0x201C], "little") + 4
+    if place is not None:
+        data[place] ^= 1
+    memory.write_bytes(data)
+    outcome = run("microvm/vmm.py", "restore", str(tmp_path), f"--copy={memory}")
+    assert outcome.status == (place is not None)
+    assert outcome.stderr == ""
+    assert outcome.stdout.startswith("guest: the list adds up to ")
+    assert said in outcome.stdout
 
 
 # ---------------------------------------------------------- formats that users open

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -44,9 +45,11 @@ def add_to(commands: Any) -> None:
         "--ack", action="store_true", help="answer with one byte, as StratoVirt expects"
     )
     firecracker.add_argument(
-        "--kill-on-failure",
-        action="store_true",
-        help="end the microVM when a page cannot be had, instead of giving it an error",
+        "--on-failure",
+        choices=("kill", "poison"),
+        default="kill",
+        help="what becomes of a microVM that waits for a page that cannot be had: its end (the"
+        " default), or an error, which a guest may take for a device's answer",
     )
     _add_serving(firecracker)
     firecracker.set_defaults(run=_firecracker)
@@ -59,7 +62,7 @@ def add_to(commands: Any) -> None:
     _add_socket(native)
     native.add_argument("memory", metavar="SOURCE", help="a path or a URL")
     _add_serving(native)
-    native.set_defaults(run=_native, kill_on_failure=False)
+    native.set_defaults(run=_native, on_failure="poison")
 
     criu = dialects.add_parser(
         "criu",
@@ -72,6 +75,34 @@ def add_to(commands: Any) -> None:
         "--work-dir", metavar="DIR", help="where lazy-pages.socket is made (default: the images)"
     )
     criu.add_argument("--keep", action="store_true", help="serve one restore after the other")
+    criu.add_argument(
+        "--parent",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="images of the dump before, where 'parent' does not lead there (may be repeated)",
+    )
+    criu.add_argument(
+        "--page-server",
+        metavar="HOST:PORT",
+        help="where the pages are that criu dump --lazy-pages has not written",
+    )
+    criu.add_argument(
+        "--page-server-head",
+        type=int,
+        choices=(24, 32),
+        default=32,
+        help="bytes in the page server's structures: 32 since CRIU 4.2, 24 before",
+    )
+    criu.add_argument(
+        "-o",
+        "--option",
+        type=option_argument,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a keyword of the images' sources; VALUE is JSON or text (may be repeated)",
+    )
     criu.set_defaults(run=_criu)
 
 
@@ -81,7 +112,9 @@ def _add_socket(parser: argparse.ArgumentParser) -> None:
         "--mode", type=_mode, default=0o600, help="permissions of the socket (default: 600)"
     )
     parser.add_argument(
-        "--any-user", action="store_true", help="serve other users too, as far as the mode lets them"
+        "--any-user",
+        action="store_true",
+        help="serve other users too, as far as the mode lets them",
     )
     parser.add_argument(
         "--take-over", action="store_true", help="continue what another pager there serves"
@@ -149,14 +182,27 @@ def _criu(parsed: argparse.Namespace) -> int:
     from ..serve.criu import serve_images
 
     async def main() -> None:
+        # The first signal lets a restore that has begun come to its end, the second one does not.
         task = asyncio.ensure_future(
-            serve_images(parsed.images, work_dir=parsed.work_dir, keep=parsed.keep)
+            serve_images(
+                parsed.images,
+                work_dir=parsed.work_dir,
+                keep=parsed.keep,
+                parents=parsed.parent,
+                page_server=parsed.page_server,
+                page_server_head=parsed.page_server_head,
+                options=dict(parsed.option),
+                ready=lambda server: print(server.path, flush=True),
+            )
         )
         _on_signals(task.cancel)
-        try:
-            await task
-        except asyncio.CancelledError:
-            pass
+        with contextlib.suppress(asyncio.CancelledError):
+            stats = await task
+            print(
+                f"{stats.faults} faults, {human(stats.installed_bytes)} installed,"
+                f" {stats.zero_pages} pages of zeros, {stats.poisoned_pages} errors",
+                file=sys.stderr,
+            )
 
     run(main())
     return 0
@@ -169,8 +215,10 @@ def _on_signals(stop: Callable[[], object]) -> None:
 
 
 def _serve(parsed: argparse.Namespace, dialect: Dialect) -> int:
-    if parsed.record and parsed.prefetch and os.path.abspath(parsed.record) == os.path.abspath(
-        parsed.prefetch
+    if (
+        parsed.record
+        and parsed.prefetch
+        and os.path.abspath(parsed.record) == os.path.abspath(parsed.prefetch)
     ):
         raise UsageError("--record would overwrite what --prefetch reads")
     run(_main(parsed, dialect))
@@ -197,7 +245,7 @@ async def _main(parsed: argparse.Namespace, dialect: Dialect) -> None:
         block_size=parsed.block_size,
         readahead=parsed.readahead,
         deadline=parsed.deadline,
-        on_failure="kill" if parsed.kill_on_failure else "poison",
+        on_failure=parsed.on_failure,
         prefetch=parsed.prefetch,
         take_over=parsed.take_over,
     )

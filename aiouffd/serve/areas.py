@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .blocks import BlockStore
 
-__all__ = ["ABSENT", "GONE", "INSTALLED", "REMOVED", "Area", "AreaMap"]
+__all__ = ["ABSENT", "GONE", "INSTALLED", "MOVED", "REMOVED", "Area", "AreaMap"]
 
 #: State of a page, bits of one byte. REMOVED: it reads as zeros, for the process dropped it.
 REMOVED = 1
@@ -27,7 +27,8 @@ INSTALLED = 2
 #: It is not mapped there any more: a note for a server that comes after us, and knows the area as
 #: it was at first.
 GONE = 4
-
+#: And it is mapped elsewhere: a note for the process, see the C client's detach.
+MOVED = 16
 #: It was not mapped as we tried to fill it. It may be later.
 ABSENT = 8
 
@@ -36,7 +37,8 @@ _INSTALL = bytes(value & ~ABSENT & 0xFF | INSTALLED for value in range(256))
 _MISS = bytes(value & ~INSTALLED & 0xFF | ABSENT for value in range(256))
 _LOOK_AGAIN = bytes(value & ~ABSENT & 0xFF for value in range(256))
 _UNMAP = bytes(value | GONE for value in range(256))
-_REMAP = bytes(value & ~GONE & 0xFF for value in range(256))
+_MOVE = bytes(value | MOVED for value in range(256))
+_REMAP = bytes(value & ~(GONE | MOVED) & 0xFF for value in range(256))
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,13 +146,15 @@ class Area:
 
     def _moved(self, distance: int) -> Area:
         """The same at another address. Its states go with it; those of the old place stay there."""
+        states = self._states()
+        states[:] = bytes(states).translate(_MOVE)
         return Area(
             self.start + distance,
             self.length,
             self.store,
             self.offset,
             self.page_size,
-            memoryview(bytearray(self._states()).translate(_REMAP)),
+            memoryview(bytearray(states).translate(_REMAP)),
             self.lasting,
         )
 
@@ -281,9 +285,9 @@ class AreaMap:
         # Whatever was at the target is gone: mremap has unmapped it.
         self.unmapped(target, target + length)
         for part in parts:
+            moved = part._moved(target - source)
             if (target - source) % part.page_size:
                 continue  # as above: what is in the midst of a page is nowhere
-            moved = part._moved(target - source)
             # What was rounded up may be more than what was moved, and reach into another area.
             if not self.within(moved.start, moved.end):
                 self.add(moved)

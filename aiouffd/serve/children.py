@@ -147,9 +147,7 @@ class _ChildMemory(Memory):
     """The address space of a child. Its areas have a store, or None once that was closed."""
 
     def __init__(self, child: _Child, areas: AreaMap, reactor: Reactor) -> None:
-        super().__init__(
-            reactor, child.uffd, areas, share=Share(), name=f"of {child!r}"
-        )
+        super().__init__(reactor, child.uffd, areas, share=Share(), name=f"of {child!r}")
         self._child = child
         self._woken, self._wakes = 0, 0
 
@@ -413,10 +411,16 @@ class Children:
         self._reset()
 
     def leave(self, region: Region, store: BlockStore) -> Inheritance:
-        """Serve children that are forked from now on with what ``store`` has. Any thread."""
+        """Serve children that are forked from now on with what ``store`` has. Any thread.
+
+        Raises OSError when there are no descriptors left for it.
+        """
+        if service.is_current_thread:
+            self._start()
+        elif not self._started:
+            service.submit(self._start_there()).result()
         kept = Inheritance(self, region, store)
         self._kept[kept.serial] = kept
-        service.loop.call_soon_threadsafe(self._start)
         return kept
 
     def of(self, serial: int) -> Inheritance | None:
@@ -427,9 +431,12 @@ class Children:
 
     def _start(self) -> None:
         if not self._started:
-            self._started = True
             self.reactor = Reactor()
             asyncio.get_running_loop().add_reader(lib.au_children_fd(), self._arrived)
+            self._started = True
+
+    async def _start_there(self) -> None:
+        self._start()
 
     def _arrived(self) -> None:
         native = ffi.new("struct au_child *")

@@ -3,11 +3,11 @@
 A server listens on a second socket, ``PATH.handover``, for its successor. Asked, it stops reading,
 and sends the listening socket, and for each client that could not connect anew by itself its
 connection, its pidfd, its descriptors, and what is known of its pages. Both have all of it then.
-The successor says that it is ready, and if it does not, the old one goes on. The old one says that
-it lets go, and never serves again; only then does the successor begin. One that hears nothing does
-not know whether the old one has given up waiting and goes on: it begins if that process is dead, and
-gives up if not. So nobody fills pages in between, and never do two: a page that the process
-removes must be filled by the one who has read of it.
+The successor says that it is ready, and if it does not, the old one goes on. The old one says
+that it lets go, and never serves again; only then does the successor begin. One that hears nothing
+does not know whether the old one has given up waiting and goes on: it begins if that process is
+dead, and gives up if not. So nobody fills pages in between, and never do two: a page that the
+process removes must be filled by the one who has read of it.
 
 Clients whose dialect connects again by itself (``Client.reconnects``) are simply let go: they
 find the successor at the same path.
@@ -244,8 +244,8 @@ class Handover:
                 for client in clients:
                     await _send(channel, *_describe(client))
                 said, _ = await channel.recv_exactly(len(READY))
-            # No waiting from here on. If it cannot be said the successor has died, or finds us alive
-            # and gives up: then it is for us to go on.
+            # No waiting from here on. If it cannot be said the successor has died, or finds us
+            # alive and gives up: then it is for us to go on.
             if said == READY:
                 handed = _say(channel, YOURS)
         except (AiouffdError, OSError, TimeoutError) as error:
@@ -349,11 +349,14 @@ async def _until_ours(channel: Channel) -> None:
         if said == YOURS:
             return
     except PeerError:
-        limit = asyncio.get_running_loop().time() + DYING
-        while channel.peer.alive and asyncio.get_running_loop().time() < limit:
-            await asyncio.sleep(0.01)
-        if channel.peer.alive is False:
+        # It is dead, or dying, or has given up waiting.
+        dead = asyncio.Event()
+        channel.peer.watch(dead.set)
+        try:
+            await asyncio.wait_for(dead.wait(), DYING)
             return
+        except TimeoutError:
+            pass
     raise PeerError("the other server has not let go in time, and goes on")
 
 

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .._lib import ffi, lib
 from ..errors import ClosedError, SourceError
 from ..readahead import Readahead
-from .areas import ABSENT, INSTALLED, REMOVED, Area, AreaMap
+from .areas import INSTALLED, REMOVED, Area, AreaMap
 from .reactor import Reactor, Share
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ _FLAG_MINOR: int = lib.AU_PAGEFAULT_FLAG_MINOR
 _MESSAGE = struct.Struct("=B7xQQQ")
 _BATCH = 64
 #: Batches read in one go. Threads that wake each other can fault without end.
-_BATCHES = 8
+_BATCHES = 2
 
 #: Pauses between tries of what got EAGAIN, in seconds: first and longest.
 AGAIN_FIRST, AGAIN_LONGEST = 0.0002, 0.02

@@ -54,7 +54,7 @@ def listen(
     keep: int = KEEP,
     readahead: int = 0,
     deadline: float | None = None,
-    on_failure: OnFailure = "poison",
+    on_failure: OnFailure | None = None,
     prefetch: WorkingSet | str | os.PathLike[str] | None = None,
     record: bool = False,
     handover: bool = True,
@@ -85,7 +85,8 @@ def listen(
     :param deadline: seconds after which a block that a client waits for has failed. By default
         failures that may pass are waited out.
     :param on_failure: what becomes of who waits for a block that cannot be had: ``"poison"``, an
-        error (SIGBUS; Linux 6.6), or ``"kill"``, the end of the process.
+        error (SIGBUS; Linux 6.6), or ``"kill"``, the end of the process, which is the default for
+        Firecracker, because KVM may take a page with an error for a device.
     :param prefetch: a working set that is brought ahead for every client.
     :param record: note what clients need; `Client.working_set` has it.
     :param handover: let a successor take over, through a second socket beside the first.
@@ -97,10 +98,11 @@ def listen(
     """
     if prefetch is not None and not isinstance(prefetch, WorkingSet):
         prefetch = WorkingSet.load(prefetch)
+    dialect = dialect_named(dialect)
     return Server(
         Path(path),
         source=source,
-        dialect=dialect_named(dialect),
+        dialect=dialect,
         on_client=on_client,
         allow=allow,
         mode=mode,
@@ -110,7 +112,7 @@ def listen(
         keep=keep,
         readahead=readahead,
         deadline=deadline,
-        on_failure=on_failure,
+        on_failure=on_failure or getattr(dialect, "on_failure", "poison"),
         prefetch=prefetch,
         record=record,
         handover=handover,

@@ -42,6 +42,8 @@ from pathlib import Path
 from typing import Any
 
 MODIFIED = 1_700_000_000.0
+#: With a limited rate: bytes sent at a time, and seconds that may be made up for.
+PIECE, LATE = 64 * 1024, 0.005
 _REASONS = {200: "OK", 206: "Partial Content", 302: "Found", 503: "Service Unavailable"}
 _RANGE = re.compile(r"bytes=(\d+)-(\d*)")
 
@@ -125,6 +127,7 @@ class RangeServer:
         ssl: ssl_module.SSLContext | None = None,
         host: str = "127.0.0.1",
         latency: float = 0.0,
+        rate: float = 0.0,
         record: bool = True,
     ) -> None:
         self.objects = {path: _entry(value) for path, value in (objects or {}).items()}
@@ -133,6 +136,9 @@ class RangeServer:
         self.counts = Counts()
         self.requests: list[Request] = []
         self.latency = latency
+        #: Bytes of bodies per second, of all connections together; 0: as fast as it goes.
+        self.rate = rate
+        self._free_at = 0.0
         self.record = record
         self.control = False
         self.changed = asyncio.Condition()
@@ -187,6 +193,13 @@ class RangeServer:
     async def _notify(self) -> None:
         async with self.changed:
             self.changed.notify_all()
+
+    async def wait_for_link(self, length: int) -> None:
+        """Return when ``length`` bytes have their turn, which `rate` says."""
+        now = asyncio.get_running_loop().time()
+        # A timer that came late is made up for.
+        self._free_at = max(self._free_at, now - LATE) + length / self.rate
+        await asyncio.sleep(max(0.0, self._free_at - now))
 
     def spawn(self, coroutine: Any) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -259,7 +272,7 @@ class _Connection(asyncio.Protocol):
         fault = server.faults.popleft() if server.faults else None
         if fault is None and server.fault is not None:
             fault = server.fault(request)
-        if fault is None and not server.latency:
+        if fault is None and not server.latency and not server.rate:
             self._reply(request)
         else:
             self._busy = True
@@ -314,7 +327,10 @@ class _Connection(asyncio.Protocol):
                 self._write(None, {}, body[fault.body_gate_at :])
             return
         if fault.chunked is None:
-            self._write(status, headers, body)
+            if self._server.rate:
+                await self._write_slowly(status, headers, body)
+            else:
+                self._write(status, headers, body)
             return
         headers.pop("Content-Length", None)
         headers["Transfer-Encoding"] = "chunked"
@@ -356,7 +372,9 @@ class _Connection(asyncio.Protocol):
 
     def _honest(self, request: Request, fault: Fault) -> tuple[int, dict[str, str], memoryview]:
         nothing = memoryview(b"")
-        entry = self._server.objects.get(request.path.partition("?")[0])
+        # With its query if there is such a one.
+        objects = self._server.objects
+        entry = objects.get(request.path) or objects.get(request.path.partition("?")[0])
         if entry is None:
             return 404, {}, nothing
         size = len(entry.data)
@@ -395,6 +413,16 @@ class _Connection(asyncio.Protocol):
         elif len(body):
             self.transport.write(body)
         self._server.counts.bytes += len(body)
+
+    async def _write_slowly(self, status: int, headers: dict[str, str], body: memoryview) -> None:
+        self._write(status, headers, memoryview(b""))
+        for start in range(0, len(body), PIECE):
+            piece = body[start : start + PIECE]
+            await self._server.wait_for_link(len(piece))
+            await self._writable.wait()
+            if self.transport.is_closing():
+                return
+            self._write(None, {}, piece)
 
     def _end(self, fault: Fault) -> None:
         if fault.reset:
@@ -473,10 +501,15 @@ class ServerProcess:
 
 @contextlib.contextmanager
 def start_in_process(
-    objects: Mapping[str, Path | int], *, latency: float = 0.0, record: bool = True
+    objects: Mapping[str, Path | int],
+    *,
+    latency: float = 0.0,
+    rate: float = 0.0,
+    record: bool = True,
 ) -> Iterator[ServerProcess]:
     """Run a server in another process: paths to files, or to sizes (bytes) of a pattern."""
     command = [sys.executable, "-m", "tests.servers.http", "--latency", str(latency)]
+    command += ["--rate", str(rate)]
     for path, value in objects.items():
         option = "--pattern" if isinstance(value, int) else "--file"
         command += [option, f"{path}={value}"]
@@ -506,7 +539,10 @@ async def _main(arguments: argparse.Namespace) -> None:
         path, _, size = text.partition("=")
         objects["/" + path.lstrip("/")] = int(size)
     async with RangeServer(
-        objects, latency=arguments.latency, record=not arguments.no_record
+        objects,
+        latency=arguments.latency,
+        rate=arguments.rate,
+        record=not arguments.no_record,
     ) as server:
         server.control = True
         print(server.url(""), flush=True)
@@ -526,6 +562,7 @@ def main() -> None:
     parser.add_argument("--file", action="append", default=[], metavar="PATH=FILE")
     parser.add_argument("--pattern", action="append", default=[], metavar="PATH=BYTES")
     parser.add_argument("--latency", type=float, default=0.0, metavar="SECONDS")
+    parser.add_argument("--rate", type=float, default=0.0, metavar="BYTES_PER_SECOND")
     parser.add_argument("--no-record", action="store_true", help="do not keep a list of ranges")
     parser.add_argument("--asyncio", action="store_true", help="use asyncio's loop, not uvloop")
     arguments = parser.parse_args()

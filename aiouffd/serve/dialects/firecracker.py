@@ -231,6 +231,9 @@ class FirecrackerDialect:
     """
 
     name = "firecracker"
+    #: A guest that touches a page with an error is not told: KVM may emulate the access as that of
+    #: a device, and the VMM then answers with anything.
+    on_failure = "kill"
 
     def __init__(
         self,
