@@ -99,6 +99,9 @@ def listen(
     if prefetch is not None and not isinstance(prefetch, WorkingSet):
         prefetch = WorkingSet.load(prefetch)
     dialect = dialect_named(dialect)
+    if on_failure is None:
+        on_failure = getattr(dialect, "on_failure", "poison")
+    assert on_failure is not None
     return Server(
         Path(path),
         source=source,
@@ -112,7 +115,7 @@ def listen(
         keep=keep,
         readahead=readahead,
         deadline=deadline,
-        on_failure=on_failure or getattr(dialect, "on_failure", "poison"),
+        on_failure=on_failure,
         prefetch=prefetch,
         record=record,
         handover=handover,
