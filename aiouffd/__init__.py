@@ -3,6 +3,7 @@
 Layers, each importing only from those below it::
 
     cli, doctor               the command line
+    attach                    memory of ours that another process fills
     safetensors               the tensors of a file as arrays over a lazy buffer
     serve                     faults of other processes
     sync, buffer              lazy buffers: what most people use
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 from . import sync as sync
 from .abi import Feature as Feature
 from .abi import Mode as Mode
+from .attach import Attachment as Attachment
+from .attach import attach as attach
 from .buffer import BufferStats as BufferStats
 from .buffer import LazyBuffer as LazyBuffer
 from .buffer import open as open

@@ -46,7 +46,10 @@ ffibuilder.set_source(
     libraries=["pthread"],
     define_macros=[("_GNU_SOURCE", None), ("_CFFI_NO_LIMITED_API", None)],
     py_limited_api=False,
-    depends=[_relative(path) for path in [*headers, *sorted(HERE.glob("*.h"))]],
+    depends=[
+        _relative(path)
+        for path in [*headers, *sorted(HERE.glob("*.h")), *sorted(HERE.glob("client/*.h"))]
+    ],
 )
 
 if __name__ == "__main__":

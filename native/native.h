@@ -3,12 +3,15 @@
 #define AU_NATIVE_H
 
 #include "abi.h"
+#include "attach.h"
+#include "children.h"
 #include "counters.h"
 #include "engine.h"
 #include "foreign.h"
 #include "gil.h"
 #include "guard.h"
 #include "handler.h"
+#include "inherit.h"
 #include "region.h"
 #include "sentry.h"
 #include "slots.h"

@@ -1,0 +1,520 @@
+"""Memory of this process that another process fills: a client of ``aiouffd pager``.
+
+::
+
+    with aiouffd.attach("/run/weights.sock") as memory:
+        weights = np.frombuffer(memory.view, dtype="f4")
+
+The other process has the sources, the cache and the connections; here is one userfaultfd, which
+it was given, and one native thread, the keeper (``native/client/aiouffd_client.h``). A server that
+dies is a pause: threads that wait go on waiting, and the keeper hands the memory to the one that
+comes next. It needs no GIL, and neither does the server need ours, so a touch that holds the GIL is
+served like any other. But it holds it while it waits, and all other Python threads wait with it:
+`Attachment.fetch` and ``memory[a:b]`` wait without.
+
+What a thread gets that waits for a page when
+
+============================  ======================================================================
+the server dies               its bytes, once a server is there again
+none is there in time         an error, or the end of the process: see ``lost_timeout``
+the server cannot have them   an error
+`Attachment.close`            an error
+the interpreter exits         what it would get anyway. The interpreter waits for threads that are
+                              not daemons, as ever; daemons end with the process
+the process forks             goes on waiting, in the parent
+============================  ======================================================================
+
+*Error* means SIGBUS for a touch in user mode (SIGSEGV after the memory is gone, and before Linux
+6.6), EFAULT from a system call, and an exception from ``memory[a:b]`` and `Attachment.fetch`. Never
+zeros.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import concurrent.futures
+import errno
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Generator
+from typing import Any, Literal, TypeVar
+
+from ._lib import ffi, lib
+from .errors import ClosedError, PeerError, SourceError, UnsupportedError, UsageError
+
+__all__ = ["Attachment", "attach"]
+
+T = TypeVar("T")
+Kind = Literal["anonymous", "hugetlb"]
+OnLost = Literal["poison", "abort"]
+
+_ON_LOST: dict[str, int] = {"poison": lib.AU_ATTACH_POISON, "abort": lib.AU_ATTACH_ABORT}
+_KINDS: dict[str, int] = {"anonymous": 0, "hugetlb": lib.AU_ATTACH_HUGETLB}
+_TEXT = 512
+#: Milliseconds have to fit into an int.
+_LONGEST = 2_000_000.0
+
+
+def attach(
+    path: str | os.PathLike[str],
+    *,
+    object: str | None = None,
+    offset: int = 0,
+    length: int | None = None,
+    writable: bool = False,
+    kind: Kind = "anonymous",
+    background: bool = False,
+    user_mode_only: bool | None = None,
+    timeout: float | None = 0.0,
+    lost_timeout: float | None = None,
+    on_lost: OnLost = "poison",
+) -> Attachment:
+    """Memory that the server at ``path`` fills, for ``with`` or ``async with``; or open it with
+    `Attachment.open` or ``await``.
+
+    :param path: of the server's Unix socket. It must belong to another process.
+    :param object: the name of the object, if the server has several.
+    :param offset: where in the object to begin, in bytes, a multiple of the page size.
+    :param length: bytes; up to the object's end if None.
+    :param writable: the memory may be written to. The object is never changed.
+    :param kind: ``"hugetlb"`` for pages of 2 MiB, of which there must be free ones, and which the
+        server must serve: blocks of that size, an object of whole ones.
+    :param background: have the server bring everything, behind what is touched.
+    :param user_mode_only: True: system calls on missing pages fail with EFAULT; False: they
+        wait, PermissionError if this user may not have that; None: the better one there is.
+    :param timeout: seconds to wait for a server that is not there yet; None: for ever.
+    :param lost_timeout: seconds to wait for a server to come back; None: for ever. An outage of
+        more than a second is told on stderr.
+    :param on_lost: what comes then: ``"poison"``, an error for whoever touches what is missing, or
+        ``"abort"``.
+
+    Raises UsageError.
+    """
+    return Attachment(
+        path,
+        object,
+        offset,
+        length,
+        writable,
+        kind,
+        background,
+        user_mode_only,
+        timeout,
+        lost_timeout,
+        on_lost,
+    )
+
+
+class Attachment:
+    """Memory that another process fills. Made by `attach`. Any thread may use it.
+
+    Views, and arrays made of them, keep the memory and the service alive, also when this object is
+    gone, until `close`. After it what is there can be read through them, and the rest is an error.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        name: str | None,
+        offset: int,
+        length: int | None,
+        writable: bool,
+        kind: Kind,
+        background: bool,
+        user_mode_only: bool | None,
+        timeout: float | None,
+        lost_timeout: float | None,
+        on_lost: OnLost,
+    ) -> None:
+        if kind not in _KINDS:
+            raise UsageError(f"kind is one of {', '.join(_KINDS)}, not {kind!r}")
+        if on_lost not in _ON_LOST:
+            raise UsageError(f"on_lost is one of {', '.join(_ON_LOST)}, not {on_lost!r}")
+        if offset < 0 or (length is not None and length < 0):
+            raise UsageError("offset and length are numbers of bytes")
+        if lost_timeout is not None and lost_timeout <= 0:
+            raise UsageError("lost_timeout is a positive number of seconds, or None")
+        if timeout is not None and timeout < 0:
+            raise UsageError("timeout is a number of seconds, or None")
+        flags = _KINDS[kind]
+        if writable:
+            flags |= lib.AU_ATTACH_WRITABLE
+        if background:
+            flags |= lib.AU_ATTACH_BACKGROUND
+        if user_mode_only is not None:
+            flags |= lib.AU_ATTACH_USER_MODE_ONLY if user_mode_only else lib.AU_ATTACH_ALL_FAULTS
+        self._path = os.fspath(path)
+        self._name = name or ""
+        self._offset, self._wanted = offset, length
+        self._flags: int = flags
+        self._timeout = -1 if timeout is None else int(min(timeout, _LONGEST) * 1000)
+        self._lost = 0 if lost_timeout is None else max(1, int(min(lost_timeout, _LONGEST) * 1000))
+        self._on_lost = _ON_LOST[on_lost]
+        self._writable = writable
+        self._lock = threading.Lock()
+        self._memory: _Memory | None = None
+        self._buffer: Any = None
+        self._view: memoryview | None = None
+        self._length = self._object_size = 0
+        self._user_mode_only = False
+        self._closed = False
+        self._pid = os.getpid()
+
+    # ---------------------------------------------------------------- opening
+
+    def open(self) -> Attachment:
+        """Connect and map; what ``with`` does. Blocks. Idempotent.
+
+        Raises FileNotFoundError (no such socket, or object), ConnectionRefusedError,
+        PermissionError, UnsupportedError, SourceError (the server cannot have the object now),
+        UsageError, PeerError, or another OSError.
+        """
+        self._open(-1)
+        return self
+
+    def _open(self, cancel: int) -> None:
+        with self._lock:
+            if self._closed:
+                raise ClosedError("the attachment is closed")
+            if self._memory is not None:
+                return
+            if self._wanted == 0:
+                raise UsageError("a length of 0 bytes", hint="None is up to the end")
+            code, text = ffi.new("int *"), ffi.new("char[]", _TEXT)
+            while True:
+                native = lib.au_attach_open(
+                    os.fsencode(self._path),
+                    self._name.encode(),
+                    self._offset,
+                    self._wanted or 0,
+                    self._flags,
+                    self._timeout,
+                    max(cancel, 0),
+                    self._lost,
+                    self._on_lost,
+                    code,
+                    text,
+                    _TEXT,
+                )
+                # A signal came: on the way to here its handler has run, and may have raised.
+                if native != ffi.NULL or code[0] != errno.EINTR:
+                    break
+            if native == ffi.NULL:
+                raise self._error(code[0], ffi.string(text).decode(errors="replace"))
+            self._memory = _Memory(native)
+            self._length, self._object_size = native.length, native.object_size
+            self._user_mode_only = bool(native.user_mode_only)
+            if self._length:
+                # Views keep the buffer alive, that this, and this the memory.
+                start = ffi.gc(ffi.cast("uint8_t *", native.address), _Holder(self._memory))
+                self._buffer = ffi.buffer(start, self._length)
+                view = memoryview(self._buffer)
+            else:
+                view = memoryview(b"")
+            self._view = view if self._writable else view.toreadonly()
+
+    def _error(self, code: int, text: str) -> Exception:
+        message = f"cannot attach to {self._path}: {text or os.strerror(code)}"
+        match code:
+            case errno.ENOENT:
+                return FileNotFoundError(code, text, self._path)
+            case errno.ECONNREFUSED:
+                return ConnectionRefusedError(code, text, self._path)
+            case errno.EACCES | errno.EPERM:
+                return PermissionError(code, text, self._path)
+            case errno.EOPNOTSUPP:
+                return UnsupportedError(message, errno=code)
+            case errno.EPROTO:
+                return PeerError(message)
+            case errno.EAGAIN | errno.ESTALE:
+                return SourceError(message, errno=code, transient=code == errno.EAGAIN)
+            case errno.EINVAL | errno.ERANGE | errno.ENAMETOOLONG:
+                return UsageError(message)
+            case errno.EDEADLK:
+                return UsageError(
+                    message, hint="the server has to be another process; see aiouffd.open here"
+                )
+        return OSError(code, text, self._path)
+
+    async def aopen(self) -> Attachment:
+        """As `open`, without blocking the loop. Cancelling it ends the attempt."""
+        cancel = os.eventfd(0, os.EFD_CLOEXEC)
+        try:
+            opening = _in_thread(lambda: self._open(cancel))
+            try:
+                await asyncio.shield(opening)
+            except asyncio.CancelledError:
+                os.eventfd_write(cancel, 1)
+                await asyncio.wait([opening])
+                if not opening.cancelled() and opening.exception() is None:
+                    await self.aclose()
+                raise
+        finally:
+            os.close(cancel)
+        return self
+
+    def __enter__(self) -> Attachment:
+        return self.open()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __await__(self) -> Generator[Any, None, Attachment]:
+        return self.aopen().__await__()
+
+    async def __aenter__(self) -> Attachment:
+        return await self.aopen()
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+    # ------------------------------------------------------------- the memory
+
+    def _open_memory(self) -> _Memory:
+        """The memory, or why there is none. While somebody has it, it stays."""
+        if self._pid != os.getpid():
+            raise ClosedError(
+                "the attachment belongs to the parent process",
+                hint="such memory is not inherited by fork; attach again in the child",
+            )
+        memory = self._memory
+        if self._closed:
+            raise ClosedError("the attachment is closed")
+        if memory is None:
+            raise UsageError(
+                "the attachment is not open", hint="with aiouffd.attach(...) as memory"
+            )
+        return memory
+
+    @property
+    def view(self) -> memoryview:
+        """The memory, a memoryview of bytes, read-only unless ``writable``. Touching it fetches."""
+        self._open_memory()
+        view = self._view
+        assert view is not None
+        # A new one each time: ours is released by `close`, theirs are theirs.
+        return view[:]
+
+    def __buffer__(self, flags: int) -> memoryview:
+        """PEP 688 (Python 3.12): it can itself be given to numpy and others."""
+        return self.view
+
+    @property
+    def address(self) -> int:
+        """Address of the first byte, aligned to a page."""
+        return int(self._open_memory().native.address)
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def object_size(self) -> int:
+        """Bytes of the whole object."""
+        return self._object_size
+
+    @property
+    def user_mode_only(self) -> bool:
+        """True if system calls on missing pages fail with EFAULT; `fetch` before them."""
+        return self._user_mode_only
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
+    def connected(self) -> bool:
+        """Whether a server is there now."""
+        memory = self._open_memory()
+        return bool(lib.au_attach_connected(memory.native))
+
+    @property
+    def resumed(self) -> int:
+        """How many times a server was lost and another one has taken over."""
+        memory = self._open_memory()
+        return int(lib.au_attach_resumed(memory.native))
+
+    def __getitem__(self, key: int | slice) -> Any:
+        """``memory[i]`` is an int, ``memory[a:b]`` bytes. Copies, and waits, without the GIL.
+
+        Unlike a raw touch of `view` it raises: SourceError if the server cannot have the bytes or
+        is gone for good, ClosedError. IndexError past the end.
+        """
+        if isinstance(key, slice):
+            start, stop, step = key.indices(self._length)
+            if step == 1:
+                return self._copy_out(start, max(0, stop - start))
+            indices = range(start, stop, step)
+            if not indices:
+                return b""
+            low, high = min(indices[0], indices[-1]), max(indices[0], indices[-1])
+            span = self._copy_out(low, high + 1 - low)
+            return span[::step] if step > 0 else span[::-1][::-step]
+        index = key.__index__()
+        if index < 0:
+            index += self._length
+        if not 0 <= index < self._length:
+            raise IndexError(f"index {key} is past the end of {self._length} bytes")
+        return self._copy_out(index, 1)[0]
+
+    def _copy_out(self, offset: int, length: int) -> bytes:
+        memory = self._open_memory()
+        # Fresh, and seen by nobody else until it is filled.
+        data = bytes(length)
+        if length:
+            where = ffi.new("uint64_t *")
+            target = ffi.from_buffer(data)
+            self._check(lib.au_attach_read(memory.native, offset, target, length, where), where[0])
+        return data
+
+    def fetch(self, offset: int = 0, length: int | None = None) -> None:
+        """Have bytes brought, all by default, and wait for it without the GIL.
+
+        In a coroutine: ``await asyncio.to_thread(memory.fetch, offset, length)``. Raises
+        SourceError, ClosedError, UsageError.
+        """
+        memory = self._open_memory()
+        if length is None:
+            length = self._length - offset
+        if offset < 0 or length < 0 or offset + length > self._length:
+            raise UsageError(f"{length} bytes at {offset} are not within {self._length} bytes")
+        if length:
+            where = ffi.new("uint64_t *")
+            self._check(lib.au_attach_touch(memory.native, offset, length, where), where[0])
+
+    def discard(self, offset: int, length: int) -> None:
+        """Forget whole pages: they read as zeros from now on, also for a server that comes later.
+
+        ``offset`` and ``length`` are multiples of the page size. Waits until a server has
+        heard of it. As ``madvise(MADV_DONTNEED)``, but nothing comes back if the server dies
+        meanwhile. Raises UsageError, ClosedError, OSError.
+        """
+        memory = self._open_memory()
+        if offset < 0 or length < 0:
+            raise UsageError("offset and length are numbers of bytes")
+        result = lib.au_attach_discard(memory.native, offset, length) if length else 0
+        if result == -errno.EINVAL:
+            raise UsageError(
+                f"{length} bytes at {offset} are not whole pages of the {self._length} bytes"
+            )
+        self._check(result, offset)
+
+    def _check(self, result: int, where: int) -> None:
+        match -result:
+            case 0:
+                return
+            case errno.EIO:
+                raise SourceError(
+                    f"byte {where} could not be read: the server cannot have it, or is gone",
+                    transient=False,
+                )
+            case errno.EBADF:
+                raise ClosedError("the attachment was closed while a thread waited for it")
+        raise OSError(-result, os.strerror(-result))
+
+    # --------------------------------------------------------------- the end
+
+    def close(self) -> None:
+        """Let the server go. Whoever waits gets an error, never zeros. Idempotent.
+
+        The memory is unmapped at once when there are no views of it, else with the last one; until
+        then what is there can be read and the rest is SIGBUS. Blocks until the server has let go,
+        5 seconds at most.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            memory, self._memory = self._memory, None
+            buffer, self._buffer = self._buffer, None
+            view, self._view = self._view, None
+            if memory is None or self._pid != os.getpid():
+                return
+            lib.au_attach_refuse(memory.native)
+            if view is not None:
+                try:
+                    view.release()
+                except BufferError:
+                    pass  # it is in use, and released by whoever does that
+            # Whoever is the last to let go of these ends the memory; without views, that is here.
+            del buffer, view, memory
+
+    async def aclose(self) -> None:
+        """As `close`, without blocking the loop."""
+        await asyncio.shield(_in_thread(self.close))
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "not open"
+        if not self._closed and self._memory is not None:
+            state = f"{self._length} bytes"
+        return f"<Attachment {self._path}{' ' + self._name if self._name else ''}: {state}>"
+
+
+# ------------------------------------------------------------------------- lifetime
+
+_ends: list[bool] = []
+#: Everything that is mapped, for a forked child to let go of.
+_living: weakref.WeakSet[_Memory] = weakref.WeakSet()
+
+
+class _Memory:
+    """The native side; ends with the last who needs it."""
+
+    __slots__ = ("__weakref__", "native", "pid")
+
+    def __init__(self, native: Any) -> None:
+        self.native = native
+        self.pid = os.getpid()
+        _living.add(self)
+
+    def __del__(
+        self,
+        lib: Any = lib,
+        getpid: Callable[[], int] = os.getpid,
+        ends: list[bool] = _ends,
+        finalizing: Callable[[], bool] = sys.is_finalizing,
+    ) -> None:
+        # At the end threads may still wait for pages: they are left in peace, and end with the
+        # process. A forked child has let go of it already.
+        if not ends and not finalizing() and self.pid == getpid():
+            lib.au_attach_free(self.native)
+
+
+class _Holder:
+    """Keeps the memory for as long as views refer to it; called when there are no more."""
+
+    __slots__ = ("memory",)
+
+    def __init__(self, memory: _Memory) -> None:
+        self.memory: _Memory | None = memory
+
+    def __call__(self, _start: Any) -> None:
+        self.memory = None
+
+
+def _after_fork_in_child() -> None:
+    # The memory is not here (MADV_DONTFORK), but descriptors are, which act on the parent.
+    for memory in list(_living):
+        lib.au_attach_forked(memory.native)
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+atexit.register(_ends.append, True)
+
+
+def _in_thread(function: Callable[[], T]) -> asyncio.Future[T]:
+    """Run it in a thread of its own: those of the loop's executor may all wait for pages."""
+    result: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            value = function()
+        except BaseException as error:
+            result.set_exception(error)
+        else:
+            result.set_result(value)
+
+    threading.Thread(target=run, name="aiouffd-attach", daemon=True).start()
+    return asyncio.wrap_future(result)
