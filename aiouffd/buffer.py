@@ -14,10 +14,10 @@ import os
 import warnings
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ._lib import ffi, lib
 from .errors import AiouffdError, ClosedError, SourceChangedError, SourceError, UsageError
@@ -32,7 +32,12 @@ from .sources.names import display_name
 from .tally import Tally
 from .workingset import Recording, WorkingSet, observe
 
+if TYPE_CHECKING:
+    from .serve.children import Inheritance
+
 __all__ = ["BufferStats", "LazyBuffer", "open"]
+
+Fork: TypeAlias = Literal["drop", "serve"]
 
 log = logging.getLogger("aiouffd")
 
@@ -44,6 +49,8 @@ READAHEAD = 8 * 1024 * 1024
 FLIGHT = 2 * 1024 * 1024
 #: Bytes that one step of `read` copies, for the sake of the loop's latency.
 COPY_STEP = 1024 * 1024
+#: Seconds.
+FOR_EVER = 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +72,8 @@ class BufferStats:
     failures: int
     #: Blocks that the rescue loop had to serve.
     rescued: int
+    #: Forked processes that have the buffer now (``fork="serve"``).
+    children: int
     last_error: str | None
     #: Finished flights by duration: item i counts those under ``2**i`` milliseconds.
     latency: tuple[int, ...]
@@ -80,6 +89,7 @@ def open(
     strict: bool = False,
     writable: bool = False,
     kind: Kind = "anonymous",
+    fork: Fork = "drop",
     user_mode_only: bool | None = None,
     cache: bool | str | os.PathLike[str] | None = None,
     prefetch: WorkingSet | str | os.PathLike[str] | None = None,
@@ -101,6 +111,10 @@ def open(
         instead of a `BlockingTouchWarning`.
     :param writable: allow the program to write. What it writes stays in this memory.
     :param kind: the memory: see `Pager.map`.
+    :param fork: what forked children have of it: ``"drop"``, nothing; ``"serve"``, the same
+        memory, which this process goes on to fill. They have a copy as of the fork, or with
+        ``kind="memfd"`` and ``"hugetlb-memfd"`` share it. The source has to be one that can be
+        cloned. In a child `view`, ``buf[...]`` and `find` work, coroutines do not.
     :param user_mode_only: see `Pager`.
     :param cache: keep what is fetched on disk, for the next time: in this directory, or in
         the usual one if True. More settings: `aiouffd.sources.cache.CachedSource`.
@@ -120,6 +134,7 @@ def open(
         strict=strict,
         writable=writable,
         kind=kind,
+        fork=fork,
         user_mode_only=user_mode_only,
         cache=cache,
         prefetch=prefetch,
@@ -146,6 +161,7 @@ class LazyBuffer:
         strict: bool,
         writable: bool,
         kind: Kind,
+        fork: Fork,
         user_mode_only: bool | None,
         cache: bool | str | os.PathLike[str] | None,
         prefetch: WorkingSet | str | os.PathLike[str] | None,
@@ -163,6 +179,8 @@ class LazyBuffer:
             raise UsageError("readahead is a number of bytes; 0 switches it off")
         if block_size is not None and (block_size < 1 or block_size & (block_size - 1)):
             raise UsageError(f"the block size {block_size} is not a power of two")
+        if fork not in ("drop", "serve"):
+            raise UsageError(f"fork is 'drop' or 'serve', not {fork!r}")
         huge = kind.startswith("hugetlb")
         self._given = source
         self._settings: dict[str, Any] = {
@@ -173,6 +191,7 @@ class LazyBuffer:
             "strict": strict,
             "writable": writable,
             "kind": kind,
+            "fork": fork,
             "user_mode_only": user_mode_only,
             "cache": cache,
             "prefetch": prefetch,
@@ -192,6 +211,7 @@ class LazyBuffer:
         self._strict = strict
         self._writable = writable
         self._kind: Kind = kind
+        self._fork: Fork = fork
         self._user_mode_only = user_mode_only
         self._trace = trace
         self._expected_version: str | None = None
@@ -209,8 +229,9 @@ class LazyBuffer:
         """Open the source and map the memory. Idempotent; what ``async with`` and ``await`` do.
 
         Raises what the source raises (FileNotFoundError, PermissionError, SourceError, ...),
-        UnsupportedError when userfaultfd cannot be had, SourceChangedError when an unpickled
-        buffer finds another version than the pickled one had.
+        UnsupportedError when userfaultfd cannot be had, or with ``fork="serve"`` when the source
+        cannot be cloned, SourceChangedError when an unpickled buffer finds another version than
+        the pickled one had.
         """
         if self._closed:
             raise ClosedError("the buffer is closed")
@@ -237,6 +258,7 @@ class LazyBuffer:
 
     def _map(self) -> None:
         native = isinstance(self._source, MemorySource)
+        clone = self._source.clone() if self._fork == "serve" else None
         pager = shared_pagers.acquire(self._user_mode_only, self._strict, native)
         try:
             region = pager._map(
@@ -245,15 +267,22 @@ class LazyBuffer:
                 block_size=self._block_size,
                 writable=self._writable,
                 report_hits=self._readahead > 0,
+                serve_children=clone is not None,
             )
         except BaseException:
             shared_pagers.release(pager)
             raise
-        self._pager, self._region = pager, region
-        self._sink = _BufferSink(
+        sink = _BufferSink(
             region, self._source, self._policy, self._tally, self._readahead, self._trace
         )
-        region._sink = self._sink
+        if clone is not None:
+            try:
+                sink.leave_to_children(clone)
+            except BaseException:
+                _drop(region, pager)
+                raise
+        self._pager, self._region, self._sink = pager, region, sink
+        region._sink = sink
         if isinstance(self._source, MemorySource):
             region.serve_from(self._source.data)
 
@@ -273,7 +302,11 @@ class LazyBuffer:
         if self._pid != os.getpid():
             raise ClosedError(
                 "the buffer belongs to the parent process",
-                hint="lazy memory is not inherited by fork; open it again in the child",
+                hint="lazy memory is not inherited by fork; open it again in the child, or with"
+                ' fork="serve" in the parent'
+                if self._fork == "drop"
+                else "in a forked child `view`, buf[...] and find() work; for the rest open it"
+                " again in the child",
             )
         if self._region is None:
             raise UsageError(
@@ -281,6 +314,19 @@ class LazyBuffer:
                 hint=None if self._open else "async with aiouffd.open(...) as buf",
             )
         return self._region
+
+    @property
+    def _inherited(self) -> bool:
+        """Whether this is a forked child, and the buffer was left to it."""
+        return self._fork == "serve" and self._pid != os.getpid()
+
+    def _touchable(self) -> Region:
+        """As `_check`, for what forked children may do as well: touching."""
+        region = self._region
+        if not self._inherited or self._closed or region is None:
+            return self._check()
+        region.check_touchable()
+        return region
 
     # ------------------------------------------------------------- the memory
 
@@ -293,7 +339,7 @@ class LazyBuffer:
         """
         if self._open and not self._size:
             return memoryview(b"")
-        return self._check().view
+        return self._touchable().view
 
     def __buffer__(self, flags: int) -> memoryview:
         """PEP 688 (Python 3.12): the buffer itself can be given to numpy and others."""
@@ -302,7 +348,7 @@ class LazyBuffer:
     @property
     def address(self) -> int:
         """Address of the first byte, aligned to a page."""
-        return self._check().address
+        return self._touchable().address
 
     def __len__(self) -> int:
         return self._size
@@ -324,6 +370,9 @@ class LazyBuffer:
     @property
     def user_mode_only(self) -> bool:
         """True if system calls on missing pages fail with EFAULT; `fetch` before them."""
+        if self._inherited:
+            native = self._touchable().check_touchable()
+            return bool(lib.au_region_inherited(native) == lib.AU_INHERITED_USER_MODE)
         self._check()
         assert self._pager is not None
         return self._pager.user_mode_only
@@ -353,7 +402,7 @@ class LazyBuffer:
     def _copy_out(self, offset: int, length: int) -> bytes:
         if not length:
             return b""
-        region = self._check()
+        region = self._touchable()
         # Fresh, and seen by nobody else until it is filled.
         data = bytes(length)
         self._guarded(region, offset, ffi.from_buffer(data), length)
@@ -361,13 +410,19 @@ class LazyBuffer:
 
     def _guarded(self, region: Region, offset: int, target: Any, length: int) -> None:
         where = ffi.new("uint64_t *")
-        result = lib.au_region_read(region._open_native(), offset, target, length, where)
+        result = lib.au_region_read(region.check_touchable(), offset, target, length, where)
         if result:
             self._raise_guarded(result, where[0])
 
     def _raise_guarded(self, result: int, where: int) -> None:
         if result == -errno.EBADF:
             raise ClosedError("the buffer was closed while a thread waited for it")
+        if self._inherited:
+            raise SourceError(
+                f"byte {where} could not be read: its source failed, or the process that serves it"
+                " has closed it or is gone",
+                transient=False,
+            )
         assert self._sink is not None
         cause = self._sink.failures.get(where // self._block_size)
         raise SourceError(
@@ -386,10 +441,10 @@ class LazyBuffer:
             return -1
         if not sub:
             return start
-        region = self._check()
+        native = self._touchable().check_touchable()
         where, found = ffi.new("uint64_t *"), ffi.new("int64_t *")
         result = lib.au_region_find(
-            region._open_native(), start, stop - start, ffi.from_buffer(sub), len(sub), where, found
+            native, start, stop - start, ffi.from_buffer(sub), len(sub), where, found
         )
         if result:
             self._raise_guarded(result, where[0])
@@ -559,6 +614,7 @@ class LazyBuffer:
             retries=tally.retries,
             failures=tally.failures,
             rescued=tally.rescued,
+            children=sink.inheritance.children if alive and sink and sink.inheritance else 0,
             last_error=tally.last_error,
             latency=tuple(tally.seconds),
         )
@@ -662,7 +718,11 @@ class _BufferSink:
         self._rescuer: Fetcher | None = None
         self._rescue_queue: deque[int] = deque()
         self._rescue_start: asyncio.Task[None] | None = None
+        self._rescue_error: Exception | None = None
+        self._rescue_end: asyncio.Task[None] | None = None
         self._clone: Source | None = None
+        #: What children are served from.
+        self.inheritance: Inheritance | None = None
 
     def _fetcher(self, source: Source) -> Fetcher:
         region = self._region
@@ -678,6 +738,43 @@ class _BufferSink:
             flight_blocks=piece,
             trace=self._trace,
         )
+
+    def leave_to_children(self, clone: Source) -> None:
+        """Serve forked children; with ``clone``, unless their memory is that of the region."""
+        from .serve.children import RegionBlocks, SourceBlocks, children
+
+        region, policy = self._region, self._policy
+        if region.kind in ("memfd", "hugetlb-memfd"):
+            store: Any = RegionBlocks(region, self.bring)
+        else:
+            patience = FOR_EVER if policy.deadline is None else policy.deadline
+            store = SourceBlocks(
+                clone,
+                region.length,
+                self._tally,
+                block_size=region.block_size,
+                deadline=None if policy.errors == "hard" else patience,
+                readahead=self._window * region.block_size,
+            )
+        self.inheritance = children.leave(region, store)
+
+    async def bring(self, block: int) -> None:
+        """On the rescue loop: make a block resident, for a child that shares the memory and
+        waits for it. Raises what the source raises, and ClosedError."""
+        if self._rescuer is None:
+            if self._rescue_start is None:
+                self._begin_rescue()
+            assert self._rescue_start is not None
+            await asyncio.shield(self._rescue_start)
+        if self._closed:
+            raise ClosedError("the buffer is closed")
+        if self._rescuer is None:
+            raise self._rescue_error or ClosedError("the buffer is closed")
+        self._region.begin(block, 1)
+        self._rescuer.miss(block)
+        flight = self._rescuer.under_way(block)
+        if flight is not None:
+            await flight.wait()
 
     def prefetch(self, runs: Iterable[tuple[int, int]]) -> None:
         """In the background, until all is there or the buffer closes."""
@@ -715,13 +812,16 @@ class _BufferSink:
         self._rescue_queue.append(block)
         if self._rescue_start is None:
             try:
-                clone = self._source.clone()
+                self._begin_rescue()
             except Exception as error:
                 log.debug("the source cannot be cloned: %s", error)
                 self._rescue_queue.clear()
                 return False
-            self._rescue_start = asyncio.get_running_loop().create_task(self._start_rescuer(clone))
         return True
+
+    def _begin_rescue(self) -> None:
+        clone = self._source.clone()
+        self._rescue_start = asyncio.get_running_loop().create_task(self._start_rescuer(clone))
 
     def late(self, block: int) -> None:
         self.fetcher.miss(block)  # which knows what is under way
@@ -747,6 +847,7 @@ class _BufferSink:
             self._rescuer.miss(self._rescue_queue.popleft())
 
     def _give_up(self, error: Exception) -> None:
+        self._rescue_error = error
         region = self._region
         while self._rescue_queue:
             block = self._rescue_queue.popleft()
@@ -766,6 +867,8 @@ class _BufferSink:
             tasks.append(self._prefetching)
         if tasks:
             await asyncio.gather(*tasks, return_exceptions=True)
+        if self.inheritance is not None:
+            await self.inheritance.aclose()
         if self._rescue_start is not None:
             await asyncio.wrap_future(service.submit(self._stop_rescuer()))
 
@@ -783,3 +886,12 @@ class _BufferSink:
         if not self._closed:
             self._closed = True
             self.fetcher.cancel()
+            if self.inheritance is not None:
+                self.inheritance.close()
+            if self._rescue_start is not None:
+                # At the interpreter's end there may be nobody to do it.
+                with suppress(RuntimeError):
+                    service.loop.call_soon_threadsafe(self._abandon_rescuer)
+
+    def _abandon_rescuer(self) -> None:
+        self._rescue_end = asyncio.get_running_loop().create_task(self._stop_rescuer())

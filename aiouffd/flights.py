@@ -158,6 +158,10 @@ class Fetcher:
         if self._readahead is not None and self.recording is None:
             self._read_ahead(block)
 
+    def under_way(self, block: int) -> Flight | None:
+        """The flight that has ``block``."""
+        return self._flights.get(block)
+
     def hit(self, block: int) -> None:
         """A thread waits for ``block``, which is in flight."""
         if self.recording is not None:

@@ -226,6 +226,7 @@ class Pager:
         block_size: int | None = None,
         writable: bool = True,
         report_hits: bool = False,
+        serve_children: bool = False,
     ) -> Region:
         region = Region(
             self,
@@ -234,6 +235,7 @@ class Pager:
             block_size=block_size,
             writable=writable,
             report_hits=report_hits,
+            serve_children=serve_children,
         )
         self._regions[region.id] = region
         self._native_only()

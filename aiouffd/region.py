@@ -179,6 +179,7 @@ class Region:
         block_size: int | None,
         writable: bool,
         report_hits: bool,
+        serve_children: bool = False,
     ) -> None:
         if kind not in KINDS:
             raise UsageError(f"unknown kind of memory {kind!r}", hint=f"one of {', '.join(KINDS)}")
@@ -186,6 +187,9 @@ class Region:
             raise UsageError(f"a region needs a length of at least one byte, not {length}")
         options = lib.AU_REGION_WRITABLE if writable else 0
         options |= lib.AU_REGION_REPORT_HITS if report_hits else 0
+        if serve_children:
+            options |= lib.AU_REGION_SERVE
+            options |= lib.AU_REGION_USER_MODE if pager.user_mode_only else 0
         error = ffi.new("int *")
         native = lib.au_region_create(
             pager._engine, length, KINDS[kind], options, block_size or 0, error
@@ -214,6 +218,8 @@ class Region:
         self.errors: Errors = "hard"
         self.deadline: float | None = None
         self.id: int = native.id
+        #: With ``serve_children`` a number that no other region of the process ever has.
+        self.serial: int = native.serial
         self.kind: Kind = kind
         self.address: int = native.start
         self.length = length
@@ -257,7 +263,7 @@ class Region:
             self._buffer = ffi.buffer(self._memory, self.length)
             view = memoryview(self._buffer)
             self._view = view if self._writable else view.toreadonly()
-        self._check_process()
+        self.check_touchable()
         # A new one each time: ours is released by `close`, theirs are theirs.
         return self._view[:]
 
@@ -376,6 +382,23 @@ class Region:
         if native is None:
             raise ClosedError("the region is closed")
         self._check_process()
+        return native
+
+    def check_touchable(self) -> Any:
+        """The native region, if this process may touch the memory: the one that made it, and
+        children that it was left to. Raises ClosedError."""
+        native = self._native
+        if native is None:
+            raise ClosedError("the region is closed")
+        if self._pid != os.getpid():
+            inherited: int = lib.au_region_inherited(native)
+            if inherited < 0 and self.serial:
+                raise ClosedError(
+                    "this process has no access to the region of its parent",
+                    hint="it was closed, or handing it over failed, which stderr tells",
+                )
+            if inherited <= 0:
+                self._check_process()
         return native
 
     def _check_process(self) -> None:

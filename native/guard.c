@@ -1,6 +1,7 @@
 #include "guard.h"
 
 #include "counters.h"
+#include "inherit.h"
 #include "region.h"
 #include "sentry.h"
 #include "sys.h"
@@ -78,8 +79,11 @@ static void on_bus_error(int number, siginfo_t *info, void *context)
 		    (pid_t)au_gettid() != getpid())
 			for (;;)
 				pause();
-		say("its source failed or it was closed; "
-		    "use await buf.read(), buf[...] or buf.pin() to get an exception instead",
+		say(atomic_load(&au_inherits) ?
+			    "its source failed, or the process that serves it has closed it or is gone; "
+			    "use buf[...] to get an exception instead" :
+			    "its source failed or it was closed; "
+			    "use await buf.read(), buf[...] or buf.pin() to get an exception instead",
 		    address, offset);
 	}
 	chain(number, info, context);

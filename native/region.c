@@ -1,6 +1,7 @@
 #include "region.h"
 
 #include "abi.h"
+#include "children.h"
 #include "counters.h"
 #include "engine.h"
 #include "guard.h"
@@ -47,10 +48,22 @@ static struct range *range_at(uint32_t index)
 	return &atomic_load(&ranges[index / REGISTRY_CHUNK])[index % REGISTRY_CHUNK];
 }
 
-static int registry_add(uint64_t start, uint64_t length)
+static void unlock_in_child(void)
 {
+	pthread_mutex_init(&registry_lock, NULL);
+}
+
+static void hook_fork(void)
+{
+	pthread_atfork(NULL, NULL, unlock_in_child);
+}
+
+int au_regions_add(uint64_t start, uint64_t length)
+{
+	static pthread_once_t once = PTHREAD_ONCE_INIT;
 	uint32_t index, high;
 
+	pthread_once(&once, hook_fork);
 	pthread_mutex_lock(&registry_lock);
 	high = atomic_load(&range_high);
 	for (index = 0; index < high; index++)
@@ -77,7 +90,7 @@ static int registry_add(uint64_t start, uint64_t length)
 	return 0;
 }
 
-static void registry_remove(uint64_t start)
+void au_regions_remove(uint64_t start)
 {
 	uint32_t index;
 
@@ -188,7 +201,8 @@ static int map_memory(struct au_region *region)
 		return -errno;
 	region->start = (uint64_t)(uintptr_t)memory;
 	region->mapped = true;
-	if (!(region->options & AU_REGION_FORK) && madvise(memory, region->length, MADV_DONTFORK))
+	if (!(region->options & (AU_REGION_FORK | AU_REGION_SERVE)) &&
+	    madvise(memory, region->length, MADV_DONTFORK))
 		return -errno;
 	return 0;
 }
@@ -238,7 +252,7 @@ struct au_region *au_region_create(struct au_engine *engine, uint64_t length, in
 		goto fail;
 	result = map_memory(region);
 	if (!result)
-		result = registry_add(region->start, region->length);
+		result = au_regions_add(region->start, region->length);
 	if (!result)
 		result = au_abi_register(engine->fd, region->start, region->length,
 					 AU_REGISTER_MODE_MISSING |
@@ -248,6 +262,8 @@ struct au_region *au_region_create(struct au_engine *engine, uint64_t length, in
 		do
 			result = au_engine_add_region(engine, region);
 		while (result == -EAGAIN);
+	if (!result && (options & AU_REGION_SERVE))
+		result = au_children_add(region);
 	if (result) {
 		*error = -result;
 		goto fail;
@@ -275,7 +291,7 @@ int au_region_set_backing(struct au_region *region, const void *data, uint64_t l
 bool au_region_enter(struct au_region *region)
 {
 	atomic_fetch_add(&region->users, 1);
-	if (atomic_load(&region->closing)) {
+	if (atomic_load(&region->closing) || atomic_load(&region->inherited)) {
 		atomic_fetch_sub(&region->users, 1);
 		return false;
 	}
@@ -471,6 +487,11 @@ int au_region_find(struct au_region *region, uint64_t offset, uint64_t length, c
 	return read_end(region, *found == -EIO ? -EIO : 0, where);
 }
 
+int au_region_inherited(struct au_region *region)
+{
+	return atomic_load(&region->closing) ? -EBADF : (int)atomic_load(&region->inherited);
+}
+
 uint64_t au_region_present(struct au_region *region)
 {
 	return atomic_load(&region->present_pages);
@@ -633,6 +654,8 @@ int au_region_close(struct au_region *region, int unmap)
 
 	if (atomic_exchange(&region->closing, 1))
 		return -EALREADY;
+	if (region->options & AU_REGION_SERVE)
+		au_children_closed(region);
 	/* From here on a message for the region is answered with poison. */
 	if (region->backing && !atomic_load(&engine->closing))
 		__atomic_fetch_sub(&engine->urgent, 1, __ATOMIC_SEQ_CST);
@@ -661,7 +684,9 @@ int au_region_close(struct au_region *region, int unmap)
 			au_abi_wake(engine->fd, region->start, region->length);
 		}
 		if (unmap && region->mapped) {
-			registry_remove(region->start);
+			if (region->options & AU_REGION_SERVE)
+				au_children_remove(region);
+			au_regions_remove(region->start);
 			munmap((void *)(uintptr_t)region->start, region->length);
 			region->mapped = false;
 			au_abi_wake(engine->fd, region->start, region->length);
@@ -673,8 +698,10 @@ int au_region_close(struct au_region *region, int unmap)
 
 void au_region_free(struct au_region *region)
 {
+	if (region->options & AU_REGION_SERVE)
+		au_children_remove(region);
 	if (region->mapped) {
-		registry_remove(region->start);
+		au_regions_remove(region->start);
 		munmap((void *)(uintptr_t)region->start, region->length);
 	}
 	if (region->memfd >= 0)
@@ -697,7 +724,7 @@ void au_region_forked(struct au_region *region)
 	atomic_store(&region->closing, 1);
 	atomic_store(&region->users, 0);
 	atomic_store(&region->readers, 0);
-	if (!(region->options & AU_REGION_FORK))
+	if (!(region->options & (AU_REGION_FORK | AU_REGION_SERVE)))
 		region->mapped = false;
 }
 
@@ -706,7 +733,8 @@ void au_regions_forked(void)
 	uint32_t index;
 
 	pthread_mutex_init(&registry_lock, NULL);
-	/* The mappings are gone (MADV_DONTFORK), but the addresses may be used again. */
+	/* The mappings are gone (MADV_DONTFORK), but the addresses may be used again.  Those that
+	 * are left to children come back once they are served. */
 	for (index = 0; index < atomic_load(&range_high); index++)
 		atomic_store(&range_at(index)->length, 0);
 }

@@ -44,7 +44,9 @@ enum au_region_kind {
 enum au_region_option {
 	AU_REGION_WRITABLE = 1,
 	AU_REGION_REPORT_HITS = 2, /* tell of touches to blocks in flight, once each */
-	AU_REGION_FORK = 4,        /* leave the mapping to forked children */
+	AU_REGION_FORK = 4,        /* leave the mapping to forked children, as it is */
+	AU_REGION_SERVE = 8,       /* and have them served (children.h) */
+	AU_REGION_USER_MODE = 16,  /* they see faults of user mode only */
 };
 
 struct au_engine;
@@ -75,6 +77,8 @@ struct au_region {
 	_Atomic uint64_t present_pages;
 	_Atomic uint64_t poisoned_pages;
 	_Atomic uint64_t touched_blocks;
+	uint64_t serial;            /* with AU_REGION_SERVE: never given twice by one process */
+	_Atomic uint32_t inherited; /* enum au_inherited: a child can touch, and no more */
 	bool mapped;
 	bool move_refused; /* the kernel cannot move pages here */
 };
@@ -131,11 +135,19 @@ uint64_t au_region_present(struct au_region *region);
 uint64_t au_region_poisoned(struct au_region *region);
 uint64_t au_region_touched(struct au_region *region);
 
+/* In a child that was forked with AU_REGION_SERVE: enum au_inherited, or -EBADF if the memory
+ * cannot be touched. */
+int au_region_inherited(struct au_region *region);
+
 /* Close: nobody can install any more; what is missing is poisoned, waiters are
  * woken.  With `unmap` the memory goes as well; without, what is resident stays
  * readable until au_region_free.  0 or -errno. */
 int au_region_close(struct au_region *region, int unmap);
 void au_region_free(struct au_region *region);
+
+/* Have the SIGBUS handler know of lazy memory, and forget it.  For regions this is done. */
+int au_regions_add(uint64_t start, uint64_t length);
+void au_regions_remove(uint64_t start);
 
 /* True if [address, address+length) overlaps any region of this process. */
 bool au_regions_overlap(uint64_t address, uint64_t length);

@@ -1,10 +1,12 @@
 #include "sentry.h"
 
 #include "abi.h"
+#include "children.h"
 #include "counters.h"
 #include "engine.h"
 #include "guard.h"
 #include "handler.h"
+#include "inherit.h"
 #include "interrupt.h"
 #include "slots.h"
 #include "sys.h"
@@ -767,6 +769,7 @@ static int start_thread(void)
 static void in_child(void)
 {
 	au_sentry_forked();
+	au_inherit();
 }
 
 int au_sentry_start(void)
@@ -789,7 +792,7 @@ int au_sentry_start(void)
 		if (!result)
 			result = start_thread();
 		if (!result && !fork_hooked) {
-			pthread_atfork(NULL, NULL, in_child);
+			pthread_atfork(au_children_lock, au_children_unlock, in_child);
 			fork_hooked = true;
 		}
 		if (result) {

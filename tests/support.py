@@ -218,7 +218,7 @@ def result_of(scenario: Callable[..., Any], loop: str, *args: Any, **options: An
 class Process:
     """A running program; killed at the end of the ``with`` block."""
 
-    def __init__(self, arguments: list[str]) -> None:
+    def __init__(self, arguments: list[str], *, stdin: int = subprocess.DEVNULL) -> None:
         self.started = time.monotonic()
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed by __exit__)
         self._seen = b""
@@ -226,7 +226,7 @@ class Process:
             arguments,
             cwd=ROOT,
             env=environment(),
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
         )

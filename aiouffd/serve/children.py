@@ -5,8 +5,8 @@ runs in it (``native/inherit.h``). So a child is a client like any other: a `Mem
 background loop from a clone of the source. Whatever the loop of the buffer does, waiting for
 this very child included, it is not needed.
 
-- Private memory is a copy as of the fork. What was missing then is fetched for the child; blocks are
-  kept for a while, so that many children that read the same cost one fetch.
+- Private memory is a copy as of the fork. What was missing then is fetched for the child; blocks
+  are kept for a while, so that many children that read the same cost one fetch.
 - Shared memory is one for all. What a child misses is brought into the region itself and the
   child is woken; that the region's page table is the only one there is keeps
   installs from overwriting what somebody has written.
@@ -228,6 +228,7 @@ class _ChildMemory(Memory):
         result: int = lib.au_foreign_put(self.fd, _POISON, page, ffi.NULL, size, size)
         code = ~result & 0xFF if result < 0 else 0
         if code == errno.EAGAIN:
+            self.stats.retries += 1
             self._later(page)
         elif code in (errno.EINVAL, errno.ENOTTY):
             # Before Linux 6.6. The child itself can make it an error of another kind.
@@ -312,7 +313,11 @@ class _Child:
         for kept in self._kept.values():
             kept.children += 1
         self._memory = _ChildMemory(self, areas, self._family.reactor)
-        self._memory.start()
+        try:
+            self._memory.start()
+        except OSError as error:
+            log.error("%r cannot be served: %s", self, error)
+            self.close()
 
     def _look(self, pause: float) -> None:
         """The socket has ended, with the program that had the other end: is the memory gone?
