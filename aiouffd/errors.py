@@ -152,7 +152,7 @@ class SourceTimeoutError(SourceError, TimeoutError):
 
 
 class PeerError(AiouffdError):
-    """Another process that wanted to be served broke the protocol, or asked for what it may not have.
+    """Another process that wanted to be served broke the protocol, or asked for too much.
 
     It is dropped; others are not affected.
     """

@@ -90,7 +90,7 @@ def run(report: Report, loop: str, runner=asyncio.run) -> None:
         for what, more in (("bytes at hand", ()), ("1 ms of latency", ("--delay", "0.001"))):
             with _running(*_ours(crowded, size, loop, *more)):
                 report.compare(
-                    f"fault p99 of one client beside 99 with 10,000 faults a second, {what}, {loop}",
+                    f"fault p99 of one client beside 99, 10,000 faults a second, {what}, {loop}",
                     ("beside them", quiet(1, CROWD_PAUSE_US)),
                     ("alone", quiet(0)),
                     unit="us",

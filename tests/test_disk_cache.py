@@ -841,18 +841,22 @@ async def test_small_objects_count_whole(tmp_path: Path) -> None:
     assert usage(tmp_path).bytes == 0
 
 
-async def test_many_sources_have_one_limit(tmp_path: Path) -> None:
-    """None of them writes enough to look after the limit by itself."""
+async def test_many_sources_have_one_limit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """None of them writes enough to look after the limit by itself; and all of them make
+    directories while what they evict leaves others empty."""
     limit = 640_000
     readers = [
         source(PlainSource(DATA), tmp_path, key=str(name), size_limit=limit) for name in range(100)
     ]
     for reader in readers:
         await reader.open()
-        await reader.read(0, 4 * BLOCK)
-    for reader in readers:
-        await reader.aclose()
+    await asyncio.gather(*(reader.read(0, 4 * BLOCK) for reader in readers))
+    await asyncio.gather(*(reader.aclose() for reader in readers))
     assert taken(tmp_path) <= limit * (1 + 2 / 32) + 32768
+    assert sum(reader.stats.written_bytes > 0 for reader in readers) == len(readers)
+    assert "cannot be written" not in caplog.text
 
 
 async def test_looking_is_not_for_each_open(

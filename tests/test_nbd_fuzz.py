@@ -88,7 +88,9 @@ def rearranged(draw: Callable[[Any], Any], messages: list[Any]) -> list[Any]:
 
 def pieces(draw: Callable[[Any], Any], stream: bytes) -> Iterator[bytes]:
     """The stream in pieces."""
-    sizes = draw(st.lists(st.integers(1, 1 + len(stream)), max_size=12))
+    # Also as long as headers are, and headers with a little data, and a byte less or more.
+    known = st.sampled_from([1, 16, 20, 28, 36, 37, 38, 4123, 4124, 4125])
+    sizes = draw(st.lists(st.one_of(known, st.integers(1, 1 + len(stream))), max_size=12))
     if draw(st.booleans()):
         sizes = [1 + size % 40 for size in sizes]
     for size in sizes:
@@ -279,15 +281,24 @@ def _read(draw: Any, cookie: int, offset: int, length: int, structured: bool) ->
     cuts = draw(st.lists(st.integers(1, length - 1), max_size=4, unique=True))
     edges = [0, *sorted(cuts), length]
     made = []
+    # Where a chunk says that it belongs, and how long it is, may be wrong by a little.
+    wrong = st.sampled_from([(0, 0)] * 9 + [(1, 0), (-1, 0), (0, 1), (0, -1), (length, 0), (-1, 1)])
     for start, stop in itertools.pairwise(edges):
-        place = wire.OFFSET.pack(offset + start)
+        shift, longer = draw(wrong)
+        place = max(0, offset + start + shift)
         if len(edges) > 2 and draw(st.integers(0, 3)) == 0:
-            hole = wire.HOLE.pack(offset + start, stop - start)
-            made.append((wire.CHUNK_OFFSET_HOLE, hole))
+            made.append((wire.CHUNK_OFFSET_HOLE, wire.HOLE.pack(place, stop - start + longer)))
         else:
-            data = place + BYTES[offset + start : offset + stop]
-            made.append((wire.CHUNK_OFFSET_DATA, data))
+            data = BYTES[offset + start : offset + stop + longer]
+            made.append((wire.CHUNK_OFFSET_DATA, wire.OFFSET.pack(place) + data))
     made = draw(st.permutations(made))
+    more = draw(st.sampled_from(["nothing"] * 6 + ["an error", "all of it"]))
+    at = draw(st.integers(0, len(made)))
+    if more == "an error":
+        made.insert(at, (wire.CHUNK_ERROR, wire.ERROR.pack(wire.EIO, 0)))
+    elif more == "all of it":
+        data = wire.OFFSET.pack(offset) + BYTES[offset : offset + length]
+        made.insert(at, (wire.CHUNK_OFFSET_DATA, data))
     if draw(st.booleans()):
         made = [*made, (wire.CHUNK_NONE, b"")]
     last = len(made) - 1
@@ -306,7 +317,7 @@ class Asked:
         for cookie, (command, offset, length) in ASKED.items():
             target = None
             if command == wire.CMD_READ:
-                self.buffers[cookie] = bytearray(length)
+                self.buffers[cookie] = bytearray(b"\xee" * length)
                 target = memoryview(self.buffers[cookie])
             done = self._done(cookie)
             self.requests[cookie] = Request(command, offset, length, done, target=target)

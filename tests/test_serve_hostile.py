@@ -6,6 +6,7 @@ import array
 import asyncio
 import contextlib
 import os
+import resource
 import select
 import signal
 import socket
@@ -133,9 +134,9 @@ async def test_a_queued_block_that_becomes_urgent_comes_for_all() -> None:
         store.want(block, urgent)
     await asyncio.to_thread(gate.wait, MAX_BACKGROUND + 2)
     gate.open()
-    async with asyncio.timeout(5):
-        while store._tasks:
-            await asyncio.sleep(0)
+    await asyncio.wait_for(asyncio.gather(*store._tasks), 5)
+    while store._tasks:
+        await asyncio.gather(*store._tasks)
     assert sorted(urgent.came) == [100, 102]
     assert sorted(liked.came) == [*range(0, 2 * MAX_BACKGROUND, 2), 100, 102, 103]
     await store.aclose()
@@ -163,8 +164,8 @@ async def test_a_deadline_holds_for_who_joins_a_background_flight(tmp_path: Path
 
 
 async def test_what_was_not_there_yet_is_not_taken_for_filled(tmp_path: Path) -> None:
-    """A fault brings its neighbours, some of which are not registered at that time. They are missing
-    still, and bringing everything brings them."""
+    """A fault brings its neighbours, some of which are not registered at that time. They are
+    missing still, and bringing everything brings them."""
     parts = [(0, 34), (38, PAGES - 38)]
     dialect = PlainDialect()
     async with (
@@ -199,18 +200,23 @@ async def test_what_is_never_there_does_not_stop_completing(tmp_path: Path) -> N
 
 
 async def child_of(one: Any, tmp_path: Path, pages: list[int]) -> tuple[int, Path]:
+    await asyncio.to_thread(tmp_path.mkdir, exist_ok=True)
     name = tmp_path / "look"
-    pid = await one.ask("leave_child", pages, str(name))
-    return os.pidfd_open(pid), name
+    return await one.ask("leave_child", pages, str(name)), name
 
 
-async def seen_by(pidfd: int, name: Path) -> list[int] | None:
-    """What the child has seen, None if it got an error."""
-    name.touch()
+async def seen_by(pid: int, name: Path) -> list[int] | None:
+    """What the child sees, None if it gets an error. Its end is awaited."""
+    return await asyncio.to_thread(_seen_by, pid, name)
+
+
+def _seen_by(pid: int, name: Path) -> list[int] | None:
+    pidfd = os.pidfd_open(pid)
     poller = select.poll()
     poller.register(pidfd, select.POLLIN)
+    name.touch()
     try:
-        assert await asyncio.to_thread(poller.poll, 10_000)
+        assert poller.poll(10_000)
     finally:
         with contextlib.suppress(OSError):
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
@@ -224,11 +230,11 @@ async def test_a_child_is_served_after_its_parent_has_gone(tmp_path: Path) -> No
     """It has no copy of its descriptor: to close ours would be zeros."""
     async with serving(tmp_path) as (server, _):
         async with guest(tmp_path / "s", PAGES, features=ALL) as one:
-            pidfd, name = await child_of(one, tmp_path, [3, 200])
+            pid, name = await child_of(one, tmp_path, [3, 200])
             (client,) = server.clients
             await until(lambda: len(client.memories) == 2)
         await until(lambda: len(client.memories) == 1 or client.ended.is_set())
-        assert await seen_by(pidfd, name) == [word(3 * PAGE), word(200 * PAGE)]
+        assert await seen_by(pid, name) == [word(3 * PAGE), word(200 * PAGE)]
         client.probe()
         assert client.ended.is_set()
         assert server.clients == []
@@ -240,10 +246,10 @@ async def test_a_child_gets_errors_and_not_zeros_when_the_server_closes(tmp_path
         async with serving(tmp_path) as (server, _):
             await one.ask("hand_over", str(tmp_path / "s"))
             await one.ask("drop", 9, 1)
-            pidfd, name = await child_of(one, tmp_path, [9, 200])
+            pid, name = await child_of(one, tmp_path, [9, 200])
             (client,) = server.clients
             await until(lambda: len(client.memories) == 2)
-        assert await seen_by(pidfd, name) is None
+        assert await seen_by(pid, name) is None
 
 
 @pytest.mark.needs_root
@@ -252,8 +258,8 @@ async def test_too_many_children_get_errors(tmp_path: Path) -> None:
         serving(tmp_path, limits=serve.Limits(memories=1)) as (server, _),
         guest(tmp_path / "s", PAGES, features=ALL) as one,
     ):
-        pidfd, name = await child_of(one, tmp_path, [200])
-        assert await seen_by(pidfd, name) is None
+        pid, name = await child_of(one, tmp_path, [200])
+        assert await seen_by(pid, name) is None
         (client,) = server.clients
         assert len(client.memories) == 1
         assert await one.ask("word", 5) == word(5 * PAGE)
@@ -262,9 +268,49 @@ async def test_too_many_children_get_errors(tmp_path: Path) -> None:
 # -------------------------------------------------------------- bad clients
 
 
-async def test_nobody_can_make_the_server_block(tmp_path: Path, loop_name: str = "asyncio") -> None:
+@pytest.mark.needs_root
+async def test_forks_without_a_free_descriptor(tmp_path: Path) -> None:
+    """A few are served out of the reserve, the next waits until one is free; nobody else does, and
+    the server does not run in circles meanwhile."""
+    with server_process(tmp_path, "asyncio", "--block", "65536") as running:
+        pid = running.process.pid
+        async with guest(running.path, 64, features=ALL) as one, guest(running.path, 64) as two:
+            await one.ask("word", 3)
+            await two.ask("word", 3)
+            taken = [int(name) for name in os.listdir(f"/proc/{pid}/fd")]
+            before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+            limit = (max(taken) + 1, before[1])
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, limit)
+            free = limit[0] - len(taken) + 8  # and the reserve
+            children = [
+                await child_of(one, tmp_path / str(number), [40 + number % 4])
+                for number in range(free)
+            ]
+            waiting = asyncio.ensure_future(child_of(one, tmp_path / "last", [44]))
+            await two.ask("word", 20)
+            used = cpu_time(pid)
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(waiting), 1.0)
+            assert cpu_time(pid) - used < 0.5
+            assert await two.ask("word", 40) == word(40 * PAGE)
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+            children.append(await waiting)
+            for number, child in enumerate(children[:-1]):
+                assert await seen_by(*child) == [word((40 + number % 4) * PAGE)]
+            assert await seen_by(*children[-1]) == [word(44 * PAGE)]
+        running.end()
+
+
+def cpu_time(pid: int) -> float:
+    """Seconds that a process has run for."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.parametrize("delay", ["0", "0.001"])
+async def test_nobody_can_make_the_server_block(tmp_path: Path, delay: str) -> None:
     """O_NONBLOCK is of the open file, which the client has as well."""
-    with server_process(tmp_path, loop_name) as running:
+    with server_process(tmp_path, "asyncio", "--delay", delay) as running:
         async with guest(running.path, 64) as bad, guest(running.path, 64) as good:
             await bad.ask("word", 3)
             await bad.ask("make_blocking")
@@ -345,21 +391,18 @@ async def test_a_policy_that_fails_lets_nobody_in(
 # ------------------------------------------------------------------ closing
 
 
-class Sticky:
+class Sticky(aiouffd.sources.FunctionSource):
     """A source that does not want to be closed."""
-
-    size = len(DATA)
-    version = None
-
-    async def read(self, offset: int, length: int) -> bytes:
-        return DATA[offset : offset + length]
 
     async def aclose(self) -> None:
         raise OSError("no")
 
 
 async def test_a_source_that_cannot_be_closed_keeps_nothing_open(tmp_path: Path) -> None:
-    async with serving(tmp_path, Sticky()), guest(tmp_path / "s", PAGES) as one:
+    async with (
+        serving(tmp_path, Sticky(Gate(DATA).read, size=len(DATA))),
+        guest(tmp_path / "s", PAGES) as one,
+    ):
         assert await one.ask("word", 4) == word(4 * PAGE)
 
 
@@ -372,18 +415,20 @@ async def test_closing_can_be_given_up(tmp_path: Path) -> None:
             await super().talk(client)
             client.complete_on_close = True
 
-    async with serving(tmp_path, source, dialect=Whole()) as (server, dialect):
-        async with guest(tmp_path / "s", PAGES) as one:
-            memory = await dialect.memories.get()
-            closing = asyncio.ensure_future(server.aclose())
-            await asyncio.to_thread(gate.wait)
-            closing.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await closing
-            assert memory.closed
-            assert memory.stats.poisoned_pages == PAGES
-            with pytest.raises(EOFError):
-                await one.ask("word", 4)
+    async with (
+        serving(tmp_path, source, dialect=Whole()) as (server, dialect),
+        guest(tmp_path / "s", PAGES) as one,
+    ):
+        memory = await dialect.memories.get()
+        closing = asyncio.ensure_future(server.aclose())
+        await asyncio.to_thread(gate.wait)
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        assert memory.closed
+        assert memory.stats.poisoned_pages == PAGES
+        with pytest.raises(EOFError):
+            await one.ask("word", 4)
 
 
 # ---------------------------------------------------------------- hand-over

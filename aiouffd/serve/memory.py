@@ -156,7 +156,7 @@ class Memory:
         self._completing = 0
         self._forked, self._gone, self._failed = forked, gone, failed
         self._reserve = reserve
-        self._closed = self._paused = False
+        self._closed = self._paused = self._muted = False
         self._zeros: Any = ffi.NULL if page_size == 4096 else ffi.new("uint8_t[]", page_size)
 
     # ------------------------------------------------------------------ begin
@@ -260,6 +260,9 @@ class Memory:
                     # The event of a fork waits for a free descriptor, and the fork for us.
                     if self._reserve.give():
                         continue
+                    # It stays readable for as long as none is free: look now and then.
+                    self._reactor.remove(self.fd)
+                    self._muted = True
                     self._later(0)
                 break
             self._take(count, faults)
@@ -550,11 +553,22 @@ class Memory:
         if self._closed:
             return
         try:
+            if self._muted:
+                self._muted = False
+                self._reactor.add(self)
             faults = self._read()
             again, self._again = self._again, {}
             for address in again:
                 faults.setdefault(address, 0)
-            self._serve_all(faults)
+            while faults and not self._closed:
+                address = next(iter(faults))
+                before = self.stats.retries
+                self._serve(address, faults.pop(address))
+                if self.stats.retries > before and faults:
+                    # What is in the way of one is most often in the way of all; but the next to be
+                    # tried is another one.
+                    self._again = {**dict.fromkeys(faults), **self._again}
+                    break
         except Exception as error:
             self._broken(error)
 
@@ -740,6 +754,7 @@ class Memory:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._muted = False
         self._again.clear()
         stores = {store for store, _ in (*self._wanted, *self._liked)}
         self._wanted.clear()

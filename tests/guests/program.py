@@ -133,7 +133,9 @@ class Program:
         if not pid:
             try:
                 os.closerange(0, 1024)
-                while not os.path.exists(name):
+                for _ in range(30_000):
+                    if os.path.exists(name):
+                        break
                     time.sleep(0.001)
                 seen = array.array("Q", self.words(pages)).tobytes()
                 with open(name + ".part", "wb") as file:

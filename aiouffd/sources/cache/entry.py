@@ -28,6 +28,8 @@ __all__ = ["Entry"]
 
 #: Segment files open at a time: large objects have thousands.
 OPEN = 64
+#: Times that a directory is made again which somebody who evicts has found empty.
+TRIES = 16
 #: What opening a segment fails with if something else has its name. Anything else, a want of
 #: descriptors or memory above all, says nothing about the file.
 _IN_THE_WAY = (
@@ -91,6 +93,14 @@ class Entry:
         except OSError:
             return None
 
+    def _make_directories(self) -> None:
+        make_directory(self._root)
+        for directory in (self.directory.parent, self.directory):
+            with contextlib.suppress(FileExistsError):
+                directory.mkdir(mode=0o700)
+        if self.latest is not None and read_latest(self.directory.parent) is None:
+            write_latest(self.directory.parent, self.latest)
+
     def _to_write(self, number: int) -> Segment:
         segment = self._open.get(number)
         if segment is not None:
@@ -99,7 +109,7 @@ class Entry:
             # Evicted by somebody: what is left of it is of no use to others.
             self._drop(number, segment)
         path = self.path(number)
-        tries = 3
+        tries = TRIES
         while True:
             tries -= 1
             try:
@@ -108,16 +118,11 @@ class Entry:
                     Segment(os.fspath(path), self.form, number, self._digest, write=True),
                 )
             except FileNotFoundError:
-                # Whoever evicts removes empty directories too.
+                # Whoever evicts removes empty directories too, while we make them as well.
                 if not tries:
                     raise
-                make_directory(self._root)
-                for directory in (self.directory.parent, self.directory):
-                    with contextlib.suppress(FileExistsError):
-                        directory.mkdir(mode=0o700)
-                if self.latest is not None and read_latest(self.directory.parent) is None:
-                    with contextlib.suppress(FileNotFoundError):
-                        write_latest(self.directory.parent, self.latest)
+                with contextlib.suppress(FileNotFoundError):
+                    self._make_directories()
             except OSError as error:
                 # In the way: a link, another's file, one that cannot be read.
                 if not tries or error.errno not in _IN_THE_WAY:

@@ -171,13 +171,15 @@ def clear(directory: str | os.PathLike[str] | None = None) -> int:
         return before - _evict(root, files, before - idle, -1)
 
 
-def shrink(root: Path, limit: int) -> int:
+def shrink(root: Path, limit: int) -> int | None:
     """Unlink segments, the longest unused first, until at most ``limit`` bytes are taken; returns
-    how many are left. Does nothing while another process does it. Raises OSError if files
-    that would have to go cannot be removed."""
+    how many are left. None, and nothing is done, while somebody else does it. Raises OSError if
+    files that would have to go cannot be removed."""
     with _locked(root, wait=False) as ours:
+        if not ours:
+            return None
         total, idle, files = _all(root)
-        if total <= limit or not ours:
+        if total <= limit:
             return total
         return _evict(root, files, total - idle, int(limit * _ENOUGH))
 
@@ -185,7 +187,9 @@ def shrink(root: Path, limit: int) -> int:
 def make_room(root: Path, limit: int) -> None:
     """A full disk is everybody's, and what is here can be had again: give up a quarter."""
     with contextlib.suppress(OSError):
-        shrink(root, shrink(root, limit) * 3 // 4)
+        left = shrink(root, limit)
+        if left is not None:
+            shrink(root, left * 3 // 4)
 
 
 def _evict(root: Path, files: list[_File], total: int, limit: int) -> int:

@@ -49,7 +49,8 @@ class Segment:
         if not own_file(os.fstat(self._fd)):
             raise PermissionError(errno.EPERM, "not a file of ours", path)
         self._form = form
-        self._identity = form.identity
+        # The key ties it to this version of this object, wherever the file may be moved to.
+        self._sealer = hashlib.blake2b(digest_size=_SEAL, key=form.identity)
         self._digest = digest
         self._first = number * PER_SEGMENT
         self._raw = b""
@@ -90,10 +91,8 @@ class Segment:
 
     def _record(self, block: int, flag: int, digest: bytes) -> bytes:
         body = bytes([flag]) + digest
-        # The key ties it to this version of this object, wherever the file may be moved to.
-        seal = hashlib.blake2b(
-            body + block.to_bytes(8, "big"), digest_size=_SEAL, key=self._identity
-        )
+        seal = self._sealer.copy()
+        seal.update(body + block.to_bytes(8, "big"))
         return body + seal.digest()
 
     def _position(self, block: int) -> int:

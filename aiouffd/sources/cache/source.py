@@ -34,7 +34,7 @@ from ..compose.wrapper import close_again
 from ..file import _settle
 from ..names import display_name, without_password
 from . import layout
-from .entry import Entry
+from .entry import TRIES, Entry
 from .evict import FULL, make_room
 from .layout import Format, Latest
 from .writer import Settings, Writer
@@ -534,7 +534,7 @@ def _prepare(root: Path, form: Format, size_limit: int, news: bool) -> tuple[Ent
     entry = Entry(root, form)
     if news:
         entry.latest = Latest(display_name(form.key), form.version, form.size)
-    tries = 3
+    tries = TRIES
     while True:
         tries -= 1
         try:
@@ -550,7 +550,7 @@ def _prepare(root: Path, form: Format, size_limit: int, news: bool) -> tuple[Ent
         except layout.Unsafe:
             raise
         except OSError as error:
-            if tries and error.errno in FULL:
+            if tries > TRIES - 3 and error.errno in FULL:
                 make_room(root, size_limit)
                 continue
             # Read-only, or full: what is there can still be read.

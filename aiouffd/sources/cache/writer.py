@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from collections import defaultdict
@@ -44,12 +45,14 @@ class _Looks:
 
     For all its sources together: a thousand of them write a thousand times as much, and looking
     takes time for each file there is. Changed without a lock, by threads that a fork may
-    end: what is lost that way are bytes of one write.
+    end: what is lost that way are bytes of one write, or two threads look at a time.
     """
 
     def __init__(self) -> None:
         self._at = float("-inf")
         self._limit = 0
+        #: The process in which a thread looks now.
+        self._looking = 0
         self.written = 0
 
     def due(self, limit: int) -> bool:
@@ -62,16 +65,29 @@ class _Looks:
         return self.written > limit // SHARE
 
     def look(self, root: Path, limit: int) -> None:
-        """Evict what is too much. Raises OSError, and is due as before then."""
-        written, self.written = self.written, 0
+        """Evict what is too much, or leave that to who is at it. Raises OSError. It is due as
+        before if nothing was done."""
+        if self._looking == os.getpid():
+            return  # and looks again if others have written meanwhile
+        self._looking = os.getpid()
         try:
-            shrink(root, limit)
+            while self._look(root, limit) and self.enough(limit):
+                pass
+        finally:
+            self._looking = 0
+
+    def _look(self, root: Path, limit: int) -> bool:
+        written, self.written = self.written, 0
+        done = False
+        try:
+            done = shrink(root, limit) is not None
         except FileNotFoundError:
-            pass  # all of it was removed: it is small enough
-        except OSError:
-            self.written += written
-            raise
-        self._at, self._limit = time.monotonic(), limit
+            done = True  # all of it was removed: it is small enough
+        finally:
+            self.written += 0 if done else written
+        if done:
+            self._at, self._limit = time.monotonic(), limit
+        return done
 
 
 _looks: defaultdict[Path, _Looks] = defaultdict(_Looks)
@@ -151,11 +167,14 @@ class Writer:
         enough = self._looks.enough
         try:
             if enough(self._settings.size_limit) and time.monotonic() >= self._paused:
-                self._look()  # it failed the last time
+                self._look()  # it could not the last time
             if time.monotonic() >= self._paused:
                 taken = self._entry.write(first, data, count, sync=self._settings.sync)
                 self.written += taken
                 self._looks.written += taken
+        except FileNotFoundError:
+            # Who evicts was faster each time: as if this had been written, and evicted.
+            self.dropped += len(data) if data is not None else 0
         except OSError as error:
             self._failed(error)
         finally:
