@@ -115,7 +115,9 @@ async def main(folder: Path) -> None:
         )
         process.stdin.write(b"finish\n")
         await server.over()
-        print(f"restored: {server.stats.installed_bytes:,} bytes fetched, nobody is served any more")
+        print(
+            f"restored: {server.stats.installed_bytes:,} bytes fetched, nobody is served any more"
+        )
     process.stdin.write(b"look\n")
     (digest,) = await answer()
     right = digest.decode() == hashlib.sha256(contents).hexdigest()

@@ -402,11 +402,9 @@ def test_the_keeper_sleeps(server: PagerProcess) -> None:
 
         wait_until(lambda: (task / "wchan").read_text().strip() in _POLLING, "the keeper to sleep")
         before = switches()
-        for _ in range(5):
-            assert memory[:] == DATA
-            memory.discard(0, SIZE)
-            assert memory[:8] == bytes(8)
-            break
+        assert memory[:] == DATA
+        memory.discard(0, SIZE)
+        assert memory[:] == bytes(SIZE)
         assert switches() == before
         status = (task / "status").read_text()
     blocked = re.search(r"^SigBlk:\s(\w+)", status, re.MULTILINE)
@@ -454,7 +452,8 @@ def test_a_dead_server_is_a_pause(server: PagerProcess) -> None:
         for thread in threads:
             thread.join(20)
         assert len(found) == 4
-        assert memory.resumed == 1
+        # It may serve before the keeper has read its answer.
+        wait_until(lambda: memory.resumed == 1, "the keeper to note it")
         expected = bytearray(DATA)
         expected[:PAGE_SIZE] = b"w" * PAGE_SIZE
         for page in (1, 20):

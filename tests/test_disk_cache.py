@@ -739,6 +739,30 @@ async def test_a_disk_that_the_cache_has_filled(small_disk: Path) -> None:
     assert await cached_blocks(directory, DATA, key="last") > 0
 
 
+@pytest.mark.needs_root
+async def test_a_disk_that_cannot_be_written(
+    small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is on it is read, by root as well; nothing else goes wrong."""
+    directory = small_disk / "c"
+    async with opened(PlainSource(DATA), directory) as reader:
+        await reader.read(0, 50 * BLOCK)
+    remount = ["mount", "-o", "remount,ro", str(small_disk)]
+    await asyncio.to_thread(subprocess.run, remount, check=True)
+    inner = PlainSource(DATA)
+    async with opened(inner, directory) as reader:
+        assert reader.caching
+        assert await reader.read(0, len(DATA)) == DATA
+        assert reader.stats.hit_bytes == 50 * BLOCK
+        with pytest.raises(OSError, match="Read-only"):
+            clear(directory)
+        assert await reader.read(0, len(DATA)) == DATA
+    async with opened(PlainSource(DATA), directory, key="new") as reader:
+        assert await reader.read(0, len(DATA)) == DATA
+        assert not reader.caching
+    assert "Read-only" in caplog.text
+
+
 async def test_file_size_limit(tmp_path: Path) -> None:
     """The same from the kernel itself."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -865,7 +889,7 @@ async def test_looking_is_not_for_each_open(
     """It takes time for each file that there is."""
     looks = []
     monkeypatch.setattr(
-        "aiouffd.sources.cache.writer.shrink", lambda *arguments: looks.append(arguments)
+        "aiouffd.sources.cache.writer.shrink", lambda *arguments: looks.append(arguments) or 0
     )
     for name in range(20):
         async with opened(PlainSource(DATA), tmp_path, key=str(name)) as reader:
@@ -875,6 +899,14 @@ async def test_looking_is_not_for_each_open(
     async with opened(PlainSource(DATA), tmp_path, size_limit=1 << 30):
         pass
     assert len(looks) == 2
+    # And each time as long as another process is at it, for it may have looked too early.
+    monkeypatch.setattr(
+        "aiouffd.sources.cache.writer.shrink", lambda *arguments: looks.append(arguments)
+    )
+    async with opened(PlainSource(DATA), tmp_path, size_limit=100_000) as reader:
+        for offset in (0, 10 * BLOCK, 20 * BLOCK):
+            await reader.read(offset, 2 * BLOCK)
+    assert len(looks) >= 5
 
 
 async def test_what_cannot_be_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

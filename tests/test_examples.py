@@ -229,6 +229,18 @@ def test_microvm_sees_what_is_wrong(tmp_path: Path, place: Any, said: str) -> No
     assert said in outcome.stdout
 
 
+def test_criu_lazy_pages() -> None:
+    text = output_of("criu_lazy_pages.py")
+    assert "it runs: 3 pages touched, 2 faults, 131,072 of 2,097,152 bytes fetched" in text
+    assert "restored: 2,097,152 bytes fetched" in text
+    assert "its memory is as it was" in text
+
+
+def test_criu_lazy_pages_without_protobuf() -> None:
+    text = output_of("criu_lazy_pages.py", without="google.protobuf")
+    assert text == "skipped: reading CRIU's images needs protobuf (pip install aiouffd[criu])\n"
+
+
 # ---------------------------------------------------------- formats that users open
 
 

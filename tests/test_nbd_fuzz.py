@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import re
 import struct
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from typing import Any
 
 import pytest
 import uvloop
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from aiouffd.errors import AiouffdError
@@ -35,8 +36,10 @@ from tests.support import content
 CLEAN = (AiouffdError, FileNotFoundError)
 #: Of each test; a server that is started for each gets a fifth.
 EXAMPLES = int(os.environ.get("AIOUFFD_EXAMPLES", "150"))
-fuzz = settings(max_examples=EXAMPLES, deadline=None)
-slow_fuzz = settings(max_examples=max(1, EXAMPLES // 5), deadline=None)
+# Without shrinking, which takes longer than a test may.
+PHASES = [Phase.explicit, Phase.reuse, Phase.generate]
+fuzz = settings(max_examples=EXAMPLES, deadline=None, phases=PHASES)
+slow_fuzz = settings(fuzz, max_examples=max(1, EXAMPLES // 5))
 
 
 class Stream(bytes):
@@ -49,7 +52,7 @@ class Stream(bytes):
 def damaged(draw: Callable[[Any], Any], stream: bytes) -> bytes:
     """A few bytes are others, are missing, or are too many."""
     changed = bytearray(stream)
-    for _ in range(draw(st.integers(0, 3))):
+    for _ in range(draw(st.sampled_from([0, 0, 1, 1, 2]))):
         if not changed:
             break
         at = draw(st.integers(0, len(changed) - 1))
@@ -72,7 +75,7 @@ def damaged(draw: Callable[[Any], Any], stream: bytes) -> bytes:
 def rearranged(draw: Callable[[Any], Any], messages: list[Any]) -> list[Any]:
     """A message is lost, comes twice, or too early."""
     messages = list(messages)
-    for _ in range(draw(st.integers(0, 2))):
+    for _ in range(draw(st.sampled_from([0, 0, 1, 2]))):
         if not messages:
             break
         at = draw(st.integers(0, len(messages) - 1))
@@ -86,20 +89,38 @@ def rearranged(draw: Callable[[Any], Any], messages: list[Any]) -> list[Any]:
     return messages
 
 
+#: What messages begin with.
+MAGIC = re.compile(
+    b"|".join(
+        [
+            wire.OPTION_MAGIC,
+            wire.REPLY_MAGIC.to_bytes(8, "big"),
+            *(
+                number.to_bytes(4, "big")
+                for number in (wire.REQUEST_MAGIC, wire.SIMPLE_MAGIC, wire.STRUCTURED_MAGIC)
+            ),
+        ]
+    )
+)
+
+
 def pieces(draw: Callable[[Any], Any], stream: bytes) -> Iterator[bytes]:
-    """The stream in pieces."""
-    # Also as long as headers are, and headers with a little data, and a byte less or more.
-    known = st.sampled_from([1, 16, 20, 28, 36, 37, 38, 4123, 4124, 4125])
-    sizes = draw(st.lists(st.one_of(known, st.integers(1, 1 + len(stream))), max_size=12))
-    if draw(st.booleans()):
-        sizes = [1 + size % 40 for size in sizes]
-    for size in sizes:
-        yield stream[:size]
-        stream = stream[size:]
-    while stream:
-        size = draw(st.sampled_from([1, 7, 29, 5000, 1 << 20])) if len(stream) < 2000 else 1 << 20
-        yield stream[:size]
-        stream = stream[size:]
+    """The stream in pieces: of any size, of a few bytes, or around the ends of messages."""
+    how = draw(st.sampled_from(["any", "small", "messages"]))
+    if how == "messages":
+        # At the ends, a byte before or after them, or where headers end.
+        ends = [*(found.start() for found in MAGIC.finditer(stream)), len(stream)]
+        by = draw(st.sampled_from([-1, 0, 1, 16, 20, 28]))
+        cuts = {end + by for end in ends}
+    else:
+        most = 1 + (len(stream) if how == "any" else 40)
+        sizes = draw(st.lists(st.integers(1, most), max_size=16))
+        cuts = set(itertools.accumulate(sizes))
+    at = 0
+    for cut in sorted(cuts | {len(stream)}):
+        if at < cut <= len(stream):
+            yield stream[at:cut]
+            at = cut
 
 
 # --------------------------------------------------------------- what servers answer
@@ -235,20 +256,26 @@ def chunk(kind: int, cookie: int, payload: bytes, flags: int = 0) -> bytes:
     return wire.CHUNK.pack(wire.STRUCTURED_MAGIC, flags, kind, cookie, len(payload)) + payload
 
 
+#: What goes wrong with a stream of answers; most of what can happen, happens to one request.
+TROUBLES = [
+    "none", "none", "error", "error and data", "shift", "length", "all of it again",
+    "all after a part", "context", "extents", "bytes", "messages",
+]  # fmt: skip
+
+
 @st.composite
 def answers(draw: Any, structured: bool) -> bytes:
-    """All that was asked for, answered in some order, and then changed."""
+    """All that was asked for, answered in some order; mostly with something wrong."""
+    trouble, victim = draw(st.sampled_from(TROUBLES)), draw(st.sampled_from([*ASKED]))
     each: list[list[bytes]] = []
     for cookie, (command, offset, length) in ASKED.items():
-        if draw(st.integers(0, 9)) == 0:
+        mine = trouble if cookie == victim else "none"
+        if mine == "error":
             each.append([_error(draw, cookie, structured)])
         elif command == wire.CMD_READ:
-            each.append(_read(draw, cookie, offset, length, structured))
+            each.append(_read(draw, cookie, offset, length, structured, mine))
         elif command == wire.CMD_BLOCK_STATUS and structured:
-            count = draw(st.integers(1, 4))
-            extents = b"".join(wire.EXTENT.pack(1 << 17, n % 4) for n in range(count))
-            context = wire.U32.pack(draw(st.sampled_from([ALLOCATION] * 9 + [8])))
-            each.append([chunk(wire.CHUNK_BLOCK_STATUS, cookie, context + extents, 1)])
+            each.append(_extents(draw, cookie, trouble))
         elif command == wire.CMD_WRITE and structured and draw(st.booleans()):
             each.append([chunk(wire.CHUNK_NONE, cookie, b"", 1)])
         elif command == wire.CMD_WRITE:
@@ -257,49 +284,69 @@ def answers(draw: Any, structured: bool) -> bytes:
     while any(each):
         one = draw(st.sampled_from([parts for parts in each if parts]))
         messages.append(one.pop(0))
-    return Stream(damaged(draw, b"".join(rearranged(draw, messages))))
+    if trouble == "messages":
+        messages = rearranged(draw, messages)
+    stream = b"".join(messages)
+    return Stream(damaged(draw, stream) if trouble == "bytes" else stream)
 
 
 def _error(draw: Any, cookie: int, structured: bool) -> bytes:
-    number = draw(st.sampled_from([wire.EIO, wire.EPERM, 0, 4711]))
+    number = draw(st.sampled_from([wire.EIO, wire.EPERM, 0, 4711, (1 << 32) - 1]))
     if not structured or draw(st.booleans()):
         return wire.SIMPLE_REPLY.pack(wire.SIMPLE_MAGIC, number or 1, cookie)
     text = draw(st.binary(max_size=20))
     payload = wire.ERROR.pack(number, len(text)) + text
-    kind, more = draw(
-        st.sampled_from(
-            [(wire.CHUNK_ERROR, b""), (wire.CHUNK_ERROR_OFFSET, bytes(8)), (0x8077, b"x")]
-        )
-    )
+    kinds = [(wire.CHUNK_ERROR, b""), (wire.CHUNK_ERROR_OFFSET, bytes(8)), (0x8077, b"x")]
+    kind, more = draw(st.sampled_from(kinds))
     return chunk(kind, cookie, payload + more, 1)
 
 
-def _read(draw: Any, cookie: int, offset: int, length: int, structured: bool) -> list[bytes]:
+def _extents(draw: Any, cookie: int, trouble: str) -> list[bytes]:
+    count = draw(st.integers(1, 4))
+    extents = b"".join(wire.EXTENT.pack(1 << 17, n % 4) for n in range(count))
+    payload = wire.U32.pack(ALLOCATION + (trouble == "context")) + extents
+    if trouble != "extents":
+        return [chunk(wire.CHUNK_BLOCK_STATUS, cookie, payload, 1)]
+    wrong = [b"", payload[:4], payload[:-1], payload + bytes(8), payload + b"x"]
+    first = draw(st.sampled_from([*wrong, payload]))
+    return [
+        chunk(wire.CHUNK_BLOCK_STATUS, cookie, first),
+        chunk(wire.CHUNK_BLOCK_STATUS, cookie, payload, 1),
+    ]
+
+
+def _read(
+    draw: Any, cookie: int, offset: int, length: int, structured: bool, trouble: str
+) -> list[bytes]:
     if not structured:
         head = wire.SIMPLE_REPLY.pack(wire.SIMPLE_MAGIC, 0, cookie)
         return [head + BYTES[offset : offset + length]]
     cuts = draw(st.lists(st.integers(1, length - 1), max_size=4, unique=True))
     edges = [0, *sorted(cuts), length]
+    places = [(offset + start, stop - start) for start, stop in itertools.pairwise(edges)]
+    at = draw(st.integers(0, len(places) - 1))
+    start, count = places[at]
+    if trouble == "shift":
+        places[at] = start + draw(st.sampled_from([1, -1, length])), count
+    elif trouble == "length":
+        places[at] = start, count + draw(st.sampled_from([1, -1]))
     made = []
-    # Where a chunk says that it belongs, and how long it is, may be wrong by a little.
-    wrong = st.sampled_from([(0, 0)] * 9 + [(1, 0), (-1, 0), (0, 1), (0, -1), (length, 0), (-1, 1)])
-    for start, stop in itertools.pairwise(edges):
-        shift, longer = draw(wrong)
-        place = max(0, offset + start + shift)
-        if len(edges) > 2 and draw(st.integers(0, 3)) == 0:
-            made.append((wire.CHUNK_OFFSET_HOLE, wire.HOLE.pack(place, stop - start + longer)))
+    for start, count in places:
+        if len(places) > 1 and draw(st.integers(0, 3)) == 0:
+            made.append((wire.CHUNK_OFFSET_HOLE, wire.HOLE.pack(max(0, start), count)))
         else:
-            data = BYTES[offset + start : offset + stop + longer]
-            made.append((wire.CHUNK_OFFSET_DATA, wire.OFFSET.pack(place) + data))
+            data = BYTES[max(0, start) :][:count]
+            made.append((wire.CHUNK_OFFSET_DATA, wire.OFFSET.pack(max(0, start)) + data))
     made = draw(st.permutations(made))
-    more = draw(st.sampled_from(["nothing"] * 6 + ["an error", "all of it"]))
-    at = draw(st.integers(0, len(made)))
-    if more == "an error":
-        made.insert(at, (wire.CHUNK_ERROR, wire.ERROR.pack(wire.EIO, 0)))
-    elif more == "all of it":
-        data = wire.OFFSET.pack(offset) + BYTES[offset : offset + length]
-        made.insert(at, (wire.CHUNK_OFFSET_DATA, data))
-    if draw(st.booleans()):
+    error = (wire.CHUNK_ERROR, wire.ERROR.pack(wire.EIO, 0))
+    whole = (wire.CHUNK_OFFSET_DATA, wire.OFFSET.pack(offset) + BYTES[offset:][:length])
+    if trouble == "error and data":
+        made = draw(st.sampled_from([[error, whole], [error, *made], [*made, error]]))
+    elif trouble == "all of it again":
+        made.insert(at, whole)
+    elif trouble == "all after a part":
+        made = [made[0], whole]
+    elif draw(st.booleans()):
         made = [*made, (wire.CHUNK_NONE, b"")]
     last = len(made) - 1
     return [chunk(kind, cookie, data, int(at == last)) for at, (kind, data) in enumerate(made)]
@@ -497,18 +544,15 @@ def offers(draw: Any, tls: bool) -> bytes:
             messages.append(reply(wire.OPT_SET_META_CONTEXT, wire.REP_META_CONTEXT, number + name))
         kind = draw(st.sampled_from([wire.REP_ACK] * 3 + [wire.REP_ERR_UNSUP]))
         messages.append(reply(wire.OPT_SET_META_CONTEXT, kind))
-    export = wire.EXPORT.pack(draw(st.sampled_from([0, 1 << 20, 1 << 62, 1 << 63])), 1)
+    size = draw(st.sampled_from([1 << 20, 1 << 20, 0, (1 << 63) - 1, 1 << 63]))
+    export = wire.EXPORT.pack(size, 1)
     if draw(st.integers(0, 3)):
-        info = [
-            wire.U16.pack(wire.INFO_EXPORT) + export,
-            wire.BLOCK_SIZE_INFO.pack(
-                3, draw(st.sampled_from([1, 512, 3, 0, 65536, 1 << 17])), 4096, 1 << 20
-            ),
-            wire.U16.pack(wire.INFO_NAME) + b"name",
-        ]
-        kept = draw(st.lists(st.sampled_from(info), max_size=4))
-        messages += [reply(wire.OPT_GO, wire.REP_INFO, part) for part in kept]
-        messages.append(reply(wire.OPT_GO, draw(st.sampled_from([wire.REP_ACK] * 5)) or 0))
+        smallest = draw(st.sampled_from([1, 512, 512, 65536, 3, 0, 1 << 17]))
+        blocks = wire.BLOCK_SIZE_INFO.pack(3, smallest, 4096, draw(st.sampled_from([1 << 20, 256])))
+        info = [wire.U16.pack(wire.INFO_EXPORT) + export]
+        info += draw(st.lists(st.sampled_from([blocks, b"\0\1name", b"\0\0"]), max_size=2))
+        messages += [reply(wire.OPT_GO, wire.REP_INFO, part) for part in info]
+        messages.append(reply(wire.OPT_GO, wire.REP_ACK))
     else:
         messages.append(reply(wire.OPT_GO, draw(refused), b"why"))
         messages.append(export)
@@ -683,7 +727,12 @@ def _agree(stream: bytes, found: Agreed, tls: bool, required: bool) -> None:
 def wishes(draw: Any) -> bytes:
     name = st.sampled_from(["one", "two", "three", ""])
     options = []
-    for _ in range(draw(st.integers(1, 8))):
+    if draw(st.booleans()):
+        # What a client does that wants everything.
+        contexts = wire.string(draw(name)) + wire.U32.pack(1) + wire.string("base:allocation")
+        options.append(wire.option(wire.OPT_STRUCTURED_REPLY))
+        options.append(wire.option(wire.OPT_SET_META_CONTEXT, contexts))
+    for _ in range(draw(st.integers(0, 6))):
         option = draw(st.sampled_from([1, 2, 3, 5, 6, 7, 7, 8, 8, 9, 10, 10, 11, 99]))
         if option == 1:
             payload = draw(name).encode()
@@ -694,11 +743,14 @@ def wishes(draw: Any) -> bytes:
         elif option in (9, 10):
             known = st.sampled_from(["base:allocation", "base:", "x:y", ""])
             queries = draw(st.lists(known, max_size=3))
-            payload = wire.string(draw(name)) + wire.U32.pack(len(queries))
+            count = max(0, len(queries) + draw(st.sampled_from([0, 0, 0, 1, -1])))
+            payload = wire.string(draw(name)) + wire.U32.pack(count)
             payload += b"".join(map(wire.string, queries))
         else:
             payload = draw(st.sampled_from([b""] * 4 + [b"x"]))
         options.append(wire.option(option, payload))
+    go = wire.string(draw(name)) + wire.U16.pack(0)
+    options.append(wire.option(wire.OPT_GO, go))
     flags = wire.CLIENT_FLAGS.pack(draw(st.sampled_from([3, 3, 3, 1, 0])))
     end = draw(st.sampled_from([b"", b"rest"]))
     return Stream(damaged(draw, b"".join([flags, *rearranged(draw, options), end])))
@@ -788,7 +840,7 @@ def questions(draw: Any) -> bytes:
     for cookie in range(draw(st.integers(0, 12))):
         command = draw(st.sampled_from([0, 1, 1, 1, 3, 4, 6, 7, 99] + [2] * (cookie > 8)))
         small = st.integers(0, 9000)
-        length = draw(st.one_of(small, st.sampled_from([65536, 65537, 70_000, LIMIT])))
+        length = draw(st.one_of(small, st.sampled_from([65536, 65537, 70_000, LIMIT, LIMIT + 1])))
         head = request(command, 5, length, cookie=cookie, flags=draw(st.integers(0, 1)))
         messages.append(head + (PAYLOAD[:length] if command == 1 else b""))
     return Stream(damaged(draw, b"".join(rearranged(draw, messages))))
@@ -831,6 +883,28 @@ def test_requests(offer: Offer, data: st.DataObject) -> None:
             assert one.data == data_of_it
     if offer is READ_ONLY:
         assert all(one.error == wire.EPERM for one in writes)
+
+
+@pytest.mark.parametrize("step", [1, 27, 29, 1000, 4099, 65535])
+def test_small_ones_without_end(step: int) -> None:
+    """Buffers are used from one end to the other and then again, with something left each time."""
+    stream = b"".join(request(0, at, 8, cookie=at) for at in range(8000))
+    requests = Requests(EXPORT)
+    for at in range(0, len(stream), step):
+        requests.feed(stream[at : at + step])
+    assert [one.cookie for one in requests.ready] == list(range(8000))
+    replies = Replies(Export(1 << 20, 1, structured=True))
+    found = bytearray(64_000)
+    stream = b""
+    for cookie in range(8000):
+        part = memoryview(found)[cookie * 8 :][:8]
+        replies.requests[cookie] = Request(wire.CMD_READ, 5, 8, lambda _: None, target=part)
+        data = wire.OFFSET.pack(5) + BYTES[cookie * 8 :][:8]
+        stream += chunk(wire.CHUNK_OFFSET_DATA, cookie, data, 1)
+    for at in range(0, len(stream), step):
+        replies.feed(stream[at : at + step])
+    assert found == BYTES[:64_000]
+    assert not replies.busy
 
 
 # -------------------------------------------------------------------- a whole server

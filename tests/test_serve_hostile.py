@@ -110,12 +110,15 @@ async def test_who_has_moved_away_does_not_get_an_error(tmp_path: Path) -> None:
 class Asker:
     """Asks a store for blocks, and notes what comes."""
 
-    def __init__(self) -> None:
+    def __init__(self, expected: int = 0) -> None:
         self.share = Share()
         self.came: list[int] = []
+        self.expected, self.has_all = expected, asyncio.Event()
 
     def landed(self, store: BlockStore, block: int, data: memoryview | None) -> None:
         self.came.append(block)
+        if len(self.came) == self.expected:
+            self.has_all.set()
 
     def failed(self, store: BlockStore, block: int, error: BaseException) -> None:
         raise AssertionError(error)
@@ -125,7 +128,7 @@ async def test_a_queued_block_that_becomes_urgent_comes_for_all() -> None:
     gate, source = gated()
     store = BlockStore(source, block_size=PAGE)
     await store.open()
-    liked, urgent = Asker(), Asker()
+    liked, urgent = Asker(MAX_BACKGROUND + 3), Asker(2)
     for block in range(MAX_BACKGROUND):
         store.like(2 * block, 1, liked)
     store.like(100, 1, liked)
@@ -134,9 +137,9 @@ async def test_a_queued_block_that_becomes_urgent_comes_for_all() -> None:
         store.want(block, urgent)
     await asyncio.to_thread(gate.wait, MAX_BACKGROUND + 2)
     gate.open()
-    await asyncio.wait_for(asyncio.gather(*store._tasks), 5)
-    while store._tasks:
-        await asyncio.gather(*store._tasks)
+    async with asyncio.timeout(5):
+        await liked.has_all.wait()
+        await urgent.has_all.wait()
     assert sorted(urgent.came) == [100, 102]
     assert sorted(liked.came) == [*range(0, 2 * MAX_BACKGROUND, 2), 100, 102, 103]
     await store.aclose()

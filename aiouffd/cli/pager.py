@@ -76,6 +76,15 @@ def add_to(commands: Any) -> None:
     )
     criu.add_argument("--keep", action="store_true", help="serve one restore after the other")
     criu.add_argument(
+        "--block-size", type=size_argument, help="bytes fetched at a time (default: 64K)"
+    )
+    criu.add_argument(
+        "--deadline",
+        type=float,
+        metavar="SECONDS",
+        help="give up on a page after that (default: wait for as long as the source may recover)",
+    )
+    criu.add_argument(
         "--parent",
         metavar="DIR",
         action="append",
@@ -192,6 +201,8 @@ def _criu(parsed: argparse.Namespace) -> int:
                 page_server=parsed.page_server,
                 page_server_head=parsed.page_server_head,
                 options=dict(parsed.option),
+                block_size=parsed.block_size,
+                deadline=parsed.deadline,
                 ready=lambda server: print(server.path, flush=True),
             )
         )

@@ -940,7 +940,7 @@ static inline int aiouffd_return_(struct aiouffd_state_ *s, struct aiouffd_answe
 static inline int aiouffd_search_(struct aiouffd_state_ *s)
 {
 	uint64_t until = s->options.lost_ms > 0 ? aiouffd_until_(s->options.lost_ms) : 0;
-	uint64_t since = aiouffd_now_(), pause = 2, jitter = since ^ (uintptr_t)s ^ (uint64_t)getpid();
+	uint64_t since = aiouffd_now_(), pause, jitter = since ^ (uintptr_t)s ^ (uint64_t)getpid();
 	struct aiouffd_answer_ answer;
 	int result, told = 0;
 
@@ -966,11 +966,12 @@ static inline int aiouffd_search_(struct aiouffd_state_ *s)
 			aiouffd_say_(s, "the server is gone, who needs its pages waits", -result,
 				     answer.text);
 		}
-		/* Clients of one server spread out, or they would all knock at once. */
+		/* So an outage becomes an eighth longer at most.  And clients of one server spread out,
+		 * or they would all knock at once. */
+		pause = (aiouffd_now_() - since) / 16;
+		pause = pause < 1 ? 1 : pause > 250 ? 250 : pause;
 		jitter = jitter * UINT64_C(6364136223846793005) + 1442695040888963407u;
 		aiouffd_wait_(-1, 0, s->poke, aiouffd_until_((int)(pause + (jitter >> 33) % pause)));
-		if (pause < 256)
-			pause *= 2;
 	}
 	__atomic_fetch_add(&s->resumed, 1, __ATOMIC_SEQ_CST);
 	__atomic_store_n(&s->connected, 1, __ATOMIC_SEQ_CST);

@@ -7,6 +7,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -177,11 +178,15 @@ static void serve_stop(void)
 
 /* ------------------------------------------------------------ being served */
 
+static int receive_fd = -1;
+
 static void touches_all(void)
 {
 	uint8_t copy[PAGES * PAGE];
 	uint64_t where;
 
+	if (receive_fd >= 0)
+		CHECK_EQ(fcntl(receive_fd, F_GETFD), -1);
 	CHECK(au_region_inherited(bench.region) == AU_INHERITED_ALL_FAULTS);
 	CHECK_EQ(touch(bench.region, PAGE), pattern(PAGE));
 	CHECK_EQ(au_region_read(bench.region, 0, copy, sizeof copy, &where), 0);
@@ -195,6 +200,7 @@ static void children_are_served(void)
 
 	open_left(AU_KIND_ANONYMOUS, PAGES);
 	install_pattern(bench.region, 0, PAGE, &error);
+	receive_fd = au_children_fd();
 	descriptors = dup(0);
 	close(descriptors);
 	serve_start();
@@ -215,7 +221,7 @@ static void shared_memory_is_one(void)
 	open_left(AU_KIND_MEMFD, PAGES);
 	serve_start();
 	ends_well(fork_to(touches_all));
-	CHECK_EQ(atomic_load(&family.faults), PAGES);
+	EVENTUALLY(atomic_load(&family.faults) == PAGES);
 	ends_well(fork_to(touches_all));
 	serve_stop();
 	CHECK_EQ(atomic_load(&family.faults), PAGES);
@@ -405,8 +411,39 @@ static void letting_go_is_an_error(void)
 	child = receive_one();
 	CHECK_EQ(child.pid, pid);
 	CHECK_EQ(hear(), 'w');
-	/* Also who was heard already and got no answer. */
+	/* Also who was heard already and got no answer: here both of its threads. */
 	EVENTUALLY(au_abi_read(child.uffd, &message, 1) == 1);
+	EVENTUALLY(au_abi_read(child.uffd, &message, 1) == 1);
+	au_children_release(child.uffd, child.socket);
+	CHECK_EQ(hear(), 'e');
+	ends_well(pid);
+	bench_close(&bench);
+}
+
+static void closes_and_waits(void)
+{
+	int fd;
+
+	for (fd = 3; fd < 1024; fd++)
+		if (fd != talk[1])
+			close(fd);
+	waits_and_fails();
+}
+
+/* Our descriptor is then not the last one, whose end would make zeros. */
+static void letting_go_of_one_that_closed_everything(void)
+{
+	struct au_child child;
+	pid_t pid;
+	int error;
+
+	open_talk();
+	open_left(AU_KIND_ANONYMOUS, PAGES);
+	install_pattern(bench.region, 0, PAGE, &error);
+	pid = fork_to(closes_and_waits);
+	child = receive_one();
+	CHECK_EQ(hear(), 'w');
+	EVENTUALLY(readable(child.uffd));
 	au_children_release(child.uffd, child.socket);
 	CHECK_EQ(hear(), 'e');
 	ends_well(pid);
@@ -415,15 +452,22 @@ static void letting_go_is_an_error(void)
 
 /* A process with two children that wait: one that it serves, and has descriptors of when it makes the
  * other, which it has not heard of when it dies. */
+static void waits_fails_and_stays(void)
+{
+	waits_and_fails();
+	pause();
+}
+
 static void hangs_with_children(void)
 {
 	int error;
 
+	setpgid(0, 0);
 	open_left(AU_KIND_ANONYMOUS, PAGES);
 	install_pattern(bench.region, 0, PAGE, &error);
 	fork_to(waits_and_fails);
 	receive_one();
-	fork_to(waits_and_fails);
+	fork_to(waits_fails_and_stays);
 	for (;;)
 		pause();
 }
@@ -441,6 +485,7 @@ static void a_dead_server_is_an_error(void)
 	CHECK_EQ(waitpid(server, &status, 0), server);
 	CHECK_EQ(hear(), 'e');
 	CHECK_EQ(hear(), 'e');
+	kill(-server, SIGKILL);
 }
 
 static void execs_with_children(void)
@@ -451,7 +496,6 @@ static void execs_with_children(void)
 	install_pattern(bench.region, 0, PAGE, &error);
 	fork_to(waits_and_fails);
 	receive_one();
-	CHECK_EQ(hear(), 'w');
 	execl("/bin/sleep", "sleep", "10", (char *)NULL);
 }
 
@@ -462,6 +506,7 @@ static void a_server_that_becomes_another_program(void)
 
 	open_talk();
 	server = fork_to(execs_with_children);
+	CHECK_EQ(hear(), 'w');
 	CHECK_EQ(hear(), 'e');
 	CHECK_EQ(kill(server, SIGKILL), 0);
 	CHECK_EQ(waitpid(server, &status, 0), server);
@@ -544,12 +589,13 @@ static void is_alone(void)
 /* It closes the socket, and the number means something else when it has a child. */
 static void loses_its_server(void)
 {
-	int status, fd;
+	int status, fd, pair[2];
 	pid_t pid;
 
 	for (fd = 3; fd < 1024; fd++)
 		close(fd);
-	while ((fd = dup(0)) >= 0 && fd < 64)
+	CHECK_EQ(socketpair(AF_UNIX, SOCK_SEQPACKET, 0, pair), 0);
+	while ((fd = dup(pair[0])) >= 0 && fd < 64)
 		;
 	CHECK_EQ(touch(bench.region, 0), pattern(0));
 	pid = fork_to(is_alone);
@@ -576,6 +622,8 @@ const struct test inherit_tests[] = {
 	{ "inherit: hundreds of regions", all_regions_are_told, 0, NO_THREADS },
 	{ "inherit: a child with regions of its own", servers_of_two_generations, 0, NO_THREADS },
 	{ "inherit: errors once the server lets go", letting_go_is_an_error, 0, NO_THREADS },
+	{ "inherit: errors also for who closed everything", letting_go_of_one_that_closed_everything,
+	  0, NO_THREADS },
 	{ "inherit: errors once the server is dead", a_dead_server_is_an_error, 0, NO_THREADS },
 	{ "inherit: errors once it is another program", a_server_that_becomes_another_program, 0,
 	  NO_THREADS },

@@ -303,7 +303,12 @@ def main() -> int:
     os.close(let_go)
     if not specification.get("linger", True):
         return 0
-    failed = sum(bool(os.waitpid(pid, 0)[1]) for pid in processes)
+    failed = 0
+    for pid in processes:
+        _, status = os.waitpid(pid, 0)
+        failed += bool(status)
+        if os.WIFSIGNALED(status):
+            print(f"killed by {os.WTERMSIG(status)}")
     print(f"failed {failed}", flush=True)
     return int(bool(failed))
 

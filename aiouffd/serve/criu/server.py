@@ -48,7 +48,7 @@ class CriuServer:
     :param parents: images of the dumps that this one builds on, nearest first, where they are not
         found under the name ``parent``.
     :param page_server: ``host:port`` of the page server that has what ``criu dump --lazy-pages``
-        left to it, or a `PageServer`.
+        left to it, or a `PageServer`, which is closed at the end.
     :param page_server_head: see `PageServer`: 24 for a CRIU before 4.2.
     :param page_server_tls: an ssl.SSLContext.
     :param complete: bring everything once the restore is finished, and end with that.
