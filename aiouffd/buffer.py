@@ -668,8 +668,7 @@ class LazyBuffer:
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open" if self._region is not None else "not open"
-        name = self._given if isinstance(self._given, (str, Path)) else type(self._source).__name__
-        return f"<LazyBuffer {name} {self._size} bytes, {state}>"
+        return f"<LazyBuffer {self._name} {self._size} bytes, {state}>"
 
 
 def _drop(region: Region, pager: Pager) -> None:

@@ -417,6 +417,52 @@ def test_replies(structured: bool, data: st.DataObject) -> None:
             assert asked.requests[cookie].extents == expected.extents[cookie]
 
 
+def part_of(cookie: int, start: int, count: int, flags: int = 0) -> bytes:
+    """Bytes of a read, of which ``start`` counts from where the read begins."""
+    offset = ASKED[cookie][1] + start
+    return chunk(1, cookie, wire.OFFSET.pack(offset) + BYTES[offset:][:count], flags)
+
+
+FAILED = chunk(wire.CHUNK_ERROR, 5, wire.ERROR.pack(wire.EIO, 0))
+
+
+@pytest.mark.parametrize("step", [1, 27, 1 << 20])
+@pytest.mark.parametrize(
+    ("stream", "ended", "failed"),
+    [
+        (part_of(5, 0, 9, 1), {5: True}, False),
+        (part_of(5, 4, 5) + part_of(5, 0, 4, 1), {5: True}, False),
+        (part_of(5, 1, 9, 1), {}, True),
+        (part_of(5, -1, 9, 1), {}, True),
+        (part_of(5, 0, 10, 1), {}, True),
+        (part_of(5, 0, 8, 1), {}, True),
+        (part_of(5, 0, 0), {}, True),
+        # As many bytes as were asked for, but some of them twice.
+        (part_of(5, 4, 5) + part_of(5, 5, 4, 1), {}, True),
+        (part_of(5, 0, 5) + part_of(5, 0, 4, 1), {}, True),
+        (part_of(5, 0, 5) + part_of(5, 0, 9, 1), {}, True),
+        (FAILED + part_of(5, 0, 9, 1), {5: False}, False),
+        (part_of(5, 0, 9) + FAILED + chunk(0, 5, b"", 1), {5: False}, False),
+        (FAILED + FAILED + part_of(5, 0, 2, 1), {5: False}, False),
+        (part_of(2, 0, 4096, 1) + part_of(5, 0, 9, 1), {2: True, 5: True}, False),
+    ],
+)
+def test_known_replies(stream: bytes, ended: dict[int, bool], failed: bool, step: int) -> None:
+    """What is rare among random ones; and the second opinion is asked about them too."""
+    opinion = verdict(stream, structured=True)
+    assert (opinion.ended, opinion.failed) == (ended, failed)
+    asked = Asked(structured=True)
+    lied = False
+    try:
+        for at in range(0, len(stream), step):
+            asked.replies.feed(stream[at : at + step])
+    except NbdProtocolError:
+        lied = True
+    assert (asked.ended, lied) == (ended, failed)
+    for cookie, well in ended.items():
+        assert not well or asked.buffers[cookie] == opinion.buffers[cookie]
+
+
 def test_the_second_opinion_on_replies() -> None:
     """It knows right from wrong: it is what everything else is measured by."""
     read = chunk(wire.CHUNK_OFFSET_DATA, 5, wire.OFFSET.pack(70_000) + bytes(range(9)), 1)
@@ -586,6 +632,26 @@ def test_handshakes(tls: bool, data: st.DataObject) -> None:
         assert handshake.wants_tls == (expected == "tls")
         assert handshake.wants_tls or found == expected
     assert len(handshake.take()) < 1000
+
+
+def test_a_context_that_is_taken_back() -> None:
+    reply = wire.option_reply
+    name = wire.U32.pack(3) + b"base:allocation"
+    stream = b"".join(
+        [
+            wire.GREETING.pack(wire.MAGIC, wire.OPTION_MAGIC, 3),
+            reply(wire.OPT_STRUCTURED_REPLY, wire.REP_ACK),
+            reply(wire.OPT_SET_META_CONTEXT, wire.REP_META_CONTEXT, name),
+            reply(wire.OPT_SET_META_CONTEXT, wire.REP_ERR_POLICY),
+            reply(wire.OPT_GO, wire.REP_INFO, wire.EXPORT_INFO.pack(0, 5, 1)),
+            reply(wire.OPT_GO, wire.REP_ACK),
+        ]
+    )
+    assert offered(stream, False) == (5, 1, 1, True, None)
+    handshake = Handshake("name")
+    handshake.feed(stream)
+    assert handshake.export is not None
+    assert handshake.export.allocation is None
 
 
 # ------------------------------------------------------------- what clients ask for
@@ -806,6 +872,41 @@ def test_negotiations(data: st.DataObject, mode: tuple[bool, bool]) -> None:
         assert negotiation.allocation == (expected.context == expected.chosen)
 
 
+STRUCTURED = wire.option(wire.OPT_STRUCTURED_REPLY)
+CONTEXT = wire.string("one") + wire.U32.pack(1) + wire.string("base:allocation")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        wire.option(wire.OPT_SET_META_CONTEXT, CONTEXT),
+        STRUCTURED + wire.option(wire.OPT_SET_META_CONTEXT, CONTEXT),
+        STRUCTURED + wire.option(wire.OPT_SET_META_CONTEXT, CONTEXT + b"x"),
+        STRUCTURED + wire.option(wire.OPT_SET_META_CONTEXT, CONTEXT[:-1]),
+        STRUCTURED
+        + wire.option(wire.OPT_SET_META_CONTEXT, CONTEXT.replace(b"\0\0\0\1", b"\0\0\0\2")),
+        STRUCTURED
+        + wire.option(wire.OPT_LIST_META_CONTEXT, CONTEXT.replace(b"\0\0\0\1", b"\0\0\0\0")),
+        wire.option(99, bytes(65536)),
+        wire.option(99, bytes(65537)),
+        wire.option(wire.OPT_GO, wire.string("x" * 4097) + wire.U16.pack(0)),
+    ],
+)
+def test_known_options(options: bytes) -> None:
+    stream = GREETING_REST + options + wire.option(7, wire.string("one") + wire.U16.pack(0))
+    expected = agreed(stream, tls=False, required=False)
+    negotiation = Negotiation(NAMES)
+    negotiation.take()
+    try:
+        negotiation.feed(stream)
+    except NbdProtocolError:
+        assert expected.failed
+    else:
+        assert not expected.failed
+        assert spoken(negotiation.take(), "one", False) == expected.said
+        assert negotiation.allocation == (expected.context == "one")
+
+
 LIMIT = 300_000
 EXPORT = Offer(1 << 20, wire.FLAG_HAS_FLAGS | wire.FLAG_SEND_FUA, maximum=LIMIT)
 READ_ONLY = Offer(1 << 20, wire.FLAG_HAS_FLAGS | wire.FLAG_READ_ONLY)
@@ -905,6 +1006,17 @@ def test_small_ones_without_end(step: int) -> None:
         replies.feed(stream[at : at + step])
     assert found == BYTES[:64_000]
     assert not replies.busy
+
+
+def test_there_is_always_room_after_a_goodbye() -> None:
+    requests = Requests(EXPORT)
+    requests.feed(request(wire.CMD_READ, 0, 8) + request(wire.CMD_DISC))
+    assert requests.disconnected
+    for _ in range(5):
+        room = len(requests.get_buffer())
+        assert room
+        requests.received(room)
+    assert len(requests.ready) == 1
 
 
 # -------------------------------------------------------------------- a whole server

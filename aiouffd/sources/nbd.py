@@ -130,6 +130,11 @@ class NbdSource(BaseSource):
         return export.size
 
     @property
+    def cache_key(self) -> str:
+        """What names the export for a cache on disk; its version is for the user to vouch for."""
+        return str(self._address)
+
+    @property
     def writable(self) -> bool:
         """Whether `write` works."""
         return self._writable
