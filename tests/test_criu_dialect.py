@@ -10,7 +10,7 @@ import signal
 import socket
 import struct
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -519,8 +519,8 @@ async def test_the_socket_is_where_the_images_are(
 
 async def test_a_socket_that_was_left_behind(tmp_path: Path) -> None:
     written.write(tmp_path, written.dump(tree()))
-    with socket.socket(socket.AF_UNIX) as old:
-        old.bind(str(tmp_path / "lazy-pages.socket"))
+    with socket.socket(socket.AF_UNIX) as old, short(tmp_path / "lazy-pages.socket") as path:
+        old.bind(path)
     async with serving(tmp_path) as server:
         # A server that lives stays.
         with pytest.raises(OSError, match="in use"):
@@ -550,13 +550,24 @@ async def test_what_cannot_be_served_is_seen_at_once(tmp_path: Path) -> None:
 # ------------------------------------------------------------ streams made by hand
 
 
+@contextlib.contextmanager
+def short(path: Path) -> Iterator[str]:
+    """A name of a socket that fits into an address, however long the folder's is."""
+    folder = os.open(path.parent, os.O_PATH)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)
+
+
 class Peer:
     """A connection that says whatever a test likes."""
 
     def __init__(self, server: CriuServer) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self.socket.connect(str(server.path))
+            with short(server.path) as path:
+                self.socket.connect(path)
         except OSError:
             self.socket.close()
             raise
@@ -768,8 +779,8 @@ async def test_from_the_command_line(tmp_path: Path) -> None:
 async def test_a_failed_restore_from_the_command_line(tmp_path: Path) -> None:
     written.write(tmp_path, written.dump(tree()))
     async with pager("--images", str(tmp_path)) as process:
-        with socket.socket(socket.AF_UNIX) as peer:
-            peer.connect(str(tmp_path / "lazy-pages.socket"))
+        with socket.socket(socket.AF_UNIX) as peer, short(tmp_path / "lazy-pages.socket") as path:
+            peer.connect(path)
         async with asyncio.timeout(20):
             _, errors = await process.communicate()
         assert process.returncode == 1
