@@ -351,3 +351,23 @@ async def test_tls_handshakes_that_fail(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_a_request_that_always_ends_the_connection_fails(tmp_path: Path) -> None:
+    """It is not sent again for ever; the failure may pass, so a buffer asks again, with pauses."""
+    asked = 0
+
+    async def talk(server: Server, _number: int) -> None:
+        nonlocal asked
+        await server.begin()
+        await server.request()
+        asked += 1
+
+    async with (
+        speaking(tmp_path / "s", talk) as url,
+        opened(NbdSource(url, connections=1)) as source,
+    ):
+        with pytest.raises(SourceError, match="end instead of an answer") as caught:
+            await asyncio.wait_for(source.read(0, 4096), 20)
+        assert caught.value.transient
+        assert asked == 5

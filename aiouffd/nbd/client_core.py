@@ -265,7 +265,7 @@ class Request:
     """
 
     __slots__ = ("_carrier", "cancelled", "command", "data", "done", "error", "extents", "flags",
-                 "got", "length", "offset", "spans", "target")  # fmt: skip
+                 "got", "length", "lost", "offset", "spans", "target")  # fmt: skip
 
     def __init__(
         self,
@@ -286,6 +286,8 @@ class Request:
         self.data = data
         self.flags = flags
         self.cancelled = False
+        #: How many connections ended while they owed it an answer.
+        self.lost = 0
         self._carrier: Carrier | None = None
         self.got = 0
         self.error: SourceError | None = None

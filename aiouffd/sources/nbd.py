@@ -33,6 +33,8 @@ log = logging.getLogger("aiouffd")
 AREA, ASKS = 1 << 30, 64
 #: Requests that are gathered on one connection, in bytes, and how many bytes it may have under way.
 SMALL, GATHERED = 16 * 1024, 512 * 1024
+#: Connections that one request may lose before it has failed (transient).
+LOSSES = 4
 #: First and longest pause between two tries to connect, in seconds.
 PAUSE_FIRST, PAUSE_LONGEST = 0.02, 1.0
 
@@ -210,7 +212,14 @@ class NbdSource(BaseSource):
             return
         for request in requests:
             request.reset()
-            self._orphans.append(request)
+            request.lost += 1
+            if request.lost > LOSSES:
+                # It may be the reason. Whoever asks again does so after a pause.
+                request.finish(
+                    SourceError(f"{self._address}: connections end instead of an answer")
+                )
+            else:
+                self._orphans.append(request)
         log.info("%s: lost a connection, %d requests under way", self._address, len(requests))
         if self._live:
             self._adopt()
