@@ -356,3 +356,8 @@ def test_range_server(tmp_path: Path) -> None:
         assert ask(If_Match='"other"', Range="bytes=0-0")[0] == 412
         server.stdin.close()
         assert server.wait(LIMIT) == 0
+
+
+def test_page_server_for_a_program_in_c() -> None:
+    text = output_of("page_server.py")
+    assert text.startswith("skipped:") or ("as expected" in text and "4 MiB in 1024" in text)
