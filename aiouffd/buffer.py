@@ -441,10 +441,17 @@ class LazyBuffer:
             return -1
         if not sub:
             return start
-        native = self._touchable().check_touchable()
+        region = self._touchable()
         where, found = ffi.new("uint64_t *"), ffi.new("int64_t *")
+        # Not in a variable: the traceback of an error would keep the memory mapped.
         result = lib.au_region_find(
-            native, start, stop - start, ffi.from_buffer(sub), len(sub), where, found
+            region.check_touchable(),
+            start,
+            stop - start,
+            ffi.from_buffer(sub),
+            len(sub),
+            where,
+            found,
         )
         if result:
             self._raise_guarded(result, where[0])
