@@ -736,6 +736,7 @@ def run_c(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_the_header_compiles_everywhere() -> None:
     make("check")
@@ -751,6 +752,7 @@ def test_the_example(built: Callable[[str], str], server: PagerProcess) -> None:
     assert "there is no such socket" in done.stderr
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("program", ["vmm", "vmm-asan"])
 def test_memory_that_the_program_mapped(

@@ -492,6 +492,7 @@ def test_damaged_manifests(data: st.DataObject) -> None:
 # --------------------------------------------------------------------- torture
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("errors", ["hard", "soft"])
 def test_torture(loop_name: str, errors: str) -> None:
     found = result_of(

@@ -471,6 +471,7 @@ def test_addresses() -> None:
 # ------------------------------------------------------------------- a whole restore
 
 
+@pytest.mark.slow
 @HEADS
 async def test_a_restore_from_a_lazy_dump(tmp_path: Path, head: int) -> None:
     """Some pages are in the images, most are with the page server, which drops its connection."""

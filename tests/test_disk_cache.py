@@ -1118,6 +1118,7 @@ async def test_open_that_fails_can_be_tried_again(tmp_path: Path) -> None:
 # --------------------------------------------------------------------- torture
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("errors", ["hard", "soft"])
 def test_torture(loop_name: str, errors: str) -> None:
     found = result_of(torture.torture, loop_name, "cached", "anonymous", errors, 600, 5, limit=60.0)

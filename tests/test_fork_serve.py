@@ -79,6 +79,7 @@ def test_a_pool_that_blocks_the_loop(loop_name: str, kind: str) -> None:
     assert result_of(scenarios.by_pool_on_the_loop, loop_name, kind) == [True] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fork", ["serve", "drop"])
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_by_pickling(loop_name: str, method: str, fork: str, tmp_path: Path) -> None:
@@ -201,6 +202,7 @@ def test_a_child_that_is_joined_at_exit(loop_name: str) -> None:
 # -------------------------------------------------------------------- failures
 
 
+@pytest.mark.slow
 @kinds
 @pytest.mark.parametrize(
     ("how", "answer"),

@@ -51,6 +51,7 @@ NEEDED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", CLEAN.values(), ids=CLEAN)
 def test_clean_with_all_rules(scenario: Scenario) -> None:
     result = explore(scenario, Rules())
@@ -62,6 +63,7 @@ def test_every_rule_is_tried() -> None:
     assert set(NEEDED) == {field.name for field in fields(Rules)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", NEEDED)
 def test_broken_without_the_rule(rule: str) -> None:
     scenario, failure = NEEDED[rule]

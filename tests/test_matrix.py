@@ -75,6 +75,7 @@ def test_right_bytes(answers: Answers, loop: str, source: str, thread: str, way:
     judge(answers.of(loop, thread, source), way)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", matrix.WAYS)
 @pytest.mark.parametrize("storm", ["signals", "gc"])
 @pytest.mark.parametrize("thread", matrix.THREADS)

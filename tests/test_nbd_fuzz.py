@@ -378,6 +378,7 @@ class Asked:
         return done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structured", [True, False])
 @fuzz
 @given(st.data())

@@ -1,6 +1,9 @@
 """Runs all tests on every Python that has a virtual environment here, and the C tests.
 
-    python3 tools/run_tests.py [--only python|unprivileged|c] [-- PYTEST_ARGUMENT...]
+    python3 tools/run_tests.py [--only python|unprivileged|c] [--slow] [-- PYTEST_ARGUMENT...]
+
+Tests that are marked slow run on the default Python, with ``--slow`` on every one and as a user
+without rights too.
 
 The last line is ``N passed, N failed``; the exit status tells whether anything failed. Standard
 library only, because it runs outside the environments that it tests.
@@ -156,20 +159,22 @@ def pytest_job(name: str, start: list[str], report: Path, arguments: list[str]) 
     return Job(name, [*start, *arguments], lambda _status, _text: counts_of(report, name), again)
 
 
-def python_job(python: Path, arguments: list[str], folder: Path) -> Job:
+def python_job(python: Path, arguments: list[str], folder: Path, slow: bool) -> Job:
     name = python.parent.parent.name
     report = folder / f"{name}.xml"
     # A cache of its own: two Pythons would write the same one.
     start = [str(python), *PYTEST, "-o", f"cache_dir={folder / name}", f"--junitxml={report}"]
+    start += [] if slow else ["-m", "not slow"]
     return pytest_job(f"pytest in {name}", start, report, arguments)
 
 
-def unprivileged_job(python: Path, arguments: list[str], folder: Path) -> Job:
+def unprivileged_job(python: Path, arguments: list[str], folder: Path, slow: bool) -> Job:
     """Most of the same tests as a user without rights, but for those that need root."""
     name = python.parent.parent.name
     report = folder / f"{name}-unprivileged.xml"
     wrapper = str(ROOT / "tools" / "run_unprivileged.py")
-    start = [str(python), wrapper, str(report), "-m", "not needs_root"]
+    start = [str(python), wrapper, str(report), "-m"]
+    start += ["not needs_root" if slow else "not needs_root and not slow"]
     start += [f"--ignore=tests/test_{name}.py" for name in INDEPENDENT]
     return pytest_job(f"pytest in {name}, without privileges", start, report, arguments)
 
@@ -214,6 +219,7 @@ def run_lanes(jobs: list[Job]) -> dict[str, Result]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="run all tests")
     parser.add_argument("--only", choices=("python", "unprivileged", "c"))
+    parser.add_argument("--slow", action="store_true", help="slow tests on every Python")
     parser.add_argument("arguments", nargs="*", help="for pytest, after --")
     options = parser.parse_args()
     root = os.geteuid() == 0
@@ -224,11 +230,12 @@ def main() -> int:
             # One Python is enough for what depends on the user alone. The longest first.
             if options.only == "unprivileged" or (options.only is None and number == 0):
                 if root:
-                    jobs.append(unprivileged_job(python, options.arguments, folder))
+                    jobs.append(unprivileged_job(python, options.arguments, folder, options.slow))
                 elif options.only:
                     print("this user is unprivileged already: the other tests do it")
             if options.only in (None, "python"):
-                jobs.append(python_job(python, options.arguments, folder))
+                slow = options.slow or number == 0
+                jobs.append(python_job(python, options.arguments, folder, slow))
         if options.only in (None, "c"):
             jobs += [c_job(target) for target in C_TARGETS]
         found = run_lanes(jobs)
