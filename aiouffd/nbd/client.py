@@ -237,11 +237,6 @@ class Connection(asyncio.BufferedProtocol):
         if self._watch is None:
             self._watch = self._loop.call_later(self._timeout, self._look)
 
-    @property
-    def gathers(self) -> bool:
-        """Whether something waits to be sent, with which more can go."""
-        return self._flushing and not self.lost
-
     def _flush(self) -> None:
         self._flushing = False
         out, self._out = self._out, []

@@ -31,8 +31,8 @@ log = logging.getLogger("aiouffd")
 
 #: Bytes whose extents are asked for at a time, and how often for one such area.
 AREA, ASKS = 1 << 30, 64
-#: Requests that are gathered on one connection, in bytes, and how many bytes it may have under way.
-SMALL, GATHERED = 16 * 1024, 512 * 1024
+#: Bytes up to which a request is small, and how many connections such ones use.
+SMALL, FEW = 16 * 1024, 2
 #: Connections that one request may lose before it has failed (transient).
 LOSSES = 4
 #: First and longest pause between two tries to connect, in seconds.
@@ -96,7 +96,6 @@ class NbdSource(BaseSource):
         self._expected: Export | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._live: list[Connection] = []
-        self._gathering: Connection | None = None
         self._orphans: deque[Request] = deque()
         self._connecting: asyncio.Task[None] | None = None
         self._growing: asyncio.Task[None] | None = None
@@ -336,20 +335,13 @@ class NbdSource(BaseSource):
     # ------------------------------------------------------------------- reads
 
     def _submit(self, request: Request) -> None:
-        """On the connection that has least to do; but what is small goes with what is about to
-        be sent anyway, so that the faults of one wake-up are one send."""
-        best = self._gathering
-        if (
-            best is None
-            or not best.gathers
-            or request.length > SMALL
-            or best.outstanding > GATHERED
-        ):
-            best = self._live[0]
-            for connection in self._live:
-                if connection.outstanding < best.outstanding:
-                    best = connection
-            self._gathering = best
+        """On the connection that has least to do. What is small keeps to a few of them: the faults
+        of one wake-up are then few sends, and their answers few receives."""
+        live = self._live
+        best = live[0]
+        for connection in live[:FEW] if request.length <= SMALL else live:
+            if connection.outstanding < best.outstanding:
+                best = connection
         request.carried_by(best)
         best.submit(request)
 

@@ -209,18 +209,18 @@ async def _use_pickled(buffer: aiouffd.LazyBuffer) -> str:
         return str(await asyncio.to_thread(TOUCHES["struct"], view, 5 * PAGE_SIZE))
 
 
-def _worker_opens(module: str, buffer: Any) -> str:
+def _worker_opens(module: str, buffer: Any) -> tuple[str, str]:
     """In a worker that has the buffer by pickling, so one of its own."""
     if isinstance(buffer, aiouffd.sync.SyncBuffer):
         with buffer:
-            return str(TOUCHES["struct"](buffer.view, 5 * PAGE_SIZE))
+            return str(TOUCHES["struct"](buffer.view, 5 * PAGE_SIZE)), buffer._buffer._fork
     factory = __import__(module).new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:
-        return str(runner.run(_use_pickled(buffer)))
+        return str(runner.run(_use_pickled(buffer))), buffer._fork
 
 
-def by_pickling(new_loop: NewLoop, method: str, path: str, fork: str) -> list[bool]:
-    """Workers that are not forked from here get the buffer opened anew."""
+def by_pickling(new_loop: NewLoop, method: str, path: str, fork: str) -> list[Any]:
+    """Workers that are not forked from here get the buffer opened anew, with its settings."""
     module = new_loop.__module__.split(".")[0]
 
     async def opening() -> aiouffd.LazyBuffer:
@@ -235,7 +235,7 @@ def by_pickling(new_loop: NewLoop, method: str, path: str, fork: str) -> list[bo
                 pool.close()
                 pool.join()
         on(loop, buffer.aclose())
-    return [answer == str(word(5 * PAGE_SIZE)) for answer in answers]
+    return [answer == (str(word(5 * PAGE_SIZE)), fork) for answer in answers]
 
 
 def sync_buffer(_: NewLoop, kind: str) -> list[Any]:
@@ -274,19 +274,38 @@ def other_sources(new_loop: NewLoop, path: str, kind: str) -> list[Any]:
 
 
 def with_readahead(new_loop: NewLoop, kind: str) -> dict[str, Any]:
-    """A child that reads in order is read ahead of, and two children cost one fetch."""
+    """A child that reads in order is read ahead of, one with readahead=0 is not; and two
+    children cost one fetch."""
     data = content(SIZE * 16)
-    gate = Gate(data)
-    with opened(new_loop, gate, kind=kind, readahead=SIZE * 4) as buffer:
-        first = in_child(lambda: bytes(buffer.view) == data)
-        fetched = buffer.stats.fetched_bytes
-        second = in_child(lambda: bytes(buffer.view) == data)
-        stats = buffer.stats
-    return {
-        "children": [first, second],
-        "once": fetched == stats.fetched_bytes == len(data),
-        "flights": stats.flights,
-    }
+    touched = 8
+
+    def begins(buffer: aiouffd.LazyBuffer) -> bool:
+        # Byte by byte, so that it faults on one block after the other.
+        return all(buffer.view[at] == data[at] for at in range(0, touched * BLOCK, BLOCK))
+
+    found: dict[str, Any] = {}
+    with opened(new_loop, Gate(data), kind=kind) as buffer:
+        assert in_child(lambda: begins(buffer))
+        wait_until(lambda: buffer.stats.children == 0, "the child to be forgotten")
+        found["without"] = buffer.stats.fetched_bytes // BLOCK
+    with opened(new_loop, Gate(data), kind=kind, readahead=SIZE * 4) as buffer:
+        gone = os.pipe()
+
+        def stays() -> bool:
+            os.close(gone[1])
+            whole = begins(buffer)
+            os.read(gone[0], 1)  # until the parent has seen what came ahead
+            return whole
+
+        child = Fork(stays)
+        wait_until(lambda: buffer.stats.fetched_bytes > touched * BLOCK, "blocks ahead")
+        os.close(gone[1])
+        os.close(gone[0])
+        found["ahead"] = child.answer()
+        whole = [in_child(lambda: bytes(buffer.view) == data) for _ in range(2)]
+        found["children"] = whole
+        found["once"] = buffer.stats.fetched_bytes == len(data)
+    return found
 
 
 def huge_pages(new_loop: NewLoop, kind: str, size: int) -> dict[str, Any]:
