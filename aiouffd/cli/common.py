@@ -17,6 +17,8 @@ from ..sources.base import Source, aclose_source, open_source
 from ..sources.compose import RetrySource
 
 __all__ = [
+    "add_cache_argument",
+    "add_option_argument",
     "add_source_arguments",
     "console_for",
     "error_text",
@@ -66,9 +68,8 @@ def option_argument(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def add_source_arguments(parser: argparse.ArgumentParser) -> None:
-    """SOURCE and the options that say how to read it."""
-    parser.add_argument("source", metavar="SOURCE", help="a path or a URL")
+def add_option_argument(parser: argparse.ArgumentParser, what: str = "the source") -> None:
+    """``-o NAME=VALUE``: keywords of ``what``."""
     parser.add_argument(
         "-o",
         "--option",
@@ -76,15 +77,12 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="a keyword of the source; VALUE is JSON or text (may be repeated)",
+        help=f"a keyword of {what}; VALUE is JSON or text (may be repeated)",
     )
-    parser.add_argument(
-        "--patience",
-        type=float,
-        default=60.0,
-        metavar="SECONDS",
-        help="how long to try again when the source fails for a while (default: 60)",
-    )
+
+
+def add_cache_argument(parser: argparse.ArgumentParser) -> None:
+    """``--cache``: on disk, in a folder or in the usual one."""
     parser.add_argument(
         "--cache",
         nargs="?",
@@ -92,6 +90,20 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIRECTORY",
         help="keep what is read on disk, and read from there what is (default: the user's cache)",
     )
+
+
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """SOURCE and the options that say how to read it."""
+    parser.add_argument("source", metavar="SOURCE", help="a path or a URL")
+    add_option_argument(parser)
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="how long to try again when the source fails for a while (default: 60)",
+    )
+    add_cache_argument(parser)
 
 
 def source_of(parsed: argparse.Namespace, **options: Any) -> Source:

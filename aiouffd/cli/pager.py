@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from .common import human, option_argument, run, size_argument
+from .common import add_cache_argument, add_option_argument, human, run, size_argument
 
 if TYPE_CHECKING:
     from ..serve import Client, Server
@@ -103,15 +103,7 @@ def add_to(commands: Any) -> None:
         default=32,
         help="bytes in the page server's structures: 32 since CRIU 4.2, 24 before",
     )
-    criu.add_argument(
-        "-o",
-        "--option",
-        type=option_argument,
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="a keyword of the images' sources; VALUE is JSON or text (may be repeated)",
-    )
+    add_option_argument(criu, "the images' sources")
     criu.set_defaults(run=_criu)
 
 
@@ -131,15 +123,7 @@ def _add_socket(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_serving(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-o",
-        "--option",
-        type=option_argument,
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="a keyword of the source; VALUE is JSON or text (may be repeated)",
-    )
+    add_option_argument(parser)
     parser.add_argument(
         "--block-size", type=size_argument, help="bytes fetched at a time (default: 64K)"
     )
@@ -156,13 +140,7 @@ def _add_serving(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--record", metavar="FILE", help="save what the first client needs as a working set"
     )
-    parser.add_argument(
-        "--cache",
-        nargs="?",
-        const=True,
-        metavar="DIRECTORY",
-        help="keep what is read on disk, and read from there what is (default: the user's cache)",
-    )
+    add_cache_argument(parser)
 
 
 def _mode(text: str) -> int:
