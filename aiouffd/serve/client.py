@@ -108,6 +108,7 @@ class Client:
         overlapping, past the end of their object, or more than the server's limits allow.
         """
         try:
+            self.server.reactor.give_way()
             if self._ending:
                 raise ClosedError(f"{self!r} has ended")
             areas_map = self._checked(areas, page_size)

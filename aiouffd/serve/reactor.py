@@ -54,6 +54,8 @@ class Reactor:
         self._served: dict[int, Served] = {}
         # How much those have had who are served just now.
         self._level = 0.0
+        self._last = 0.0
+        self._turning = False
 
     def add(self, served: Served) -> None:
         """Look after ``served`` from now on. Raises OSError."""
@@ -67,7 +69,26 @@ class Reactor:
             with contextlib.suppress(OSError):
                 self._epoll.unregister(fd)
 
+    def give_way(self) -> None:
+        """Serve who waits, if it has been a while: before work on which no thread waits.
+
+        Many clients that come at once are taken in within one turn of the loop; without this,
+        those that are there already would wait for all of them.
+        """
+        if self._turning or self._epoll.closed:
+            return
+        if time.perf_counter() - self._last > TURN:
+            self._turn()
+
     def _turn(self) -> None:
+        self._turning = True
+        try:
+            self._serve_ready()
+        finally:
+            self._turning = False
+            self._last = time.perf_counter()
+
+    def _serve_ready(self) -> None:
         ready = self._epoll.poll(0)
         if len(ready) <= 1:
             for fd, events in ready:

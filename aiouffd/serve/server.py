@@ -327,6 +327,7 @@ class Server:
             self._loop.add_reader(self._listening.fileno(), self._accept)
 
     def _welcome(self, connection: socket.socket) -> None:
+        self.reactor.give_way()
         peer = Peer.of(connection)
         try:
             welcome = len(self.clients) < self._max_clients and self._allow(peer)

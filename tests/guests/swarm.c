@@ -5,14 +5,16 @@
  * Each process maps REGIONS areas of PAGES pages that show an object from its start, one after the
  * other, hands its userfaultfd over at PATH in the tests' plain dialect, and touches all of its
  * pages in random order, comparing each with what has to be there: the word at byte n of
- * the object is n / 8 + 1.  The first process is the quiet one: it waits QUIET_US
- * microseconds before each touch, and prints how long its touches took; the others (none if BUSY
- * is 0) go as fast as they can, or pause between touches for a random time of PAUSE_US on average,
- * over and over in new memory, until it is done.  Without a pause each round is finished.  Exit status 0 if every byte was right.
+ * the object is n / 8 + 1.  The first process is the quiet one: it begins when all others are
+ * served, waits QUIET_US microseconds before each touch, and prints how long its touches took.  The
+ * others (none if BUSY is 0) go as fast as they can, or pause between touches for a random time of
+ * PAUSE_US on average, over and over in new memory, until it is done.  Without a pause each round
+ * is finished.  Exit status 0 if every byte was right.
  */
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -35,7 +37,10 @@ struct area {
 
 static const char *path;
 static uint64_t regions, pages;
-static volatile int *done; /* shared: the quiet one has finished */
+static int others;
+/* Shared by all: the quiet one has finished, and how many of the others are there. */
+static volatile int *done;
+static atomic_int *there;
 
 static void die(const char *what)
 {
@@ -129,6 +134,13 @@ static void live(uint64_t seed, unsigned pause, unsigned about, uint64_t *times)
 			die("UFFDIO_REGISTER");
 	}
 	connection = hand_over(uffd, areas);
+	if (!times)
+		atomic_fetch_add(there, 1);
+	for (index = 0; times && atomic_load(there) < others; index++) {
+		if (index == 60000)
+			die("waiting for the others");
+		usleep(1000);
+	}
 	for (index = 0; index < total; index++)
 		order[index] = index;
 	for (index = total - 1; index > 0; index--) {
@@ -190,6 +202,8 @@ int main(int argc, char **argv)
 		return 64;
 	total = regions * pages;
 	done = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	there = (atomic_int *)(done + 1);
+	others = busy ? (int)processes - 1 : 0;
 	times = mmap(NULL, (total + 1) * sizeof *times, PROT_READ | PROT_WRITE,
 		     MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	for (index = 0; index < (busy ? processes : 1); index++) {
