@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import xml.etree.ElementTree as ET
 from collections import deque
 from collections.abc import Callable
@@ -61,9 +62,11 @@ class Result:
     failed: int = 0
     skipped: int = 0
     note: str = ""
+    seconds: float = 0.0
 
     def __str__(self) -> str:
         text = f"{self.name}: {self.passed} passed, {self.failed} failed, {self.skipped} skipped"
+        text += f", {self.seconds:.0f} s"
         return f"{text} ({self.note})" if self.note else text
 
 
@@ -85,6 +88,7 @@ class Job:
 
     def run(self, command: list[str] | None = None, name: str = "") -> Result:
         """Its output goes to a file first: those of two lanes would mix."""
+        start = time.monotonic()
         with tempfile.TemporaryFile("w+", errors="replace") as output:
             status = subprocess.run(
                 ["timeout", "-k", "10", str(LIMIT), *(command or self.command)],
@@ -99,6 +103,7 @@ class Job:
         with PRINTING:
             print(f"\n== {name or self.name}\n{text}", end="", flush=True)
         result = self.read(status, text)
+        result.seconds = time.monotonic() - start
         if status and not result.failed:
             result.failed = 1
             result.note = "no answer in time" if status in (124, 137) else f"exit status {status}"
@@ -114,7 +119,10 @@ class Job:
         second = self.run(command, f"{self.name}, what failed once more")
         rescued = max(first.failed - second.failed, 0)
         note = f"{rescued} passed only when run again" if rescued else second.note
-        return Result(self.name, first.passed + rescued, second.failed, first.skipped, note)
+        seconds = first.seconds + second.seconds
+        return Result(
+            self.name, first.passed + rescued, second.failed, first.skipped, note, seconds
+        )
 
 
 def counts_of(report: Path, name: str) -> Result:

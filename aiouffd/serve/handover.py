@@ -6,8 +6,8 @@ connection, its pidfd, its descriptors, and what is known of its pages. Both hav
 The successor says that it is ready, and if it does not, the old one goes on. The old one says
 that it lets go, and never serves again; only then does the successor begin. One that hears nothing
 does not know whether the old one has given up waiting and goes on: it begins if that process is
-dead, and gives up if not. So nobody fills pages in between, and never do two: a page that the
-process removes must be filled by the one who has read of it.
+dead, with as many clients as have come, and gives up if not. So nobody fills pages in between, and
+never do two: a page that the process removes must be filled by the one who has read of it.
 
 Clients whose dialect connects again by itself (``Client.reconnects``) are simply let go: they
 find the successor at the same path.
@@ -283,29 +283,44 @@ async def take_over(server: Server) -> socket.socket | None:
     returned. None if nobody is there.
 
     Raises SourceChangedError when this server's object is not what the clients' memory shows, and
-    PeerError when the other one does not keep to the protocol; it then goes on.
+    PeerError when the other one does not keep to the protocol, or gives up; it then goes on. If it
+    dies in the middle, the clients that it has given are served, and None may be returned.
     """
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         connection.connect(str(handover_path(server.path)))
     except (FileNotFoundError, ConnectionRefusedError):
         connection.close()
         return None
+    except BlockingIOError:
+        connection.close()
+        raise PeerError(f"others wait to take over from the server at {server.path}") from None
+    except BaseException:
+        connection.close()
+        raise
     channel = Channel(connection, Peer.of(connection))
     clients: list[Client] = []
     listening: socket.socket | None = None
     try:
-        async with asyncio.timeout(2 * PATIENCE):
-            await channel.send(HELLO)
-            head, fds = await _receive(channel)
-            if fds:
-                listening = socket.socket(fileno=fds[0])
-            for _ in range(head["clients"]):
-                item, fds = await _receive(channel)
-                if item is not None:
-                    clients.append(await _restore(server, item, fds))
-            await channel.send(READY)
-        await _until_ours(channel)
+        try:
+            async with asyncio.timeout(2 * PATIENCE):
+                await channel.send(HELLO)
+                head, fds = await _receive(channel)
+                if fds:
+                    listening = socket.socket(fileno=fds[0])
+                for _ in range(head["clients"]):
+                    item, fds = await _receive(channel)
+                    if item is not None:
+                        clients.append(await _restore(server, item, fds))
+                await channel.send(READY)
+            await _until_ours(channel)
+        except PeerError as error:
+            # It had stopped before it sent anything, so what we have of it is served by nobody.
+            if not await _is_dead(channel.peer):
+                raise
+            log.warning(
+                "the other server died, and %d of its clients are served: %s", len(clients), error
+            )
         for client in clients:
             client.start_all()
         return listening
@@ -336,28 +351,29 @@ def _say(channel: Channel, word: bytes) -> bool:
 
 
 async def _until_ours(channel: Channel) -> None:
-    """Until the other server has let go, or is dead. Raises PeerError if it goes on."""
+    """Until the other server has let go. Raises PeerError if it is dead, or goes on."""
     try:
-        try:
-            async with asyncio.timeout(PATIENCE):
-                said, _ = await channel.recv_exactly(len(YOURS))
-        except TimeoutError:
-            # From here on it cannot be said any more. Perhaps it just was.
-            with socket.socket(fileno=os.dup(channel.fileno())) as same:
-                same.shutdown(socket.SHUT_RDWR)
+        async with asyncio.timeout(PATIENCE):
             said, _ = await channel.recv_exactly(len(YOURS))
-        if said == YOURS:
-            return
-    except PeerError:
-        # It is dead, or dying, or has given up waiting.
-        dead = asyncio.Event()
-        channel.peer.watch(dead.set)
-        try:
-            await asyncio.wait_for(dead.wait(), DYING)
-            return
-        except TimeoutError:
-            pass
-    raise PeerError("the other server has not let go in time, and goes on")
+    except TimeoutError:
+        # From here on it cannot be said any more. Perhaps it just was.
+        with socket.socket(fileno=os.dup(channel.fileno())) as same:
+            same.shutdown(socket.SHUT_RDWR)
+        said, _ = await channel.recv_exactly(len(YOURS))
+    if said != YOURS:
+        raise PeerError("the other server has not let go in time, and goes on")
+
+
+async def _is_dead(peer: Peer) -> bool:
+    """Whether the other server's process has ended. It may be just about to: its connections are
+    closed before that is told."""
+    dead = asyncio.Event()
+    peer.watch(dead.set)
+    try:
+        await asyncio.wait_for(dead.wait(), DYING)
+    except TimeoutError:
+        return False
+    return True
 
 
 def check_same_object(what: str, size: int, version: str | None, other: dict[str, Any]) -> None:
