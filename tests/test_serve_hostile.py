@@ -25,8 +25,9 @@ from aiouffd.serve import Area, handover
 from aiouffd.serve.areas import REMOVED, AreaMap
 from aiouffd.serve.blocks import MAX_BACKGROUND, BlockStore
 from aiouffd.serve.reactor import Share
+from tests.faulty import free_huge_pages, huge_pages
 from tests.guests import PlainDialect, guest
-from tests.support import Gate, word
+from tests.support import Gate, content, word
 from tests.test_serve import ALL, DATA, PAGE, PAGES, serving, until
 from tests.test_serve_swarm import server as server_process
 
@@ -349,6 +350,34 @@ def test_events_of_pages_that_are_not_huge(data: st.DataObject) -> None:
             assert not (area.start | area.length | area.offset) % HUGE
             assert area.states is not None
             assert len(area.states) == area.length // HUGE
+
+
+@pytest.mark.hugetlb
+async def test_no_huge_page_is_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The kernel says of a page that it exists where it has none to give. Whoever waits for it
+    waits on, and is told of; once there is a page again it comes with the right bytes."""
+    dialect = PlainDialect(page_size=HUGE)
+    with huge_pages(2):
+        count = free_huge_pages() or 0
+        assert count >= 2
+        data = content((count + 2) * HUGE)
+        async with (
+            serving(tmp_path, data, dialect=dialect, block_size=HUGE) as (server, _),
+            guest(tmp_path / "s", count + 2, page_size=HUGE, noreserve=True) as one,
+        ):
+            assert await one.ask("words", list(range(count))) == [
+                word(page * HUGE) for page in range(count)
+            ]
+            last = [one.tell("word", page) for page in (count, count + 1)]
+            await until(lambda: "no huge pages are left" in caplog.text)
+            assert not any(touch.done() for touch in last)
+            await one.ask("drop", 0, 2)
+            assert await asyncio.gather(*last) == [word(count * HUGE), word((count + 1) * HUGE)]
+            # What was dropped reads zero as soon as there is a page for it.
+            dropped = one.tell("word", 0)
+            await one.ask("drop", count, 1)
+            assert await dropped == 0
+            assert server.stats.poisoned_pages == 0
 
 
 async def test_an_error_of_ours_in_one_client_spares_the_others(

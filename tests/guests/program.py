@@ -46,6 +46,7 @@ class Program:
         self.page = options.get("page_size", PAGE)
         self.length = pages * self.page
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (0x40000 if self.page != PAGE else 0)
+        flags |= 0x4000 if options.get("noreserve") else 0
         # With more room than that it can begin at a multiple of `align`.
         align = options.get("align", self.page)
         base = check(libc.mmap(None, self.length + align - self.page, 3, flags, -1, 0))
