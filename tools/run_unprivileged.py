@@ -4,7 +4,7 @@
 
 Such a user gets user-mode-only userfaultfds, which is what most containers give. A checkout,
 and even the interpreter, may lie where that user cannot read, so everything that is needed is
-copied to a temporary folder first.
+copied to a temporary folder first, what was compiled included: the tests start many interpreters.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ COPIED = ("aiouffd", "tests", "examples", "benchmarks", "tools", "native", "docs
 COPIED += ("Makefile", "pyproject.toml", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md")
 # Tools that no test imports, and torch: a gigabyte for one test, which can do without.
 UNUSED = shutil.ignore_patterns(
-    *("__pycache__", "aiouffd.pth", "mypy*", "ruff*", "pip*", "torch", "torch-*", "*.a", "*.o")
+    *("aiouffd.pth", "mypy*", "ruff*", "pip*", "torch", "torch-*", "*.a", "*.o")
 )
 
 
@@ -54,7 +54,7 @@ def copy_interpreter(folder: Path, environment: dict[str, str]) -> str:
     shutil.copytree(
         base / "lib" / version,
         folder / "lib" / version,
-        ignore=shutil.ignore_patterns("site-packages", "__pycache__", "test", "idlelib", "*.a"),
+        ignore=shutil.ignore_patterns("site-packages", "test", "idlelib", "*.a"),
     )
     for library in (base / "lib").glob("libpython*.so*"):
         shutil.copy2(library, folder / "lib" / library.name)
@@ -86,9 +86,7 @@ def main() -> int:
         for name in COPIED:
             path = ROOT / name
             if path.is_dir():
-                shutil.copytree(
-                    path, project / name, ignore=shutil.ignore_patterns("__pycache__", "*.o")
-                )
+                shutil.copytree(path, project / name, ignore=shutil.ignore_patterns("*.o"))
             elif path.exists():
                 shutil.copy2(path, project / name)
         home.mkdir()

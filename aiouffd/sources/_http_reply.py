@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC
-from email.utils import parsedate_to_datetime
 
 from ..errors import (
     RangeNotSupportedError,
@@ -131,6 +130,9 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def _timestamp(value: str) -> float | None:
+    # Not at the top: only replies of some servers need it, and importing it takes long.
+    from email.utils import parsedate_to_datetime
+
     try:
         date = parsedate_to_datetime(value)
         if date.tzinfo is None:

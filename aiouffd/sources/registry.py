@@ -17,11 +17,13 @@ import importlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedError, UsageError
 from .base import Source
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoints
 
 __all__ = ["GROUP", "Scheme", "known_schemes", "lookup", "scheme_of"]
 
@@ -91,9 +93,16 @@ def scheme_of(text: str) -> str | None:
     return match[1].lower() if match else None
 
 
+def _points() -> EntryPoints:
+    # Not at the top: it takes a seventh of importing aiouffd, and few URLs need it.
+    from importlib import metadata
+
+    return metadata.entry_points(group=GROUP)
+
+
 def known_schemes() -> list[str]:
     """All schemes that can be looked up, those of other packages included."""
-    return sorted({*_OWN, *(point.name for point in metadata.entry_points(group=GROUP))})
+    return sorted({*_OWN, *(point.name for point in _points())})
 
 
 def lookup(name: str) -> Scheme:
@@ -102,7 +111,7 @@ def lookup(name: str) -> Scheme:
     for known in (name, family):
         if known in _OWN:
             return _OWN[known]
-    for point in metadata.entry_points(group=GROUP):
+    for point in _points():
         if point.name in (name, family):
             return Scheme(name, point.value)
     hint = (
