@@ -34,6 +34,7 @@ from ..errors import (
     UnsupportedError,
     UsageError,
 )
+from ..waiting import retrieve
 from .base import BaseSource, Buffer, SourcePermissionError, check_length, check_range
 from .coalesce import Coalescer
 from .names import split_chain, without_password
@@ -402,7 +403,7 @@ class _Shared:
     async def run(self) -> None:
         if self._next is None:
             self._next = asyncio.get_running_loop().create_task(self._after(self._running))
-            self._next.add_done_callback(_retrieve)
+            self._next.add_done_callback(retrieve)
         await asyncio.shield(self._next)
 
     async def _after(self, running: asyncio.Task[None] | None) -> None:
@@ -425,11 +426,6 @@ def _reason(error: BaseException) -> BaseException:
             break
         error = error.__cause__
     return error
-
-
-def _retrieve(task: asyncio.Task[None]) -> None:
-    if not task.cancelled():
-        task.exception()
 
 
 def _own(kind: Any, arguments: Any, options: dict[str, Any]) -> Any:

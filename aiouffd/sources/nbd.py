@@ -14,7 +14,6 @@ import ssl as ssl_module
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 from ..errors import ClosedError, SourceChangedError, SourceError, UnsupportedError, UsageError
@@ -23,6 +22,7 @@ from ..nbd.client import Connection, connect
 from ..nbd.client_core import Export, Request
 from ..nbd.extents import ZeroMap
 from ..nbd.uri import NbdAddress, parse
+from ..waiting import Done, countdown, retrieve
 from .base import BaseSource, Buffer, check_range
 
 __all__ = ["NbdSource"]
@@ -37,8 +37,6 @@ SMALL, FEW = 16 * 1024, 2
 LOSSES = 4
 #: First and longest pause between two tries to connect, in seconds.
 PAUSE_FIRST, PAUSE_LONGEST = 0.02, 1.0
-
-Done = Callable[[BaseException | None], None]
 
 
 class NbdSource(BaseSource):
@@ -236,7 +234,7 @@ class NbdSource(BaseSource):
         if self._connecting is None:
             self._connecting = self._loop.create_task(self._come_back())
             # Its failure reaches the requests; nobody else may be waiting for the task.
-            self._connecting.add_done_callback(_retrieve)
+            self._connecting.add_done_callback(retrieve)
         return self._connecting
 
     async def _come_back(self) -> None:
@@ -408,19 +406,7 @@ class NbdSource(BaseSource):
         """Send them and wait for the last answer; when cancelled, nothing is written any more."""
         if not self._live:
             await self._connected()
-        left = len(requests)
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        def done(error: BaseException | None) -> None:
-            nonlocal left
-            left -= 1
-            if future.done():
-                return
-            if error is not None:
-                future.set_exception(error)
-            elif not left:
-                future.set_result(None)
-
+        future, done = countdown(len(requests))
         for request in requests:
             request.done = done
             self._submit(request)
@@ -513,11 +499,6 @@ class NbdSource(BaseSource):
         self._check_open()
         if self.export.has(wire.FLAG_SEND_FLUSH):
             await self._all([Request(wire.CMD_FLUSH, 0, 0, _ignored)])
-
-
-def _retrieve(task: asyncio.Task[None]) -> None:
-    if not task.cancelled():
-        task.exception()
 
 
 def _ignored(_error: BaseException | None) -> None:

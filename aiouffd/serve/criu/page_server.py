@@ -19,6 +19,7 @@ from typing import cast
 from ...errors import AiouffdError, ClosedError, SourceError, SourceTimeoutError, UsageError
 from ...ranges import Ranges
 from ...sources.base import BaseSource, Buffer, check_range
+from ...waiting import countdown, retrieve
 from .page_server_core import HEADS, PAGE, PAGES_MAX, Exchange, PageRequest, PageServerError
 
 __all__ = ["PageServer", "PageServerSource"]
@@ -257,7 +258,7 @@ class PageServer:
         if self._connecting is None or self._connecting.done():
             # One attempt for all, which outlives any one of them.
             self._connecting = asyncio.ensure_future(self._connect())
-            self._connecting.add_done_callback(_retrieve)
+            self._connecting.add_done_callback(retrieve)
         connecting = self._connecting
         try:
             return await asyncio.shield(connecting)
@@ -330,31 +331,19 @@ class PageServer:
         ClosedError. When cancelled, nothing is written to the buffers any more.
         """
         connection = await self._connected()
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        left = 0
-
-        def done(error: BaseException | None) -> None:
-            nonlocal left
-            left -= 1
-            if future.done():
-                return
-            if error is not None:
-                future.set_exception(error)
-            elif not left:
-                future.set_result(None)
-
         step = PAGES_MAX * PAGE
-        requests = [
-            PageRequest(pid, address + at, buffer[at : at + step], done)
+        pieces = [
+            (address + at, buffer[at : at + step])
             for address, buffer in parts
             for at in range(0, len(buffer), step)
         ]
-        left = len(requests)
+        if not pieces:
+            return
+        future, done = countdown(len(pieces))
+        requests = [PageRequest(pid, address, buffer, done) for address, buffer in pieces]
         short = sum(request.size for request in requests) <= SHORT
         for request in requests:
             connection.submit(request, short=short)
-        if not requests:
-            return
         try:
             await future
         except BaseException:
@@ -381,11 +370,6 @@ class PageServer:
             await asyncio.gather(self._connecting, return_exceptions=True)
         if self._connection is not None:
             await self._connection.close()
-
-
-def _retrieve(task: asyncio.Task[_Connection]) -> None:
-    if not task.cancelled():
-        task.exception()
 
 
 class PageServerSource(BaseSource):

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from collections.abc import Callable
 from typing import Final
 
 from ...errors import SourceError, UsageError
+from ...waiting import Done
 
 __all__ = ["HEADS", "PAGES_MAX", "Exchange", "PageRequest", "PageServerError"]
 
@@ -32,8 +32,6 @@ _CLOSE: Final = 0x1023
 _COMMAND: Final = 0xFFFF
 _PRESENT: Final = 4 << 16
 _STATUS: Final = struct.Struct("=i")
-
-Done = Callable[[BaseException | None], None]
 
 
 class PageServerError(SourceError):
