@@ -159,24 +159,13 @@ class _ChildMemory(Memory):
         if area is None or store is None:
             self._poison(page, size)
             return
-        block = area.offset_of(page) // store.block_size
         if isinstance(store, RegionBlocks) and store.has(area.offset_of(page), size):
             self._wake_page(page, size)
             return
         if size > PAGE_SIZE and area.state_of(page) & INSTALLED and self._pool_is_empty(page):
             return
-        at_hand = store.peek(block)
-        if at_hand is not None:
-            self._fill(area, store, block, at_hand[0], page)
-        else:
-            waiting = self._wanted.setdefault((store, block), [])
-            if not waiting:
-                store.want(block, self)
-            if page not in waiting:
-                waiting.append(page)
-        if isinstance(store, SourceBlocks) and store.readahead:
-            self.readahead = store.readahead
-            self._read_ahead(store, block)
+        self.readahead = store.readahead if isinstance(store, SourceBlocks) else 0
+        self._ask(area, store, page)
 
     def _wake_page(self, page: int, size: int) -> None:
         """Have the child look again, but not all the time: somebody may have made a hole in the

@@ -343,6 +343,10 @@ class Memory:
             return
         if state & INSTALLED and size > 4096 and self._pool_is_empty(page):
             return
+        self._ask(area, store, page)
+
+    def _ask(self, area: Area, store: BlockStore, page: int) -> None:
+        """Bring the block of ``page``, for which a thread waits: at once, if it is at hand."""
         block = area.offset_of(page) // store.block_size
         if self.recording is not None:
             self.recording.setdefault((store, block))
