@@ -241,17 +241,21 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="aiouffd-tests-") as temporary:
         folder = Path(temporary)
         jobs = []
-        for number, python in enumerate(environments()):
+        pythons = environments()
+        for python in pythons:
             compile_all(python)
-            # One Python is enough for what depends on the user alone. The longest first.
+        # The longest first.
+        for number, python in enumerate(pythons):
+            if options.only in (None, "python"):
+                slow = options.slow or number == 0
+                jobs.append(python_job(python, options.arguments, folder, slow))
+        for number, python in enumerate(pythons):
+            # One Python is enough for what depends on the user alone.
             if options.only == "unprivileged" or (options.only is None and number == 0):
                 if root:
                     jobs.append(unprivileged_job(python, options.arguments, folder, options.slow))
                 elif options.only:
                     print("this user is unprivileged already: the other tests do it")
-            if options.only in (None, "python"):
-                slow = options.slow or number == 0
-                jobs.append(python_job(python, options.arguments, folder, slow))
         if options.only in (None, "c"):
             jobs += [c_job(target) for target in C_TARGETS]
         found = run_lanes(jobs)
