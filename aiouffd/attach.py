@@ -85,7 +85,8 @@ def attach(
     :param background: have the server bring everything, behind what is touched.
     :param user_mode_only: True: system calls on missing pages fail with EFAULT; False: they
         wait, PermissionError if this user may not have that; None: the better one there is.
-    :param timeout: seconds to wait for a server that is not there yet; None: for ever.
+    :param timeout: seconds to wait for a server that is not there yet; None: for ever. One that
+        listens and does not answer is waited for 30 seconds (TimeoutError).
     :param lost_timeout: seconds to wait for a server to come back; None: for ever. An outage of
         more than a second is told on stderr.
     :param on_lost: what comes then: ``"poison"``, an error for whoever touches what is missing, or
@@ -241,19 +242,25 @@ class Attachment:
 
     async def aopen(self) -> Attachment:
         """As `open`, without blocking the loop. Cancelling it ends the attempt."""
-        cancel = os.eventfd(0, os.EFD_CLOEXEC)
-        try:
-            opening = _in_thread(lambda: self._open(cancel))
+        cancel = _Cancel()
+
+        def attempt() -> None:
             try:
-                await asyncio.shield(opening)
-            except asyncio.CancelledError:
-                os.eventfd_write(cancel, 1)
-                await asyncio.wait([opening])
-                if not opening.cancelled() and opening.exception() is None:
-                    await self.aclose()
-                raise
-        finally:
-            os.close(cancel)
+                self._open(cancel.fd)
+                if cancel.called:
+                    self.close()
+            finally:
+                cancel.close()
+
+        opening = _in_thread(attempt)
+        try:
+            await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            cancel()
+            await asyncio.wait([opening])
+            if not opening.cancelled() and opening.exception() is None:
+                await self.aclose()
+            raise
         return self
 
     def __enter__(self) -> Attachment:
@@ -423,6 +430,9 @@ class Attachment:
         then what is there can be read and the rest is SIGBUS. Blocks until the server has let go,
         5 seconds at most.
         """
+        if self._pid != os.getpid():
+            self._closed = True  # without the lock, which somebody may have held as it forked
+            return
         with self._lock:
             if self._closed:
                 return
@@ -430,7 +440,7 @@ class Attachment:
             memory, self._memory = self._memory, None
             buffer, self._buffer = self._buffer, None
             view, self._view = self._view, None
-            if memory is None or self._pid != os.getpid():
+            if memory is None:
                 return
             lib.au_attach_refuse(memory.native)
             if view is not None:
@@ -457,6 +467,26 @@ class Attachment:
 _ends: list[bool] = []
 #: Everything that is mapped, for a forked child to let go of.
 _living: weakref.WeakSet[_Memory] = weakref.WeakSet()
+
+
+class _Cancel:
+    """Ends an attempt that runs in another thread, which closes the descriptor at its end."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC)
+        self.called = False
+        self._lock = threading.Lock()
+
+    def __call__(self) -> None:
+        with self._lock:
+            self.called = True
+            if self.fd >= 0:
+                os.eventfd_write(self.fd, 1)
+
+    def close(self) -> None:
+        with self._lock:
+            fd, self.fd = self.fd, -1
+            os.close(fd)
 
 
 class _Memory:

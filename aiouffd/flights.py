@@ -255,6 +255,11 @@ class Fetcher:
     # -------------------------------------------------------------- flights
 
     def _launch(self, flight: Flight) -> None:
+        if self._closed:
+            # Who was woken by the end of a flight has asked again. The region closes soon, and
+            # tells whoever waits; until then the blocks stay taken.
+            flight.finish(ClosedError("the buffer is closed"))
+            return
         for block in range(flight.first, flight.first + flight.count):
             self._flights[block] = flight
         if self._running < MAX_FLIGHTS:

@@ -752,6 +752,16 @@ def test_the_example(built: Callable[[str], str], server: PagerProcess) -> None:
     assert "there is no such socket" in done.stderr
 
 
+@needs_compiler
+@pytest.mark.parametrize(
+    "what", ["waiters 8", "waiters 60", "moved", "hole", "silent", "stuck", "locked"]
+)
+def test_how_it_ends(built: Callable[[str], str], tmp_path: Path, what: str) -> None:
+    """See native/client/ends.c: servers that are gone, stopped or silent."""
+    done = run_c(built("ends"), str(tmp_path / "s"), *what.split())
+    assert (done.returncode, done.stdout) == (0, "ok\n"), done
+
+
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("program", ["vmm", "vmm-asan"])

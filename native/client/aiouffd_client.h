@@ -104,7 +104,9 @@ struct aiouffd_options {
 	uint64_t offset;    /* attach: where in the object to begin, bytes, whole pages */
 	uint64_t length;    /* attach: bytes; 0: up to the end */
 	uint32_t flags;     /* AIOUFFD_WRITABLE and so on */
-	int timeout_ms;     /* how long to wait for a server that is not there: 0 not, -1 for ever */
+	/* How long to wait for a server that is not there: 0 not, -1 for ever.  One that listens and does not
+	 * answer is given 30 s (ETIMEDOUT). */
+	int timeout_ms;
 	int cancel_fd;      /* attaching ends with ECANCELED once this is readable; 0: none */
 	int lost_ms;        /* how long to wait for a server that was there; 0: for ever */
 	enum aiouffd_on_lost on_lost;
@@ -151,8 +153,9 @@ AIOUFFD_API struct aiouffd *aiouffd_hand_over(const char *path, const struct aio
 /* The size of an object, and whether there is one. */
 AIOUFFD_API int aiouffd_query(const char *path, const struct aiouffd_options *options, uint64_t *size);
 
-/* Forget whole pages: they read as zeros from now on.  As MADV_DONTNEED, and holds too when the
- * server dies at this very moment, or is dead. */
+/* Forget whole pages: they read as zeros from now on.  As MADV_DONTNEED_LOCKED (before Linux 5.18
+ * MADV_DONTNEED, which refuses locked memory with EINVAL), and holds too when the server dies at this
+ * very moment, or is dead.  ENOMEM: a part is not mapped any more; the rest was dropped. */
 AIOUFFD_API int aiouffd_discard(struct aiouffd *memory, void *address, uint64_t length);
 
 /* Is a server connected now; how many times was one lost and found again. */
@@ -198,7 +201,8 @@ struct aiouffd_fill_ {
 
 struct aiouffd_message_ {
 	uint8_t event, reserved[7];
-	uint64_t a, b, c; /* PAGEFAULT: flags, address; REMOVE, UNMAP: start, end; REMAP: from, to */
+	/* PAGEFAULT: flags, address; REMOVE, UNMAP: start, end; REMAP: from, to, length; FORK: fd */
+	uint64_t a, b, c;
 };
 
 #define AIOUFFD_IOC_NEW_ _IO(0xAA, 0x00)
@@ -218,7 +222,10 @@ struct aiouffd_message_ {
 
 #define AIOUFFD_EVENT_PAGEFAULT_ 0x12
 #define AIOUFFD_EVENT_FORK_ 0x13
+#define AIOUFFD_EVENT_REMAP_ 0x14
 #define AIOUFFD_EVENT_REMOVE_ 0x15
+#define AIOUFFD_EVENT_UNMAP_ 0x16
+#define AIOUFFD_DONTNEED_LOCKED_ 24 /* Linux 5.18 */
 
 #define AIOUFFD_ADD_SEALS_ 1033
 #define AIOUFFD_SEALS_ 7 /* no further seals, no shrinking, no growing */
@@ -243,6 +250,16 @@ struct aiouffd_message_ {
 #define AIOUFFD_NAME_MAX_ 1024
 #define AIOUFFD_AREAS_MAX_ 4096
 #define AIOUFFD_TAG_SIZE_ 32
+/* Milliseconds that a server which listens may take to answer: the first time that one is looked for,
+ * before there is a word of it; later on; and to let go. */
+#ifndef AIOUFFD_FIRST_ANSWER_
+#define AIOUFFD_FIRST_ANSWER_ 1000
+#define AIOUFFD_NEXT_ANSWER_ 15000
+#define AIOUFFD_ATTACH_ANSWER_ 30000
+#endif
+#define AIOUFFD_LET_GO_ 5000
+/* Answered one by one although they are in no area, at most, while an event is in the way. */
+#define AIOUFFD_OWED_MAX_ 256
 #define AIOUFFD_REMOVED_ 1u
 #define AIOUFFD_GONE_ 4u
 #define AIOUFFD_MOVED_ 16u
@@ -253,6 +270,7 @@ enum aiouffd_command_ {
 	AIOUFFD_KEEP_ = 0,
 	AIOUFFD_REFUSE_ = 1, /* nobody serves any more: answer with errors */
 	AIOUFFD_STOP_ = 2,
+	AIOUFFD_HOLD_ = 3, /* the server has not agreed yet */
 };
 
 struct aiouffd_state_ {
@@ -274,7 +292,8 @@ struct aiouffd_state_ {
 	uint8_t tag[AIOUFFD_TAG_SIZE_];
 
 	pthread_t keeper;
-	int keeping; /* the keeper was started */
+	int started; /* there is a keeper */
+	int keeping; /* and the server has agreed */
 	/* Shared with the keeper, by atomic builtins, which C and C++ have in common. */
 	uint32_t command, done, connected;
 	uint64_t resumed;
@@ -558,7 +577,7 @@ static inline int aiouffd_dial_(const struct sockaddr_un *to)
 }
 
 static inline int aiouffd_ask_(int sock, const struct aiouffd_options *options,
-			       struct aiouffd_answer_ *answer, int stop)
+			       struct aiouffd_answer_ *answer, int stop, uint64_t until)
 {
 	uint8_t record[AIOUFFD_QUERY_SIZE_ + AIOUFFD_NAME_MAX_];
 	uint32_t name = aiouffd_name_length_(options);
@@ -569,9 +588,9 @@ static inline int aiouffd_ask_(int sock, const struct aiouffd_options *options,
 	aiouffd_put32_(record + 20, name);
 	if (name)
 		memcpy(record + AIOUFFD_QUERY_SIZE_, options->object, name);
-	result = aiouffd_send_(sock, record, AIOUFFD_QUERY_SIZE_ + name, NULL, 0, stop, 0);
+	result = aiouffd_send_(sock, record, AIOUFFD_QUERY_SIZE_ + name, NULL, 0, stop, until);
 	if (!result)
-		result = aiouffd_receive_answer_(sock, answer, stop, 0);
+		result = aiouffd_receive_answer_(sock, answer, stop, until);
 	return result;
 }
 
@@ -731,7 +750,7 @@ static inline uint8_t *aiouffd_states_at_(struct aiouffd_state_ *s, uint64_t add
 	return NULL;
 }
 
-static inline void aiouffd_mark_removed_(struct aiouffd_state_ *s, uint64_t start, uint64_t end)
+static inline void aiouffd_mark_(struct aiouffd_state_ *s, uint64_t start, uint64_t end, uint8_t bits)
 {
 	uint64_t left, index;
 	uint8_t *states;
@@ -745,59 +764,137 @@ static inline void aiouffd_mark_removed_(struct aiouffd_state_ *s, uint64_t star
 		if (left > (end - start + s->page_size - 1) / s->page_size)
 			left = (end - start + s->page_size - 1) / s->page_size;
 		for (index = 0; index < left; index++)
-			__atomic_fetch_or(&states[index], AIOUFFD_REMOVED_, __ATOMIC_SEQ_CST);
+			__atomic_fetch_or(&states[index], bits, __ATOMIC_SEQ_CST);
 		start += left * s->page_size;
 	}
 }
 
+/* The first state from number `at` on, before `end`, that has one of `bits`; `end` if none has.  Over
+ * the holes of the file: to read them would make memory of them. */
+static inline uint64_t aiouffd_next_with_(const struct aiouffd_state_ *s, uint64_t at, uint64_t end,
+					  uint8_t bits)
+{
+	off_t data, hole;
+
+	while (at < end && (data = lseek(s->states_fd, (off_t)at, SEEK_DATA)) >= 0) {
+		hole = lseek(s->states_fd, data, SEEK_HOLE);
+		for (at = (uint64_t)data; (off_t)at < hole && at < end; at++)
+			if (__atomic_load_n(&s->states[at], __ATOMIC_SEQ_CST) & bits)
+				return at;
+	}
+	return end;
+}
+
+/* The first state from number `at` on, before `end`, without GONE; `at` is not in a hole of the file
+ * but where 4096 of them begin. */
+static inline uint64_t aiouffd_next_there_(const struct aiouffd_state_ *s, uint64_t at, uint64_t end)
+{
+	for (; at < end; at++) {
+		if (at % 4096 == 0 && lseek(s->states_fd, (off_t)at, SEEK_DATA) != (off_t)at)
+			break;
+		if (!(__atomic_load_n(&s->states[at], __ATOMIC_SEQ_CST) & AIOUFFD_GONE_))
+			break;
+	}
+	return at;
+}
+
+/* Whether a part was moved by mremap: where to we do not know. */
+static inline int aiouffd_was_moved_(const struct aiouffd_state_ *s)
+{
+	return aiouffd_next_with_(s, 0, s->states_length, AIOUFFD_MOVED_) < s->states_length;
+}
+
 /* -------------------------------------------------------- answering without a server */
 
+/* 0, or -EAGAIN where an event is in the way: unread, or read, but the thread that has caused it has not
+ * run since. */
+static inline int aiouffd_refuse_page_(struct aiouffd_state_ *s, uint64_t page)
+{
+	struct aiouffd_fill_ fill;
+	uint64_t left;
+	uint8_t *states = aiouffd_states_at_(s, page, &left);
+	int result;
+
+	fill.start = page;
+	fill.length = s->page_size;
+	fill.mode = 0;
+	fill.done = 0;
+	if (states && s->page_size <= 65536 &&
+	    (__atomic_load_n(states, __ATOMIC_SEQ_CST) & (AIOUFFD_REMOVED_ | AIOUFFD_GONE_)) ==
+		    AIOUFFD_REMOVED_)
+		result = aiouffd_ioctl_(s->uffd, AIOUFFD_IOC_ZEROPAGE_, &fill);
+	else if (s->can_poison)
+		result = aiouffd_ioctl_(s->uffd, AIOUFFD_IOC_POISON_, &fill);
+	else
+		result = mprotect((void *)(uintptr_t)page, s->page_size, PROT_NONE) ? -errno : 0;
+	if (result == -EAGAIN)
+		return result;
+	/* Where nothing could be done it asks again. */
+	aiouffd_wake_(s, page, s->page_size);
+	return 0;
+}
+
+static inline void aiouffd_note_event_(struct aiouffd_state_ *s, const struct aiouffd_message_ *message)
+{
+	switch (message->event) {
+	case AIOUFFD_EVENT_REMOVE_:
+		aiouffd_mark_(s, message->a, message->b, AIOUFFD_REMOVED_);
+		break;
+	case AIOUFFD_EVENT_UNMAP_:
+		aiouffd_mark_(s, message->a, message->b, AIOUFFD_GONE_);
+		break;
+	case AIOUFFD_EVENT_REMAP_:
+		aiouffd_mark_(s, message->a, message->a + message->c, AIOUFFD_GONE_ | AIOUFFD_MOVED_);
+		break;
+	case AIOUFFD_EVENT_FORK_:
+		close((int)(uint32_t)message->a);
+		break;
+	default:
+		break;
+	}
+}
+
 /* Whoever asks for a page gets an error, or the zeros that are due; whoever waits for an event to be
- * read goes on.  Reads all there is. */
+ * read goes on.  Reads all there is.
+ *
+ * read() gives faults before events, and while an event is unread nothing can be filled.  So who
+ * cannot be answered must not be woken before all is read: it would fault again, and so many of them
+ * that the events are never reached. */
 static inline void aiouffd_refuse_some_(struct aiouffd_state_ *s)
 {
 	struct aiouffd_message_ messages[16];
-	struct aiouffd_fill_ fill;
-	uint64_t page, left;
-	uint8_t *states;
+	uint64_t page, left, owed[AIOUFFD_OWED_MAX_];
+	int index, count, again, elsewhere;
 	ssize_t size;
-	int index, result, pass;
 
-	while ((size = read(s->uffd, messages, sizeof messages)) > 0) {
-		/* Nothing can be filled while an event is unread, so faults come second. */
-		for (index = 0; index < (int)(size / (ssize_t)sizeof *messages); index++) {
-			if (messages[index].event == AIOUFFD_EVENT_REMOVE_)
-				aiouffd_mark_removed_(s, messages[index].a, messages[index].b);
-			else if (messages[index].event == AIOUFFD_EVENT_FORK_)
-				close((int)(uint32_t)messages[index].a);
-		}
-		for (index = 0; index < (int)(size / (ssize_t)sizeof *messages); index++) {
-			if (messages[index].event != AIOUFFD_EVENT_PAGEFAULT_)
-				continue;
-			page = messages[index].b & ~(s->page_size - 1);
-			states = aiouffd_states_at_(s, page, &left);
-			result = -EAGAIN;
-			for (pass = 0; pass < 3 && result == -EAGAIN; pass++) {
-				fill.start = page;
-				fill.length = s->page_size;
-				fill.mode = 0;
-				fill.done = 0;
-				if (pass)
-					aiouffd_wait_(-1, 0, -1, aiouffd_until_(0));
-				if (states && s->page_size <= 65536 &&
-				    (__atomic_load_n(states, __ATOMIC_SEQ_CST) &
-				     (AIOUFFD_REMOVED_ | AIOUFFD_GONE_)) == AIOUFFD_REMOVED_)
-					result = aiouffd_ioctl_(s->uffd, AIOUFFD_IOC_ZEROPAGE_, &fill);
-				else if (s->can_poison)
-					result = aiouffd_ioctl_(s->uffd, AIOUFFD_IOC_POISON_, &fill);
+	do {
+		again = elsewhere = 0;
+		while ((size = read(s->uffd, messages, sizeof messages)) > 0) {
+			count = (int)(size / (ssize_t)sizeof *messages);
+			for (index = 0; index < count; index++)
+				aiouffd_note_event_(s, &messages[index]);
+			for (index = 0; index < count; index++) {
+				if (messages[index].event != AIOUFFD_EVENT_PAGEFAULT_)
+					continue;
+				page = messages[index].b & ~(s->page_size - 1);
+				if (aiouffd_refuse_page_(s, page) == 0)
+					continue;
+				again = 1;
+				if (aiouffd_states_at_(s, page, &left))
+					continue;
+				if (elsewhere < AIOUFFD_OWED_MAX_)
+					owed[elsewhere++] = page;
 				else
-					result = mprotect((void *)(uintptr_t)page, s->page_size,
-							  PROT_NONE) ? -errno : 0;
+					aiouffd_wake_(s, page, s->page_size);
 			}
-			/* Where nothing could be done it asks again. */
-			aiouffd_wake_(s, page, s->page_size);
 		}
-	}
+		if (again) {
+			aiouffd_wait_(-1, 0, -1, aiouffd_until_(0));
+			aiouffd_wake_all_(s);
+			while (elsewhere)
+				aiouffd_wake_(s, owed[--elsewhere], s->page_size);
+		}
+	} while (again && __atomic_load_n(&s->command, __ATOMIC_SEQ_CST) != AIOUFFD_STOP_);
 }
 
 /* Give what is missing of [start, start + length) an error, for good.  One thread, nobody serves. */
@@ -832,6 +929,8 @@ static inline int aiouffd_poison_(struct aiouffd_state_ *s, uint64_t start, uint
 			aiouffd_wait_(-1, 0, -1, aiouffd_until_(0));
 		} else if (result == -EINVAL || result == -ENOTTY) {
 			return -EOPNOTSUPP;
+		} else if (result != -EEXIST && result != -ENOENT && result != -EFAULT) {
+			return result;
 		} else if (result == -EEXIST || step == s->page_size) {
 			start += s->page_size; /* it is there, or no memory of ours */
 		} else {
@@ -854,7 +953,9 @@ static inline void aiouffd_say_(struct aiouffd_state_ *s, const char *text, int 
 			s->path.sun_path, text, error ? number : "", *more ? ": " : "", more);
 	if (size > (int)sizeof line - 1)
 		size = (int)sizeof line - 1;
-	if (size > 0 && write(STDERR_FILENO, line, (size_t)size) < 0)
+	/* Nobody may be reading there, and we must not wait for that. */
+	if (size > 0 && aiouffd_wait_(STDERR_FILENO, POLLOUT, -1, 1) == 0 &&
+	    write(STDERR_FILENO, line, (size_t)size) < 0)
 		return;
 }
 
@@ -871,9 +972,9 @@ static inline uint32_t aiouffd_command_now_(struct aiouffd_state_ *s)
 
 /* Tell the server that we go, and wait until it has let go: until then it may still fill pages, and
  * whatever memory comes to lie at their addresses. */
-static inline void aiouffd_part_(struct aiouffd_state_ *s)
+static inline void aiouffd_part_(struct aiouffd_state_ *s, int ms)
 {
-	uint64_t until = aiouffd_until_(5000);
+	uint64_t until = aiouffd_until_(ms);
 	uint8_t ignored[256];
 	ssize_t got;
 	int result;
@@ -886,7 +987,7 @@ static inline void aiouffd_part_(struct aiouffd_state_ *s)
 		if (got == 0 || (got < 0 && errno != EAGAIN && errno != EINTR))
 			break;
 		result = got > 0 ? 0 : aiouffd_wait_(s->sock, POLLIN, -1, until);
-		if (result == -ETIMEDOUT) {
+		if (result == -ETIMEDOUT || aiouffd_now_() >= until) {
 			s->lingers = 1;
 			break;
 		}
@@ -899,17 +1000,17 @@ static inline void aiouffd_part_(struct aiouffd_state_ *s)
 /* Until the server is gone (0), or a command comes (-ECANCELED). */
 static inline int aiouffd_watch_(struct aiouffd_state_ *s)
 {
-	uint8_t ignored[256];
+	uint8_t byte;
 	ssize_t got;
 
 	for (;;) {
 		if (aiouffd_command_now_(s) != AIOUFFD_KEEP_)
 			return -ECANCELED;
-		got = recv(s->sock, ignored, sizeof ignored, MSG_DONTWAIT);
-		if (got == 0 || (got < 0 && errno != EAGAIN && errno != EINTR))
+		got = recv(s->sock, &byte, 1, MSG_DONTWAIT);
+		/* A server that has something to say after its answer is none. */
+		if (got >= 0 || (errno != EAGAIN && errno != EINTR))
 			return 0;
-		if (got < 0)
-			aiouffd_wait_(s->sock, POLLIN, s->poke, 0);
+		aiouffd_wait_(s->sock, POLLIN, s->poke, 0);
 	}
 }
 
@@ -920,15 +1021,17 @@ static inline int aiouffd_return_(struct aiouffd_state_ *s, struct aiouffd_answe
 	int result;
 
 	answer->text[0] = 0;
+	answer->status = 0;
 	s->sock = aiouffd_dial_(&s->path);
 	if (s->sock < 0)
 		return s->sock;
 	result = aiouffd_present_(s, s->sock, answer, s->poke, until);
 	if (!result)
 		result = aiouffd_status_(answer->status);
-	if (result == -ECANCELED || result == -ETIMEDOUT) {
+	if (result && result != -ECONNRESET && result != -EPIPE && !answer->status) {
 		/* It may have the descriptor. */
-		aiouffd_part_(s);
+		aiouffd_part_(s, aiouffd_command_now_(s) == AIOUFFD_KEEP_ ? AIOUFFD_FIRST_ANSWER_ :
+									    AIOUFFD_LET_GO_);
 	} else if (result) {
 		close(s->sock);
 		s->sock = -1;
@@ -940,21 +1043,23 @@ static inline int aiouffd_return_(struct aiouffd_state_ *s, struct aiouffd_answe
 static inline int aiouffd_search_(struct aiouffd_state_ *s)
 {
 	uint64_t until = s->options.lost_ms > 0 ? aiouffd_until_(s->options.lost_ms) : 0;
-	uint64_t since = aiouffd_now_(), pause, jitter = since ^ (uintptr_t)s ^ (uint64_t)getpid();
+	uint64_t since = aiouffd_now_(), pause, jitter = since ^ (uintptr_t)s ^ (uint64_t)getpid(), limit;
 	struct aiouffd_answer_ answer;
-	int result, told = 0;
+	int result, told = 0, patience = AIOUFFD_FIRST_ANSWER_;
 
-	__atomic_store_n(&s->connected, 0, __ATOMIC_SEQ_CST);
-	close(s->sock);
-	s->sock = -1;
+	aiouffd_part_(s, AIOUFFD_FIRST_ANSWER_);
 	aiouffd_put32_(s->record + 40, (uint32_t)__atomic_load_n(&s->resumed, __ATOMIC_SEQ_CST) + 1);
 	aiouffd_tell_(s, AIOUFFD_LOST, 0);
 	for (;;) {
 		if (aiouffd_command_now_(s) != AIOUFFD_KEEP_)
 			return -ECANCELED;
-		result = aiouffd_return_(s, &answer, until);
+		/* One that listens and does not answer is no server, and another may come. */
+		limit = aiouffd_until_(patience);
+		result = aiouffd_return_(s, &answer, until && until < limit ? until : limit);
 		if (!result)
 			break;
+		if (result == -ETIMEDOUT)
+			patience = AIOUFFD_NEXT_ANSWER_;
 		if (result == -ECANCELED)
 			continue;
 		if (until && aiouffd_now_() >= until) {
@@ -1002,36 +1107,42 @@ static inline void *aiouffd_keep_(void *argument)
 {
 	struct aiouffd_state_ *s = (struct aiouffd_state_ *)argument;
 	uint64_t ignored;
+	int result;
 
+	while (aiouffd_command_now_(s) == AIOUFFD_HOLD_)
+		if (aiouffd_wait_(-1, 0, s->poke, 0) == -ECANCELED &&
+		    read(s->poke, &ignored, sizeof ignored) < 0)
+			continue;
 	while (aiouffd_command_now_(s) == AIOUFFD_KEEP_)
 		if (aiouffd_watch_(s) == 0 && aiouffd_search_(s) == -ETIMEDOUT)
 			aiouffd_give_up_(s);
-	aiouffd_part_(s);
+	aiouffd_part_(s, AIOUFFD_LET_GO_);
 	if (aiouffd_command_now_(s) == AIOUFFD_REFUSE_) {
 		/* From here on messages are ours: have everybody ask again. */
 		aiouffd_wake_all_(s);
+		aiouffd_refuse_some_(s);
 		__atomic_store_n(&s->done, AIOUFFD_REFUSE_, __ATOMIC_SEQ_CST);
 		while (aiouffd_command_now_(s) == AIOUFFD_REFUSE_) {
 			aiouffd_refuse_some_(s);
-			if (aiouffd_wait_(s->uffd, POLLIN, s->poke, 0) == -ECANCELED &&
-			    read(s->poke, &ignored, sizeof ignored) < 0)
+			result = aiouffd_wait_(s->uffd, POLLIN, s->poke,
+					       s->lingers ? aiouffd_until_(500) : 0);
+			if (result == -ECANCELED && read(s->poke, &ignored, sizeof ignored) < 0)
 				continue;
+			/* A server that was stopped may read once more before it sees that we went. */
+			if (result == -ETIMEDOUT)
+				aiouffd_wake_all_(s);
 		}
 	}
 	return NULL;
 }
 
-static inline int aiouffd_start_keeper_(struct aiouffd_state_ *s)
+static inline int aiouffd_start_keeper_(struct aiouffd_state_ *s, uint32_t command)
 {
 	pthread_attr_t attributes;
 	sigset_t all, before;
 	int error;
 
-	s->poke = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	if (s->poke < 0)
-		return aiouffd_fail_(-errno, "no descriptor is free");
-	/* Before the thread: it may lose the server at once. */
-	__atomic_store_n(&s->connected, 1, __ATOMIC_SEQ_CST);
+	__atomic_store_n(&s->command, command, __ATOMIC_SEQ_CST);
 	sigfillset(&all);
 	pthread_sigmask(SIG_SETMASK, &all, &before);
 	pthread_attr_init(&attributes);
@@ -1039,10 +1150,12 @@ static inline int aiouffd_start_keeper_(struct aiouffd_state_ *s)
 	error = pthread_create(&s->keeper, &attributes, aiouffd_keep_, s);
 	pthread_attr_destroy(&attributes);
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	/* Not EAGAIN, which would mean a server that is busy. */
 	if (error)
-		return aiouffd_fail_(-error, "the keeper thread cannot be started");
+		return aiouffd_fail_(error == EAGAIN ? -ENOMEM : -error,
+				     "the keeper thread cannot be started");
 	pthread_setname_np(s->keeper, "aiouffd-keeper");
-	s->keeping = 1;
+	s->started = 1;
 	return 0;
 }
 
@@ -1064,66 +1177,54 @@ static inline void aiouffd_start_refusing_(struct aiouffd_state_ *s)
 		aiouffd_wait_(-1, 0, -1, aiouffd_until_(0));
 }
 
-/* Whether a part was moved by mremap: where to we do not know. */
-static inline int aiouffd_was_moved_(const struct aiouffd_state_ *s)
+/* The end of memory without a hole.  It is never left registered and missing: that would read as
+ * zeros.  False if it has to stay registered. */
+static inline int aiouffd_end_run_(struct aiouffd_state_ *s, uint64_t start, uint64_t length)
 {
-	off_t at = 0, end;
+	void *address = (void *)(uintptr_t)start;
+	struct aiouffd_range_ range;
 
-	/* Over its holes: reading them would make memory of them. */
-	while (at < (off_t)s->states_length && (at = lseek(s->states_fd, at, SEEK_DATA)) >= 0) {
-		end = lseek(s->states_fd, at, SEEK_HOLE);
-		for (; at < end && at < (off_t)s->states_length; at++)
-			if (__atomic_load_n(&s->states[at], __ATOMIC_SEQ_CST) & AIOUFFD_MOVED_)
-				return 1;
-	}
-	return 0;
+	/* Before it is unregistered, which lets those go on who wait. */
+	if (s->ours || (s->keeping && aiouffd_poison_(s, start, length)))
+		if (mprotect(address, length, PROT_NONE))
+			return 0;
+	range.start = start;
+	range.length = length;
+	aiouffd_ioctl_(s->uffd, AIOUFFD_IOC_UNREGISTER_, &range);
+	aiouffd_wake_(s, start, length);
+	if (s->ours && s->lingers)
+		madvise(address, length, MADV_DONTNEED);
+	else if (s->ours)
+		munmap(address, length);
+	return 1;
 }
 
-/* Everything goes, but for `memory` itself.  The memory is never left registered and missing: that
- * would read as zeros. */
-static inline void aiouffd_drop_(struct aiouffd_state_ *s)
+/* The end of all memory, but for what the program has unmapped: something else may be there now. */
+static inline int aiouffd_end_areas_(struct aiouffd_state_ *s)
 {
-	struct aiouffd_range_ range;
+	uint64_t number = 0, at, next, end;
 	uint32_t index;
-	int stays = 0;
+	int ended = 1;
 
-	if (s->keeping) {
-		aiouffd_start_refusing_(s);
-		/* What was moved lives on, and must not become zeros: the keeper stays, and answers
-		 * with errors until the program ends. */
-		stays = aiouffd_was_moved_(s);
-		if (!stays) {
-			aiouffd_order_(s, AIOUFFD_STOP_);
-			pthread_join(s->keeper, NULL);
+	for (index = 0; index < s->count; index++) {
+		uint64_t start = (uint64_t)(uintptr_t)s->areas[index].address, first = number;
+
+		end = number += s->areas[index].length / s->page_size;
+		for (at = first; at < end; at = next) {
+			at = s->states ? aiouffd_next_there_(s, at, end) : at;
+			next = s->states ? aiouffd_next_with_(s, at, end, AIOUFFD_GONE_) : end;
+			if (at < next && !aiouffd_end_run_(s, start + (at - first) * s->page_size,
+							   (next - at) * s->page_size))
+				ended = 0;
 		}
-	} else {
-		aiouffd_part_(s);
 	}
-	for (index = 0; index < s->count && s->uffd >= 0; index++) {
-		void *address = s->areas[index].address;
+	return ended;
+}
 
-		range.start = (uint64_t)(uintptr_t)address;
-		range.length = s->areas[index].length;
-		/* Before it is unregistered, which lets those go on who wait. */
-		if (s->ours || (s->keeping && aiouffd_poison_(s, range.start, range.length)))
-			mprotect(address, range.length, PROT_NONE);
-		aiouffd_ioctl_(s->uffd, AIOUFFD_IOC_UNREGISTER_, &range);
-		aiouffd_wake_(s, range.start, range.length);
-	}
-	if (s->ours && s->mapped) {
-		if (s->lingers)
-			madvise(s->areas[0].address, s->mapped, MADV_DONTNEED);
-		else
-			munmap(s->areas[0].address, s->mapped);
-	}
-	if (stays) {
-		pthread_detach(s->keeper);
-		return;
-	}
-	if (s->uffd >= 0) {
-		aiouffd_refuse_some_(s); /* let go who waits in madvise */
+static inline void aiouffd_free_(struct aiouffd_state_ *s)
+{
+	if (s->uffd >= 0)
 		close(s->uffd);
-	}
 	if (s->states)
 		munmap(s->states, s->states_length);
 	if (s->states_fd >= 0)
@@ -1134,6 +1235,43 @@ static inline void aiouffd_drop_(struct aiouffd_state_ *s)
 	free(s->areas);
 	free((void *)(uintptr_t)s->options.object);
 	free(s);
+}
+
+/* Everything goes, but for `memory` itself. */
+static inline void aiouffd_drop_(struct aiouffd_state_ *s)
+{
+	int ended = 1;
+
+	if (s->keeping) {
+		aiouffd_start_refusing_(s);
+		/* What was moved lives on, and must not become zeros: the keeper stays, and answers
+		 * with errors until the program ends. */
+		ended = !aiouffd_was_moved_(s);
+	}
+	if (s->started && ended) {
+		aiouffd_order_(s, AIOUFFD_STOP_);
+		pthread_join(s->keeper, NULL);
+		s->started = 0;
+	}
+	aiouffd_part_(s, AIOUFFD_LET_GO_);
+	if (s->uffd >= 0) {
+		if (!aiouffd_end_areas_(s))
+			ended = 0;
+		if (!s->started) {
+			aiouffd_refuse_some_(s); /* let go who waits in madvise or mremap */
+			if (s->states && aiouffd_was_moved_(s))
+				ended = 0;
+		}
+	} else if (s->ours) {
+		munmap(s->areas[0].address, s->mapped);
+	}
+	if (ended) {
+		aiouffd_free_(s);
+		return;
+	}
+	/* If no thread is to be had, threads that touch it wait for ever: better than zeros. */
+	if (s->started || aiouffd_start_keeper_(s, AIOUFFD_REFUSE_) == 0)
+		pthread_detach(s->keeper);
 }
 
 static inline int aiouffd_absolute_(struct sockaddr_un *to, const char *path)
@@ -1191,6 +1329,12 @@ static inline int aiouffd_stop_fd_(const struct aiouffd_state_ *s)
 	return s->options.cancel_fd > 0 ? s->options.cancel_fd : -1;
 }
 
+static inline int aiouffd_no_answer_(int result)
+{
+	return aiouffd_fail_(result, result == -ETIMEDOUT ? "the server listens, and does not answer" :
+							    "the server went away");
+}
+
 /* The connection exists, the areas are known. */
 static inline int aiouffd_begin_(struct aiouffd_state_ *s, struct aiouffd *memory)
 {
@@ -1203,17 +1347,30 @@ static inline int aiouffd_begin_(struct aiouffd_state_ *s, struct aiouffd *memor
 		result = aiouffd_make_states_(s);
 	if (!result)
 		result = aiouffd_build_record_(s);
+	if (!result) {
+		s->poke = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+		if (s->poke < 0)
+			result = aiouffd_fail_(-errno, "no descriptor is free");
+	}
+	/* All that may fail comes before the server agrees: then it fills pages. */
+	if (!result)
+		result = aiouffd_start_keeper_(s, AIOUFFD_HOLD_);
 	if (result)
 		return result;
-	result = aiouffd_present_(s, s->sock, &answer, aiouffd_stop_fd_(s), 0);
+	result = aiouffd_present_(s, s->sock, &answer, aiouffd_stop_fd_(s),
+				  aiouffd_until_(AIOUFFD_ATTACH_ANSWER_));
 	if (result)
-		return aiouffd_fail_(result, "the server went away");
+		return aiouffd_no_answer_(result);
 	if (answer.status)
 		return aiouffd_fail_(aiouffd_status_(answer.status), answer.text);
 	/* The server that comes next must have this version of the object. */
 	memcpy(s->record + 48, answer.tag, AIOUFFD_TAG_SIZE_);
 	memory->object_size = answer.object_size;
-	return aiouffd_start_keeper_(s);
+	s->keeping = 1;
+	/* Before the keeper begins: it may lose the server at once. */
+	__atomic_store_n(&s->connected, 1, __ATOMIC_SEQ_CST);
+	aiouffd_order_(s, AIOUFFD_KEEP_);
+	return 0;
 }
 
 static inline int aiouffd_dial_first_(struct aiouffd_state_ *s)
@@ -1250,6 +1407,7 @@ static inline int aiouffd_may_pass_(int result, int dialled)
 	case ECONNRESET:
 	case EPIPE:
 	case EAGAIN:
+	case ETIMEDOUT:
 		return 1;
 	default:
 		return 0;
@@ -1264,9 +1422,10 @@ static inline int aiouffd_attach_once_(struct aiouffd_state_ *s, struct aiouffd 
 	struct aiouffd_answer_ answer;
 	void *address;
 
-	result = aiouffd_ask_(s->sock, &s->options, &answer, aiouffd_stop_fd_(s));
+	result = aiouffd_ask_(s->sock, &s->options, &answer, aiouffd_stop_fd_(s),
+			      aiouffd_until_(AIOUFFD_ATTACH_ANSWER_));
 	if (result)
-		return aiouffd_fail_(result, "the server went away");
+		return aiouffd_no_answer_(result);
 	if (answer.status)
 		return aiouffd_fail_(aiouffd_status_(answer.status), answer.text);
 	memory->object_size = answer.object_size;
@@ -1336,6 +1495,8 @@ static inline struct aiouffd *aiouffd_connect_(const char *path, const struct ai
 	struct aiouffd *memory = (struct aiouffd *)calloc(1, sizeof *memory);
 	uint64_t until = options && options->timeout_ms > 0 ? aiouffd_until_(options->timeout_ms) : 0;
 	int forever = options && options->timeout_ms < 0, pause = 2, dialled, result;
+	/* A queue that is full for a moment is no server that is not there. */
+	uint64_t crowded = aiouffd_until_(AIOUFFD_FIRST_ANSWER_);
 	struct aiouffd_state_ *s;
 
 	if (!memory) {
@@ -1356,16 +1517,17 @@ static inline struct aiouffd *aiouffd_connect_(const char *path, const struct ai
 		if (!result) {
 			memory->state_ = s;
 			if (!s->keeping) /* an empty object needs nobody to serve it */
-				aiouffd_part_(s);
+				aiouffd_part_(s, AIOUFFD_LET_GO_);
 			return memory;
 		}
 		aiouffd_drop_(s);
 		memset(memory, 0, sizeof *memory);
 		if (!aiouffd_may_pass_(result, dialled) ||
-		    !(forever || (until && aiouffd_now_() < until)))
+		    !(forever || (until && aiouffd_now_() < until) ||
+		      (result == -EAGAIN && !dialled && aiouffd_now_() < crowded)))
 			break;
 		result = aiouffd_wait_(-1, 0,
-				       options->cancel_fd > 0 ? options->cancel_fd : -1,
+				       options && options->cancel_fd > 0 ? options->cancel_fd : -1,
 				       aiouffd_until_(pause));
 		if (result != -ETIMEDOUT) {
 			aiouffd_fail_(result, "it was given up");
@@ -1416,9 +1578,10 @@ AIOUFFD_API int aiouffd_query(const char *path, const struct aiouffd_options *op
 		return result;
 	result = aiouffd_dial_first_(s);
 	if (!result) {
-		result = aiouffd_ask_(s->sock, &s->options, &answer, aiouffd_stop_fd_(s));
+		result = aiouffd_ask_(s->sock, &s->options, &answer, aiouffd_stop_fd_(s),
+				      aiouffd_until_(AIOUFFD_ATTACH_ANSWER_));
 		if (result)
-			aiouffd_fail_(result, "the server went away");
+			aiouffd_no_answer_(result);
 		else if (answer.status)
 			result = aiouffd_fail_(aiouffd_status_(answer.status), answer.text);
 		else
@@ -1430,10 +1593,40 @@ AIOUFFD_API int aiouffd_query(const char *path, const struct aiouffd_options *op
 	return result;
 }
 
+static inline int aiouffd_discard_some_(struct aiouffd_state_ *s, uint64_t start, uint64_t length,
+					uint8_t *before)
+{
+	void *address = (void *)(uintptr_t)start;
+	uint64_t at, left, number;
+	uint8_t *states;
+	int result;
+
+	/* Before, for a server that dies between hearing of it and noting it down; after, for one that
+	 * has noted something else at the same time. */
+	for (at = start, number = 0; at < start + length; at += s->page_size) {
+		states = aiouffd_states_at_(s, at, &left);
+		before[number++] = __atomic_fetch_or(states, AIOUFFD_REMOVED_, __ATOMIC_SEQ_CST);
+	}
+	result = madvise(address, length, AIOUFFD_DONTNEED_LOCKED_) ? -errno : 0;
+	if (result == -EINVAL)
+		result = madvise(address, length, MADV_DONTNEED) ? -errno : 0;
+	for (at = start, number = 0; at < start + length; at += s->page_size) {
+		states = aiouffd_states_at_(s, at, &left);
+		if (!result || result == -ENOMEM)
+			__atomic_fetch_or(states, AIOUFFD_REMOVED_, __ATOMIC_SEQ_CST);
+		else if (!(before[number] & AIOUFFD_REMOVED_))
+			__atomic_fetch_and(states, (uint8_t)~AIOUFFD_REMOVED_, __ATOMIC_SEQ_CST);
+		number++;
+	}
+	return result;
+}
+
 AIOUFFD_API int aiouffd_discard(struct aiouffd *memory, void *address, uint64_t length)
 {
 	struct aiouffd_state_ *s = memory->state_;
 	uint64_t start = (uint64_t)(uintptr_t)address, at, left, step;
+	int result = 0, hole = 0;
+	uint8_t before[512];
 
 	if (!s->page_size || (start | length) & (s->page_size - 1))
 		return aiouffd_fail_(-EINVAL, "only whole pages can be discarded");
@@ -1442,13 +1635,17 @@ AIOUFFD_API int aiouffd_discard(struct aiouffd *memory, void *address, uint64_t 
 			return aiouffd_fail_(-EINVAL, "that is not memory that is served");
 		step = left * s->page_size;
 	}
-	/* Before, for a server that dies between hearing of it and noting it down; after, for one that
-	 * has noted something else at the same time. */
-	aiouffd_mark_removed_(s, start, start + length);
-	if (madvise(address, length, MADV_DONTNEED))
-		return aiouffd_fail_(-errno, "the pages cannot be dropped");
-	aiouffd_mark_removed_(s, start, start + length);
-	return 0;
+	for (at = start; at < start + length && !result; at += step) {
+		step = start + length - at < sizeof before * s->page_size ? start + length - at :
+									    sizeof before * s->page_size;
+		result = aiouffd_discard_some_(s, at, step, before);
+		if (result == -ENOMEM) { /* a hole, around which it is done */
+			hole = result;
+			result = 0;
+		}
+	}
+	result = result ? result : hole;
+	return result ? aiouffd_fail_(result, "the pages cannot be dropped") : 0;
 }
 
 AIOUFFD_API int aiouffd_connected(const struct aiouffd *memory)

@@ -262,8 +262,9 @@ def map_states(fd: int, pages: int) -> memoryview:
     if seals & _WRITE_SEALS:
         raise Refusal(BAD_RECORD, "the file of states is sealed against writing")
     status = os.fstat(fd)
-    # Huge pages may run out, which is a signal to whoever touches.
-    if not stat.S_ISREG(status.st_mode) or status.st_blksize != mmap.PAGESIZE:
+    # Huge pages may run out, which is a signal to whoever touches. Not st_blksize, which is that of
+    # transparent huge pages where memfds have these.
+    if not stat.S_ISREG(status.st_mode) or os.fstatvfs(fd).f_bsize != mmap.PAGESIZE:
         raise Refusal(BAD_RECORD, "the file of states is not made of ordinary pages")
     if status.st_size != pages:
         raise Refusal(BAD_RECORD, f"the file of states has {status.st_size} bytes, not {pages}")
