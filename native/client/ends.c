@@ -82,23 +82,34 @@ static int take(int sock, uint8_t *record, size_t size, int *fds)
 /* Answers OK to QUERY and ATTACH; then `reads` what happens and marks it, or is gone, or sits there. */
 enum then { GONE, SITS, READS };
 
-static void serve(int listening, enum then then)
+static void greet(int sock, int *fds)
 {
 	uint8_t record[4096], answer[AIOUFFD_ANSWER_SIZE_] = { 0 };
-	struct aiouffd_message_ message;
-	struct aiouffd_fill_ fill = { .length = PAGE };
-	int fds[2] = { -1, -1 }, sock = accept(listening, NULL, NULL);
 
+	fds[0] = -1;
 	aiouffd_put_header_(answer, AIOUFFD_ANSWER_, sizeof answer, 0, sizeof answer);
 	aiouffd_put64_(answer + 24, PAGES * PAGE);
 	while (fds[0] < 0)
 		if (take(sock, record, sizeof record, fds) ||
 		    write(sock, answer, sizeof answer) != sizeof answer)
-			_exit(1);
+			return; /* it has lost its patience, and comes again */
+}
+
+static void serve(int listening, enum then then)
+{
+	struct aiouffd_message_ message;
+	struct aiouffd_fill_ fill = { .length = PAGE };
+	int fds[2] = { -1, -1 };
+
+	greet(accept(listening, NULL, NULL), fds);
 	if (then == GONE)
 		_exit(0);
 	while (then == READS) {
-		if (aiouffd_wait_(fds[0], POLLIN, -1, 0) || read(fds[0], &message, sizeof message) <= 0)
+		if (aiouffd_wait_(fds[0], POLLIN, listening, 0) == -ECANCELED) {
+			greet(accept(listening, NULL, NULL), fds);
+			continue;
+		}
+		if (read(fds[0], &message, sizeof message) <= 0)
 			continue;
 		fill.start = message.b & ~(uint64_t)(PAGE - 1);
 		if (message.event == AIOUFFD_EVENT_PAGEFAULT_)
