@@ -34,13 +34,21 @@ static int issue(int fd, int op, uint64_t start, const uint8_t *src, uint64_t le
 	}
 }
 
+/* The client may write the same bytes, so no bit of its may be lost. */
+static void note(uint8_t *states, uint64_t first, uint64_t last, uint8_t set, uint8_t clear)
+{
+	for (; states && first < last; first++) {
+		__atomic_fetch_or(&states[first], set, __ATOMIC_SEQ_CST);
+		__atomic_fetch_and(&states[first], (uint8_t)~clear, __ATOMIC_SEQ_CST);
+	}
+}
+
 int64_t au_foreign_fill(int fd, int op, uint64_t start, const uint8_t *src, uint64_t length,
-			uint64_t page_size, uint64_t *absent)
+			uint64_t page_size, uint8_t *states, uint64_t *absent)
 {
 	uint64_t at = 0, most = length;
 
 	*absent = 0;
-
 	while (at < length) {
 		uint64_t part = length - at < most ? length - at : most;
 		int64_t done;
@@ -48,17 +56,26 @@ int64_t au_foreign_fill(int fd, int op, uint64_t start, const uint8_t *src, uint
 				   page_size, &done);
 
 		if (done > 0) {
+			note(states, at / page_size, (at + (uint64_t)done) / page_size,
+			     AU_FOREIGN_INSTALLED, AU_FOREIGN_ABSENT);
 			at += (uint64_t)done;
 			continue;
 		}
-		if (result == -ENOENT && part > page_size) {
-			/* Not mapped, or two mappings that one call cannot fill: page by page. */
+		if ((result == -ENOENT || result == -EFAULT) && part > page_size) {
+			/* Not mapped, or two mappings that one call cannot fill, or a file that was
+			 * made shorter: page by page. */
 			most = page_size;
 			continue;
 		}
-		if (result == -EEXIST || result == -ENOENT) {
-			if (result == -ENOENT)
-				*absent += page_size;
+		if (result == -EEXIST) {
+			note(states, at / page_size, at / page_size + 1, AU_FOREIGN_INSTALLED,
+			     AU_FOREIGN_ABSENT);
+		} else if (result == -ENOENT || result == -EFAULT) {
+			note(states, at / page_size, at / page_size + 1, AU_FOREIGN_ABSENT,
+			     AU_FOREIGN_INSTALLED);
+			*absent += page_size;
+		}
+		if (result == -EEXIST || result == -ENOENT || result == -EFAULT) {
 			au_abi_wake(fd, start + at, page_size);
 			at += page_size;
 			continue;
@@ -75,7 +92,7 @@ int64_t au_foreign_put(int fd, int op, uint64_t start, const uint8_t *src, uint6
 {
 	uint64_t absent;
 
-	return au_foreign_fill(fd, op, start, src, length, page_size, &absent);
+	return au_foreign_fill(fd, op, start, src, length, page_size, NULL, &absent);
 }
 
 int64_t au_foreign_read(int fd, struct au_uffd_msg *messages, int64_t max)
@@ -153,7 +170,7 @@ static bool answer(int fd, const struct au_foreign_area *area, uint64_t window, 
 		return false;
 	*installed += (uint64_t)done;
 	for (; done > 0; done -= (int64_t)size)
-		area->states[first++] |= AU_FOREIGN_INSTALLED;
+		__atomic_fetch_or(&area->states[first++], AU_FOREIGN_INSTALLED, __ATOMIC_SEQ_CST);
 	return page < first;
 }
 

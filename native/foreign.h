@@ -19,9 +19,11 @@
 int64_t au_foreign_put(int fd, int op, uint64_t start, const uint8_t *src, uint64_t length,
 		       uint64_t page_size);
 
-/* The same; *absent counts the bytes of those pages that are not mapped. */
+/* The same, and notes in `states`, one byte per page from `start` on, which pages are INSTALLED now and
+ * which were ABSENT: not mapped, or behind the end of the file that is mapped.  *absent counts the
+ * bytes of these. */
 int64_t au_foreign_fill(int fd, int op, uint64_t start, const uint8_t *src, uint64_t length,
-			uint64_t page_size, uint64_t *absent);
+			uint64_t page_size, uint8_t *states, uint64_t *absent);
 
 /* Read at most `max` messages: how many, or a negated errno. Never waits, whatever the other process
  * makes of O_NONBLOCK, which is of the open file and so in its hands as well. */
@@ -36,6 +38,7 @@ struct au_foreign_area {
 };
 
 #define AU_FOREIGN_INSTALLED 2
+#define AU_FOREIGN_ABSENT 8
 
 /* Read messages, and answer those faults that need nothing but a copy: in one of `areas` (by
  * address), on a page whose state is 0, which then is INSTALLED; with it its neighbours of the

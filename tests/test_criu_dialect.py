@@ -296,12 +296,14 @@ async def test_restores_again_and_at_once(tmp_path: Path) -> None:
 async def test_one_restore_is_accepted(tmp_path: Path) -> None:
     written.write(tmp_path, written.dump(tree()))
     async with serving(tmp_path) as server:
-        one, two = Peer(server), Peer(server)  # both before anybody is accepted
-        await two.dropped()
+        one, two, three = Peer(server), Peer(server), Peer(server)
+        one.close()  # it only looked whether somebody is there
+        two.say(pid_of(101))
+        await three.dropped()
         assert not server.path.exists()
         with pytest.raises((FileNotFoundError, ConnectionRefusedError)):
             Peer(server)
-        one.close()
+        two.close()
         with pytest.raises(PeerError):
             await over(server)
 
@@ -613,7 +615,7 @@ def good_stream() -> list[tuple[bytes, bool]]:
 LENGTH = sum(len(data) for data, _ in good_stream())
 
 
-@pytest.mark.parametrize("length", range(LENGTH))
+@pytest.mark.parametrize("length", range(1, LENGTH))
 async def test_hung_up_after_each_byte(tmp_path: Path, length: int) -> None:
     async with serving(two_tasks(), work_dir=tmp_path) as server:
         peer, left = Peer(server), length
@@ -781,6 +783,7 @@ async def test_a_failed_restore_from_the_command_line(tmp_path: Path) -> None:
     async with pager("--images", str(tmp_path)) as process:
         with socket.socket(socket.AF_UNIX) as peer, short(tmp_path / "lazy-pages.socket") as path:
             peer.connect(path)
+            peer.sendall(b"\1")
         async with asyncio.timeout(20):
             _, errors = await process.communicate()
         assert process.returncode == 1

@@ -124,6 +124,9 @@ class Asker:
     def failed(self, store: BlockStore, block: int, error: BaseException) -> None:
         raise AssertionError(error)
 
+    def broken(self, error: Exception) -> None:
+        raise error
+
 
 async def test_a_queued_block_that_becomes_urgent_comes_for_all() -> None:
     gate, source = gated()

@@ -9,6 +9,7 @@ been removed, moved or forgotten.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ ABSENT = 8
 
 _REMOVE = bytes(value & ~INSTALLED & 0xFF | REMOVED for value in range(256))
 _INSTALL = bytes(value & ~ABSENT & 0xFF | INSTALLED for value in range(256))
-_MISS = bytes(value & ~INSTALLED & 0xFF | ABSENT for value in range(256))
+_ZEROS = re.compile(rb"\0+")
 _LOOK_AGAIN = bytes(value & ~ABSENT & 0xFF for value in range(256))
 _UNMAP = bytes(value | GONE for value in range(256))
 _MOVE = bytes(value | MOVED for value in range(256))
@@ -96,15 +97,9 @@ class Area:
         high = min((number + 1) * block_size, self.offset + self.length)
         return self.start + low - self.offset, self.start + high - self.offset
 
-    def mark_page(self, page: int) -> None:
-        """The page at ``page`` is there."""
-        assert self.states is not None
-        self.states[(page - self.start) // self.page_size] |= INSTALLED
-
-    def mark_absent(self, start: int, end: int) -> None:
-        """The pages of ``start`` to ``end`` are not mapped."""
-        states, first, last = self._states(), self.page_of(start), self.page_of(end)
-        states[first:last] = bytes(states[first:last]).translate(_MISS)
+    def missing_bytes(self) -> int:
+        """Bytes that `missing` would name, of all of it."""
+        return bytes(self._states()).count(0) * self.page_size
 
     def forget_absent(self) -> None:
         """What was not mapped may be by now."""
@@ -119,14 +114,9 @@ class Area:
         some = bytes(self._states()[first : self.page_of(end)])
         if not any(some):
             return [(start, end)] if some else []
-        runs, at = [], some.find(0)
-        while at >= 0:
-            run = at
-            while at < len(some) and not some[at]:
-                at += 1
-            runs.append((start + run * size, start + at * size))
-            at = some.find(0, at)
-        return runs
+        return [
+            (start + run.start() * size, start + run.end() * size) for run in _ZEROS.finditer(some)
+        ]
 
     def _part(self, start: int, end: int) -> Area:
         first, last = self.page_of(start), self.page_of(end)

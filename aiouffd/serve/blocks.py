@@ -52,6 +52,9 @@ class Wanter(Protocol):
     def failed(self, store: BlockStore, block: int, error: BaseException) -> None:
         """A block could not be had."""
 
+    def broken(self, error: Exception) -> None:
+        """One of the above has raised, which is a bug of ours."""
+
 
 class _Flight:
     __slots__ = ("count", "first", "limit", "running", "since", "urgent", "waited", "wanters")
@@ -248,7 +251,10 @@ class BlockStore:
                 error = ClosedError("the server is closing")
             for block, wanters in wanted.items():
                 for wanter in wanters:
-                    wanter.failed(self, block, error)
+                    try:
+                        wanter.failed(self, block, error)
+                    except Exception as bug:
+                        wanter.broken(bug)
             if not isinstance(error, SourceError | ClosedError):
                 raise
             return
@@ -257,7 +263,11 @@ class BlockStore:
         for block, data in pieces:
             self._put(block, data)
             for wanter in wanted.get(block, ()):
-                wanter.landed(self, block, data)
+                # What one cannot take must not keep it from the others.
+                try:
+                    wanter.landed(self, block, data)
+                except Exception as bug:
+                    wanter.broken(bug)
 
     def _take(self, flight: _Flight) -> dict[int, list[Wanter]]:
         self._drop(flight)

@@ -88,6 +88,20 @@ class Channel:
             raise
         return bytes(parts), fds
 
+    async def begins(self) -> bool:
+        """Wait until the peer says something, without taking it; False if it hangs up instead.
+
+        Raises ClosedError after `close`.
+        """
+        while True:
+            self._check()
+            try:
+                return bool(self._socket.recv(1, socket.MSG_PEEK))
+            except (BlockingIOError, InterruptedError):
+                await self._readable()
+            except ConnectionError:
+                return False
+
     async def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Send all of it; descriptors go with the first byte. Raises PeerError, ClosedError."""
         view = memoryview(data)

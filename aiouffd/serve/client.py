@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ClosedError, PeerError, UsageError
@@ -128,7 +129,7 @@ class Client:
         self.memories.append(memory)
         if self.record:
             memory.recording = self._blocks
-        if start:
+        if start and not self._paused:
             self._start(memory)
         return memory
 
@@ -140,7 +141,7 @@ class Client:
             raise PeerError(f"{self!r} has {len(areas)} areas, more than {limits.areas}")
         total = 0
         found = AreaMap()
-        for area in areas:
+        for area in sorted(areas, key=attrgetter("start")):
             start, length, offset = area.start, area.length, area.offset
             where = f"{self!r}: the area of {length:#x} bytes at {start:#x}"
             if area.page_size != page_size:
@@ -220,6 +221,15 @@ class Client:
         for memory in self.memories:
             memory.pause()
 
+    def to_hand_over(self) -> list[Memory]:
+        """What a successor of this server has to be given: all memory; of a client that reconnects
+        by itself only that of its children."""
+        return [
+            memory
+            for memory in self.memories
+            if not memory.closed and (memory.sole or not self.reconnects)
+        ]
+
     @property
     def connected(self) -> bool:
         """Whether it ends when it closes the connection."""
@@ -246,7 +256,8 @@ class Client:
         """The client ends when it closes the connection."""
         if not self._connected:
             self._connected = True
-            self._run(self._until_eof())
+            if not self._paused:
+                self._run(self._until_eof())
 
     async def _until_eof(self) -> None:
         try:
@@ -270,9 +281,12 @@ class Client:
     async def store_for(self, source: Any, **options: Any) -> BlockStore:
         """The store of an object, opened, and shared by all who are served from it.
 
-        ``source`` is what `aiouffd.open` takes, with its options. Raises what opening it raises.
+        ``source`` is what `aiouffd.open` takes, with its options. One that is given as a URL or a
+        path is looked at anew: clients before have what was there for as long as they live, this
+        one has what is there now. It is closed a while after its last client. A `Source` stays
+        open until the server closes. Raises what opening it raises.
         """
-        return await self.server.store_for(source, **options)
+        return await self.server.stores.get(source, options, self)
 
     # ---------------------------------------------------------------- events
 
@@ -358,7 +372,7 @@ class Client:
             ),
             size=store.size,
             version=store.version,
-            source=self.server.name_of(store),
+            source=self.server.stores.name_of(store),
         )
 
     # -------------------------------------------------------------------- end

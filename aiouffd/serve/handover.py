@@ -10,7 +10,8 @@ dead, with as many clients as have come, and gives up if not. So nobody fills pa
 never do two: a page that the process removes must be filled by the one who has read of it.
 
 Clients whose dialect connects again by itself (``Client.reconnects``) are simply let go: they
-find the successor at the same path.
+find the successor at the same path. But their forked children cannot, and are handed over as a
+client of their own, without a connection.
 
 On the wire: `HELLO` from the successor; `READY` from it at the end, and `YOURS` back; between
 messages of `LENGTH` and that many bytes of JSON,
@@ -43,7 +44,7 @@ __all__ = ["Handover", "take_over"]
 
 log = logging.getLogger("aiouffd")
 
-HELLO = b"aiouffd handover 1\n"
+HELLO = b"aiouffd handover 2\n"
 #: Length of the JSON and number of descriptors that go before it.
 LENGTH = struct.Struct("<QQ")
 BATCH = 128
@@ -105,17 +106,17 @@ def _close_all(fds: list[int]) -> None:
 
 
 def _describe(client: Client) -> tuple[dict[str, Any] | None, list[int]]:
-    """A client as JSON and descriptors: its connection, its pidfd, then its memories. None if it
-    has ended."""
+    """A client as JSON and descriptors: its connection, its pidfd, then its memories; for one that
+    reconnects those of its children alone. None if it has ended."""
     if client.ended.is_set():
         return None, []
-    fds = [client.channel.fileno()]
-    if client.peer.pidfd >= 0:
-        fds.append(client.peer.pidfd)
+    alone = client.reconnects
+    fds = [] if alone else [client.channel.fileno()]
+    pidfd = -1 if alone else client.peer.pidfd
+    if pidfd >= 0:
+        fds.append(pidfd)
     memories = []
-    for memory in client.memories:
-        if memory.closed:
-            continue
+    for memory in client.to_hand_over():
         fds.append(memory.fd)
         memories.append(
             {
@@ -143,7 +144,8 @@ def _describe(client: Client) -> tuple[dict[str, Any] | None, list[int]]:
         "pid": peer.pid,
         "uid": peer.uid,
         "gid": peer.gid,
-        "pidfd": peer.pidfd >= 0,
+        "pidfd": pidfd >= 0,
+        "connection": not alone,
         "complete_on_close": client.complete_on_close,
         "connected": client.connected,
         "memories": memories,
@@ -155,7 +157,11 @@ async def _restore(server: Server, item: dict[str, Any], fds: list[int]) -> Clie
     left = list(fds)
     client: Client | None = None
     try:
-        connection = socket.socket(fileno=left.pop(0))
+        if item["connection"]:
+            connection = socket.socket(fileno=left.pop(0))
+        else:
+            connection, other = socket.socketpair()
+            other.close()
         pidfd = left.pop(0) if item["pidfd"] else -1
         peer = Peer(item["pid"], item["uid"], item["gid"], pidfd)
         client = server.restored(Channel(connection, peer))
@@ -166,7 +172,7 @@ async def _restore(server: Server, item: dict[str, Any], fds: list[int]) -> Clie
                 Area(
                     area["start"],
                     area["length"],
-                    await server.store_of(area["store"]),
+                    await server.store_of(area["store"], client),
                     area["offset"],
                     memory["page_size"],
                     memoryview(bytearray(zlib.decompress(bytes.fromhex(area["states"])))),
@@ -236,7 +242,7 @@ class Handover:
                 if hello != HELLO:
                     raise PeerError("the successor is of another version")
                 await server.quiesce()
-            clients = [client for client in server.clients if not client.reconnects]
+            clients = [client for client in server.clients if client.to_hand_over()]
             async with asyncio.timeout(PATIENCE):
                 listening = server.listening_fd()
                 head = {"clients": len(clients), "mode": server.mode}

@@ -72,6 +72,14 @@ AGAIN_FIRST, AGAIN_LONGEST = 0.0002, 0.02
 #: Seconds that making errors of all pages may take, if a stopped thread is in the way; and where
 #: the loop has to wait for it.
 GIVE_UP, GIVE_UP_NOW = 2.0, 0.01
+#: Pause after an error that is none of the known ones, which may last, and between two lines in the
+#: log of it, in seconds. How long one turn of trying again may take.
+TROUBLE_PAUSE, COMPLAINTS, TRY_TURN = 0.5, 30.0, 0.003
+#: Batches in a row with nothing but faults that were heard of, and the pause after that: a thread
+#: in a system call that has a signal faults over and over until its page comes.
+REPEATS, REPEATS_PAUSE = 16, 0.001
+#: Areas of one block that are filled in one turn of the loop; and how many areas are many.
+PLACES, MANY = 64, 1024
 #: Tries of a huge page that "exists" and does not, before the pool counts as empty.
 HUGE_TRIES = 100
 #: Blocks that `complete` and `prefetch` ask for at a time.
@@ -150,9 +158,12 @@ class Memory:
         self._timer: asyncio.TimerHandle | None = None
         self._pause = AGAIN_FIRST
         self._huge_tries: dict[int, int] = {}
+        self._next_complaint = 0.0
+        self._repeated = self._repeats = 0
         self._absent = ffi.new("uint64_t *")
-        # Pages were found not to be mapped, before `complete` looked for them.
-        self._was_absent = False
+        # Pages were found not to be mapped, before `complete` looked for them; perhaps by who had
+        # this memory before.
+        self._was_absent = True
         self._completing = 0
         self._forked, self._gone, self._failed = forked, gone, failed
         self._reserve = reserve
@@ -186,9 +197,9 @@ class Memory:
         try:
             self._serve_some()
         except Exception as error:
-            self._broken(error)
+            self.broken(error)
 
-    def _broken(self, error: Exception) -> None:
+    def broken(self, error: Exception) -> None:
         """A bug of ours is this client's end, and must not become everybody's."""
         self._loop.call_exception_handler(
             {"message": f"{self!r} cannot be served any more", "exception": error}
@@ -200,7 +211,7 @@ class Memory:
         if self._at_hand_version != self.areas.version:
             self._find_at_hand()
         if not self._at_hand_count or self.recording is not None:
-            self._serve_all(self._read())
+            self._serve_new(self._read())
             return
         # Whose bytes are in memory of ours is answered natively, all of a batch in one call.
         count = lib.au_foreign_pump(
@@ -220,9 +231,9 @@ class Memory:
             faults: dict[int, int] = {}
             self._take(count, faults)
             faults.update(self._read())
-            self._serve_all(faults)
+            self._serve_new(faults)
         elif count < 0 and count != -errno.EAGAIN:
-            self._serve_all(self._read())
+            self._serve_new(self._read())
 
     def _find_at_hand(self) -> None:
         """The areas whose object is memory of this process, for native code."""
@@ -241,6 +252,25 @@ class Memory:
             found.append((area.start, area.length, area.page_size, piece, states))
         self._at_hand_count = len(found)
         self._at_hand = ffi.new("struct au_foreign_area[]", found)
+
+    def _serve_new(self, faults: dict[int, int]) -> None:
+        """Serve, and read less often where all that comes is what was heard already."""
+        self._repeated = 0
+        self._serve_all(faults)
+        self._repeats = self._repeats + 1 if faults and self._repeated == len(faults) else 0
+        if self._repeats >= REPEATS and not self._closed and not self._muted:
+            self._repeats = 0
+            self._reactor.remove(self.fd)
+            self._muted = True
+            self._loop.call_later(REPEATS_PAUSE, self._unmute)
+
+    def _unmute(self) -> None:
+        if self._muted and not self._closed and not self._paused:
+            self._muted = False
+            try:
+                self._reactor.add(self)
+            except OSError as error:
+                self.broken(error)
 
     def _serve_all(self, faults: dict[int, int]) -> None:
         for address, flags in faults.items():
@@ -288,9 +318,12 @@ class Memory:
                 faults.setdefault(address, 0)
         elif event == _UNMAP:
             self.areas.unmapped(a, b)
+            self._not_again(a, b)
             lib.au_abi_wake(self.fd, a, b - a)
         elif event == _REMAP:
             self.areas.moved(a, b, c)
+            self._not_again(a, a + c)
+            self._not_again(b, b + c)
             lib.au_abi_wake(self.fd, a, c)
         elif event == _FORK:
             self.stats.forks += 1
@@ -303,6 +336,11 @@ class Memory:
                 self._reserve.fill()
         else:
             log.debug("%r: an unknown event %#x", self, event)
+
+    def _not_again(self, start: int, end: int) -> None:
+        """Nothing is to be tried again where something else may be now; who waits asks anew."""
+        if self._again:
+            self._again = {at: None for at in self._again if not start <= at < end}
 
     def _waiting_in(self, start: int, end: int) -> list[int]:
         return [
@@ -357,7 +395,9 @@ class Memory:
             waiting = self._wanted.setdefault((store, block), [])
             if not waiting:
                 store.want(block, self)
-            if page not in waiting:
+            if page in waiting:
+                self._repeated += 1
+            else:
                 waiting.append(page)
         if self.readahead and self.recording is None:
             self._read_ahead(store, block)
@@ -384,14 +424,42 @@ class Memory:
     def _misses(self, store: BlockStore, block: int) -> bool:
         if (store, block) in self._liked or (store, block) in self._wanted:
             return False
-        at_hand: tuple[memoryview | None] | None = None
-        for area, start, end in self.areas.of_block(store, block):
-            if area.missing(start, end):
-                at_hand = at_hand or store.peek(block)
-                if at_hand is None:
-                    return True
-                self._fill(area, store, block, at_hand[0])
-        return False
+        if not any(
+            area.missing(start, end) for area, start, end in self.areas.of_block(store, block)
+        ):
+            return False
+        at_hand = store.peek(block)
+        if at_hand is not None:
+            self._spread(store, block, at_hand[0])
+        return at_hand is None
+
+    def _spread(
+        self,
+        store: BlockStore,
+        block: int,
+        data: memoryview | None,
+        first: int = 0,
+        version: int = -1,
+    ) -> None:
+        """Fill all places of a block, a few in one turn of the loop: areas may show the same bytes
+        over and over."""
+        if self._closed or self._paused:
+            return
+        if version != self.areas.version:
+            first = 0
+        places = self.areas.of_block(store, block)
+        try:
+            for area, start, end in places[first : first + PLACES]:
+                if area.missing(start, end):
+                    self._fill(area, store, block, data)
+        except Exception as error:
+            self.broken(error)
+            return
+        if first + PLACES < len(places):
+            # It is lent to us until we return.
+            kept = data if data is None or isinstance(data.obj, bytes) else memoryview(bytes(data))
+            rest = (store, block, kept, first + PLACES, self.areas.version)
+            self._loop.call_soon(self._spread, *rest)
 
     def landed(self, store: BlockStore, block: int, data: memoryview | None) -> None:
         """A block has come. The map says where it belongs by now, if anywhere."""
@@ -410,8 +478,7 @@ class Memory:
                 # It is something else now. Who waits there asks again.
                 lib.au_abi_wake(self.fd, page, self.page_size)
         if liked:
-            for area, _start, _end in self.areas.of_block(store, block):
-                self._fill(area, store, block, data)
+            self._spread(store, block, data)
 
     def _still(self, store: BlockStore, block: int, page: int) -> Area | None:
         """The area of a page that was to come from a block, if that is still so."""
@@ -453,79 +520,67 @@ class Memory:
         size, page_size = store.block_size, area.page_size
         base = area.start + block * size - area.offset  # where the block's first byte would be
         if page is not None and size == page_size:
-            if data is None:
-                done = self._put(_ZERO, page, self._zeros, size, size)
-            else:
-                done = self._put(_COPY, page, ffi.from_buffer("uint8_t[]", data), size, size)
-            if self._absent[0]:
-                self._note_absent(area, page, page + size)
-            elif done:
-                area.mark_page(page)
-                self.stats.installed_bytes += done
-            return
-        start, end = area.block(block, size)
-        runs = area.missing(start, end)
-        if page is not None and not any(low <= page < high for low, high in runs):
-            runs.append((page, page + page_size))
+            runs = [(page, page + page_size)]
+        else:
+            start, end = area.block(block, size)
+            runs = area.missing(start, end)
+            if page is not None and not any(low <= page < high for low, high in runs):
+                runs.append((page, page + page_size))
         source = ffi.NULL if data is None else ffi.from_buffer("uint8_t[]", data)
         for low, high in runs:
             if data is None:
-                done = self._put(_ZERO, low, self._zeros, high - low, page_size)
+                done = self._put(_ZERO, low, self._zeros, high - low, page_size, area)
             else:
-                done = self._put(_COPY, low, source + (low - base), high - low, page_size)
-            if self._absent[0]:
-                done -= self._fill_singly(area, low, low + done, source, base)
-            elif done:
-                area.mark_installed(low, low + done)
-            self.stats.installed_bytes += done
+                done = self._put(_COPY, low, source + (low - base), high - low, page_size, area)
+            absent = self._absent[0]
+            self.stats.installed_bytes += done - absent
+            if absent and not self._completing:
+                self._was_absent = True
             if page is not None and low + done < page < high:
                 # The next try begins before it, where meanwhile there may be something else.
                 self._later(page)
 
-    def _fill_singly(self, area: Area, start: int, end: int, source: Any, base: int) -> int:
-        """Fill pages some of which are not mapped, to know which. Returns the bytes of these."""
-        size, absent = area.page_size, 0
-        for low in range(start, end, size):
-            if source == ffi.NULL:
-                self._put(_ZERO, low, self._zeros, size, size)
-            else:
-                self._put(_COPY, low, source + (low - base), size, size)
-            if self._absent[0]:
-                self._note_absent(area, low, low + size)
-                absent += size
-            else:
-                area.mark_installed(low, low + size)
-        return absent
-
-    def _note_absent(self, area: Area, start: int, end: int) -> None:
-        area.mark_absent(start, end)
-        if not self._completing:
-            self._was_absent = True
-
     # ---------------------------------------------------------------- filling
 
-    def _put(self, op: int, start: int, source: Any, length: int, page_size: int) -> int:
-        """One native call. Returns the bytes done; what could not be done now is tried again."""
+    def _put(
+        self,
+        op: int,
+        start: int,
+        source: Any,
+        length: int,
+        page_size: int,
+        area: Area | None = None,
+    ) -> int:
+        """One native call, which notes what has become of the pages in ``area``. Returns the bytes
+        done; what could not be done now is tried again."""
         absent = self._absent
         absent[0] = 0
         if self._closed or self._paused:
             return 0
-        result: int = lib.au_foreign_fill(self.fd, op, start, source, length, page_size, absent)
+        states = ffi.NULL
+        if area is not None and area.states is not None:
+            states = ffi.from_buffer("uint8_t[]", area.states[area.page_of(start) :])
+        result: int = lib.au_foreign_fill(
+            self.fd, op, start, source, length, page_size, states, absent
+        )
         if result >= 0:
             self._pause = AGAIN_FIRST
             return result
         code, done = ~result & 0xFF, ~result >> 8
-        if code == errno.EAGAIN:
-            self.stats.retries += 1
-            self._later(start + done)
-        elif code in (errno.ESRCH, errno.EBADF):
-            self._end()
-        else:
-            log.error(
-                "%r: filling %d bytes at %#x failed: %s", self, length, start, os.strerror(code)
-            )
-            self._later(start + done)
-            self._pause = AGAIN_LONGEST
+        if code in (errno.ESRCH, errno.EBADF):
+            self._vanished()
+            return done
+        self.stats.retries += 1
+        if code != errno.EAGAIN:
+            self._pause = TROUBLE_PAUSE
+            now = self._loop.time()
+            if now >= self._next_complaint:
+                self._next_complaint = now + COMPLAINTS
+                log.error(
+                    "%r: filling %d bytes at %#x fails, and is tried again: %s",
+                    self, length - done, start + done, os.strerror(code),
+                )  # fmt: skip
+        self._later(start + done)
         return done
 
     def _poison(self, page: int, size: int) -> None:
@@ -564,23 +619,33 @@ class Memory:
             again, self._again = self._again, {}
             for address in again:
                 faults.setdefault(address, 0)
-            while faults and not self._closed:
-                address = next(iter(faults))
-                before = self.stats.retries
-                self._serve(address, faults.pop(address))
-                if self.stats.retries > before and faults:
-                    # What is in the way of one is most often in the way of all; but the next to be
-                    # tried is another one.
-                    self._again = {**dict.fromkeys(faults), **self._again}
-                    break
+            self._serve_in_turn(list(faults.items()))
+            if not self._again:
+                self._room.set()
         except Exception as error:
-            self._broken(error)
+            self.broken(error)
+
+    def _serve_in_turn(self, faults: list[tuple[int, int]]) -> None:
+        """As many as can be served and as there is time for; the rest later."""
+        limit = time.perf_counter() + TRY_TURN
+        for number, (address, flags) in enumerate(faults, 1):
+            if self._closed:
+                return
+            before = self.stats.retries
+            self._serve(address, flags)
+            if self.stats.retries > before or time.perf_counter() > limit:
+                # What is in the way of one is most often in the way of all; but the next to be
+                # tried is another one.
+                if rest := faults[number:]:
+                    self._again = {**dict.fromkeys(address for address, _ in rest), **self._again}
+                    self._later(0)
+                return
 
     # ------------------------------------------------------------- background
 
     async def prefetch(self, store: BlockStore, runs: Iterable[tuple[int, int]]) -> None:
         """Bring runs of blocks of ``store`` in this order, behind what threads wait for."""
-        piece = max(1, (1 << 20) // store.block_size)
+        piece = max(1, (1 << 20) // store.block_size) if len(self.areas) < MANY else 1
         for first, count in runs:
             for block in range(first, first + count, piece):
                 await self._have_room()
@@ -607,6 +672,7 @@ class Memory:
             before = self._missing_bytes()
             if not before:
                 return
+            retries, version = self.stats.retries, self.areas.version
             for store, runs in self._blocks_of_areas().items():
                 await self.prefetch(store, runs)
             while self._liked and not self._closed:
@@ -617,7 +683,12 @@ class Memory:
                     # What threads wait for is on its way without us.
                     self._room.clear()
                     await self._room.wait()
-                elif self._again or self._timer is not None:
+                elif (
+                    self._again
+                    or self._timer is not None
+                    or (retries, version) != (self.stats.retries, self.areas.version)
+                ):
+                    # Something was in the way, or is elsewhere now.
                     await asyncio.sleep(AGAIN_LONGEST)
                 elif not self._closed:
                     raise SourceError(f"{self!r}: some of it could not be brought")
@@ -637,15 +708,10 @@ class Memory:
         return found
 
     def _missing_bytes(self) -> int:
-        return sum(
-            high - low
-            for area in self.areas
-            if area.store is not None
-            for low, high in area.missing(area.start, area.end)
-        )
+        return sum(area.missing_bytes() for area in self.areas if area.store is not None)
 
     async def _have_room(self) -> None:
-        while len(self._liked) >= WINDOW and not self._closed:
+        while (len(self._liked) >= WINDOW or self._again) and not self._closed:
             self._room.clear()
             await self._room.wait()
 
@@ -654,8 +720,13 @@ class Memory:
     def probe(self) -> bool:
         """Whether the process still lives; if not, this memory has ended."""
         if not self._closed and not lib.au_foreign_alive(self.fd):
-            self._end()
+            self._vanished()
         return not self._closed
+
+    def _vanished(self) -> None:
+        """The process is gone: nothing can become an error any more, and need not."""
+        self.sole = False
+        self._end()
 
     def _end(self) -> None:
         self.close()
@@ -760,6 +831,7 @@ class Memory:
             self._timer = None
         self._muted = False
         self._again.clear()
+        self._repeats = 0
         stores = {store for store, _ in (*self._wanted, *self._liked)}
         self._wanted.clear()
         self._liked.clear()

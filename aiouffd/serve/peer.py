@@ -57,17 +57,17 @@ class Peer:
             signal.pidfd_send_signal(self.pidfd, 0)
         except ProcessLookupError:
             return False
-        except PermissionError:
-            pass
+        except OSError:
+            pass  # not ours to signal, or not even of a namespace that we see (EINVAL)
         return True
 
     def kill(self) -> bool:
-        """End the process (SIGKILL). False if it is gone, or may not be killed."""
+        """End the process (SIGKILL). False if it is gone, or may not or cannot be killed."""
         if self.pidfd < 0:
             return False
         try:
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
+        except OSError:
             return False
         return True
 

@@ -15,8 +15,6 @@ from types import TracebackType
 from typing import Any
 
 from ..errors import ClosedError, PeerError, UsageError
-from ..sources import as_source
-from ..sources.names import display_name
 from ..workingset import WorkingSet
 from .blocks import BLOCK_SIZE, KEEP, BlockStore
 from .channel import Channel
@@ -26,6 +24,7 @@ from .handover import Handover, check_same_object, take_over
 from .memory import MemoryStats, Reserve
 from .peer import Peer, Policy, same_user
 from .reactor import Reactor
+from .stores import Stores
 
 __all__ = ["Server", "listen"]
 
@@ -176,13 +175,8 @@ class Server:
         #: Set once a successor serves all clients. Nothing is left to do but close.
         self.taken_over = asyncio.Event()
         self._max_clients = max_clients
-        self._store_settings: dict[str, Any] = {
-            "block_size": block_size,
-            "keep": keep,
-            "deadline": deadline,
-        }
-        self._stores: dict[Any, asyncio.Future[BlockStore]] = {}
-        self._given: dict[BlockStore, tuple[Any, dict[str, Any]]] = {}
+        #: What clients are served from.
+        self.stores = Stores(block_size=block_size, keep=keep, deadline=deadline)
         self._past = MemoryStats()
         self._listening: socket.socket | None = None
         self._identity: tuple[int, int] | None = None
@@ -203,7 +197,7 @@ class Server:
         self.reactor, self.reserve = Reactor(), Reserve()
         try:
             if self._source is not None:
-                self.store = await self.store_for(self._source, **self._options)
+                self.store = await self.stores.get(self._source, self._options, self)
             if self._take_over:
                 self._listening = await take_over(self)
             self._listen()
@@ -265,36 +259,6 @@ class Server:
                 self.path.unlink(missing_ok=True)
             except OSError:
                 pass
-
-    async def store_for(self, source: Any, **options: Any) -> BlockStore:
-        """See `Client.store_for`."""
-        try:
-            key: Any = (source, *sorted(options.items()))
-            hash(key)
-        except TypeError:
-            key = id(source)
-        pending = self._stores.get(key)
-        if pending is None:
-            pending = self._stores[key] = asyncio.ensure_future(self._open_store(source, options))
-        try:
-            return await asyncio.shield(pending)
-        except BaseException:
-            if pending.done() and self._stores.get(key) is pending:
-                del self._stores[key]
-            raise
-
-    async def _open_store(self, source: Any, options: dict[str, Any]) -> BlockStore:
-        store = BlockStore(as_source(source, **options), **self._store_settings)
-        await store.open()
-        self._given[store] = (source, options)
-        return store
-
-    def name_of(self, store: BlockStore) -> str:
-        """What people call the object of a store."""
-        source, _ = self._given.get(store, (None, {}))
-        if isinstance(source, str | os.PathLike):
-            return display_name(str(source))
-        return type(store.source).__name__
 
     # ---------------------------------------------------------------- clients
 
@@ -366,18 +330,22 @@ class Server:
             )
             self.refused += 1
             self._end(client)
+        finally:
+            if client.ended.is_set():
+                self.stores.release(client)  # what it got since
 
     def _end(self, client: Client, *, handed: bool = False) -> None:
         if client in self.clients:
             self.clients.remove(client)
             client.close(handed=handed)
+            self.stores.release(client)
             self._past += client.stats
 
     # --------------------------------------------------------------- hand-over
 
     def reference_of(self, store: BlockStore) -> dict[str, Any]:
         """How a successor finds the object of ``store``. Raises UsageError if it cannot."""
-        source, options = self._given[store]
+        source, options = self.stores.given(store)
         found: dict[str, Any] = {"size": store.size, "version": store.version}
         if store is not self.store:
             if not isinstance(source, str):
@@ -385,19 +353,19 @@ class Server:
             found |= {"source": source, "options": options}
         return found
 
-    async def store_of(self, reference: dict[str, Any] | None) -> BlockStore | None:
-        """The store that another server's `reference_of` means."""
+    async def store_of(self, reference: dict[str, Any] | None, client: Client) -> BlockStore | None:
+        """The store that another server's `reference_of` means, for ``client``."""
         if reference is None:
             return None
         if "source" in reference:
-            store: BlockStore | None = await self.store_for(
+            store: BlockStore | None = await client.store_for(
                 reference["source"], **reference["options"]
             )
         else:
             store = self.store
         if store is None:
             raise UsageError("the other server has an object, and this one none", hint="source=")
-        check_same_object(self.name_of(store), store.size, store.version, reference)
+        check_same_object(self.stores.name_of(store), store.size, store.version, reference)
         return store
 
     def listening_fd(self) -> int:
@@ -412,16 +380,14 @@ class Server:
             if not client.reconnects:
                 await client.talked.wait()
         for client in self.clients:
-            if not client.reconnects:
-                client.pause()
+            client.pause()
 
     def go_on(self) -> None:
         """Serve again after `quiesce`."""
         if self._closed:
             return
         for client in self.clients:
-            if not client.reconnects:
-                client.start_all()
+            client.start_all()
         self._accept_again()
 
     def was_taken_over(self) -> None:
@@ -429,7 +395,7 @@ class Server:
         self._handed = True
         self.taken_over.set()
         for client in list(self.clients):
-            self._end(client, handed=not client.reconnects)
+            self._end(client, handed=True)
 
     def restored(self, channel: Channel) -> Client:
         """A client that another server had."""
@@ -510,15 +476,7 @@ class Server:
         for client in list(self.clients):
             self._end(client)
         self.stop_listening()
-        for pending in self._stores.values():
-            if pending.done() and not pending.cancelled() and pending.exception() is None:
-                try:
-                    await pending.result().aclose()
-                except Exception as error:
-                    log.error("%r could not be closed: %s", pending.result(), error)
-            else:
-                pending.cancel()
-                await asyncio.gather(pending, return_exceptions=True)
+        await self.stores.aclose()
         self.reactor.close()
         self.reserve.close()
 

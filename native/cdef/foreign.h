@@ -3,7 +3,7 @@
 int64_t au_foreign_put(int fd, int op, uint64_t start, const uint8_t *src, uint64_t length,
 		       uint64_t page_size);
 int64_t au_foreign_fill(int fd, int op, uint64_t start, const uint8_t *src, uint64_t length,
-			uint64_t page_size, uint64_t *absent);
+			uint64_t page_size, uint8_t *states, uint64_t *absent);
 int64_t au_foreign_read(int fd, struct au_uffd_msg *messages, int64_t max);
 int au_foreign_alive(int fd);
 

@@ -75,6 +75,7 @@ class CriuDialect:
         self._keep = keep
         self._remote: dict[int, PageServerSource] = {}
         self._talks: set[asyncio.Task[None]] = set()
+        self._silent: set[Client] = set()
         self._over = asyncio.Event()
         # Set once restored processes are to have everything.
         self._finish = asyncio.Event()
@@ -105,11 +106,20 @@ class CriuDialect:
 
     async def talk(self, client: Client) -> None:
         """One restore. Raises PeerError, see `Dialect`."""
-        if self.begun and not self._keep:
-            raise PeerError("there is one restore, and it has begun already")
+        self._may_begin()
+        # Who only looks whether we are there has not begun one.
+        self._silent.add(client)
+        try:
+            if not await client.channel.begins():
+                raise PeerError(f"{client!r} hung up without a word")
+        finally:
+            self._silent.discard(client)
+        self._may_begin()
         self.begun += 1
         if not self._keep:
             client.server.stop_listening()
+            for other in self._silent:
+                other.channel.close()
         task = asyncio.current_task()
         assert task is not None
         self._talks.add(task)
@@ -131,6 +141,10 @@ class CriuDialect:
         finally:
             if not self._keep:
                 self._over.set()
+
+    def _may_begin(self) -> None:
+        if self.begun and not self._keep:
+            raise PeerError("there is one restore, and it has begun already")
 
     async def _restored(self, client: Client) -> None:
         """Take the descriptors of all tasks, and wait for the last word."""

@@ -173,7 +173,7 @@ class CriuServer:
 
     async def _give_up(self) -> None:
         """Errors for what is missing of whoever is still served, and would see zeros instead."""
-        for client in self.server.clients:
+        for client in list(self.server.clients):
             client.complete_on_close = False
             for memory in list(client.memories):
                 await memory.give_up()

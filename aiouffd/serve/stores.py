@@ -1,0 +1,181 @@
+"""The objects that a server's clients are served from, opened once for all who want them.
+
+An object that was named, by a URL or a path, may be another one the next time: a snapshot is
+replaced, and the machine that is restored then must not get the pages of the old one. So each new
+client has the name looked up, which costs an opening, and shares what is open if that is the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from typing import Any
+
+from ..sources import as_source
+from ..sources.base import aclose_source, open_source
+from ..sources.names import display_name
+from .blocks import BlockStore
+
+__all__ = ["Stores"]
+
+log = logging.getLogger("aiouffd")
+
+#: Seconds for which an object stays open after its last client: the next one finds its blocks.
+LINGER = 60.0
+
+
+class _Entry:
+    """An object that is open, or being opened."""
+
+    def __init__(self, key: Any, source: Any, options: dict[str, Any]) -> None:
+        self.key, self.source, self.options = key, source, options
+        self.opening: asyncio.Future[BlockStore] | None = None
+        self.users: set[Any] = set()
+        self.timer: asyncio.TimerHandle | None = None
+
+    @property
+    def named(self) -> bool:
+        """Whether it can be looked up again."""
+        return isinstance(self.source, str | os.PathLike)
+
+    @property
+    def store(self) -> BlockStore | None:
+        """The store, once it is open."""
+        opening = self.opening
+        if opening is None or not opening.done() or opening.cancelled() or opening.exception():
+            return None
+        return opening.result()
+
+
+class Stores:
+    """On one loop. ``settings`` are those of every `BlockStore`."""
+
+    def __init__(self, **settings: Any) -> None:
+        self._settings = settings
+        # The newest of each key, and all that are open.
+        self._entries: dict[Any, _Entry] = {}
+        self._open: set[_Entry] = set()
+        self._closing: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    async def get(self, source: Any, options: dict[str, Any], user: Any) -> BlockStore:
+        """The store of an object, for as long as ``user`` does not `release` it. Raises what
+        opening the object raises."""
+        try:
+            key: Any = (source, *sorted(options.items()))
+            hash(key)
+        except TypeError:
+            key = id(source)
+        entry = self._entries.get(key)
+        if entry is not None and entry.named and entry.store is not None:
+            entry = await self._checked(entry, entry.store, user)
+        if entry is None:
+            entry = self._entries[key] = _Entry(key, source, options)
+            entry.opening = asyncio.ensure_future(self._open_store(entry))
+            self._open.add(entry)
+        entry.users.add(user)
+        assert entry.opening is not None
+        try:
+            return await asyncio.shield(entry.opening)
+        except BaseException:
+            if entry.opening.done() and entry.store is None:
+                self._forget(entry)
+            else:
+                self._leave(entry, user)
+            raise
+
+    async def _checked(self, entry: _Entry, store: BlockStore, user: Any) -> _Entry | None:
+        """The entry, if its name still means the same; else the one that is newer, if any."""
+        had = user in entry.users
+        entry.users.add(user)  # it must not be closed while we look
+        current = False
+        try:
+            current = await self._is_current(entry, store)
+        finally:
+            if not current and not had:
+                self._leave(entry, user)
+        if current:
+            return entry
+        if self._entries.get(entry.key) is entry:
+            del self._entries[entry.key]
+            if not entry.users:
+                self._leave(entry, user)  # at once
+        return self._entries.get(entry.key)
+
+    async def _open_store(self, entry: _Entry) -> BlockStore:
+        store = BlockStore(as_source(entry.source, **entry.options), **self._settings)
+        await store.open()
+        return store
+
+    async def _is_current(self, entry: _Entry, store: BlockStore) -> bool:
+        source = as_source(entry.source, **entry.options)
+        try:
+            await open_source(source)
+            return (source.size, getattr(source, "version", None)) == (store.size, store.version)
+        finally:
+            await aclose_source(source)
+
+    def given(self, store: BlockStore) -> tuple[Any, dict[str, Any]]:
+        """What a store was opened from: the source and its options."""
+        for entry in self._open:
+            if entry.store is store:
+                return entry.source, entry.options
+        return None, {}
+
+    def name_of(self, store: BlockStore) -> str:
+        """What people call the object of a store."""
+        source, _ = self.given(store)
+        if isinstance(source, str | os.PathLike):
+            return display_name(str(source))
+        return type(store.source).__name__
+
+    # --------------------------------------------------------------------- end
+
+    def release(self, user: Any) -> None:
+        """``user`` needs no store any more."""
+        for entry in list(self._open):
+            if user in entry.users:
+                self._leave(entry, user)
+
+    def _leave(self, entry: _Entry, user: Any) -> None:
+        entry.users.discard(user)
+        if entry.users or not entry.named or self._closed:
+            return
+        if entry.timer is not None:
+            entry.timer.cancel()
+        pause = LINGER if self._entries.get(entry.key) is entry else 0
+        entry.timer = asyncio.get_running_loop().call_later(pause, self._unused, entry)
+
+    def _unused(self, entry: _Entry) -> None:
+        if not entry.users and entry in self._open and not self._closed:
+            self._forget(entry)
+            task = asyncio.get_running_loop().create_task(self._close(entry))
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    def _forget(self, entry: _Entry) -> None:
+        self._open.discard(entry)
+        if self._entries.get(entry.key) is entry:
+            del self._entries[entry.key]
+
+    async def _close(self, entry: _Entry) -> None:
+        assert entry.opening is not None
+        entry.opening.cancel()
+        await asyncio.gather(entry.opening, return_exceptions=True)
+        store = entry.store
+        if store is not None:
+            try:
+                await store.aclose()
+            except Exception as error:
+                log.error("%r could not be closed: %s", store, error)
+
+    async def aclose(self) -> None:
+        """Close all. Idempotent."""
+        self._closed = True
+        for entry in list(self._open):
+            if entry.timer is not None:
+                entry.timer.cancel()
+            self._forget(entry)
+            await self._close(entry)
+        await asyncio.gather(*self._closing, return_exceptions=True)
