@@ -424,6 +424,12 @@ class Region:
         where = ffi.new("uint64_t *")
         return int(lib.au_region_check(self._open_native(), offset, length, where)) == 1
 
+    def touch(self, offset: int, length: int) -> bool:
+        """Touch every page of the range, and wait for it without the GIL. False if one of them is
+        an error. Any thread; not the one that has to serve it."""
+        where = ffi.new("uint64_t *")
+        return int(lib.au_region_touch(self._open_native(), offset, length, where)) == 0
+
     @property
     def resident_bytes(self) -> int:
         return int(lib.au_region_present(self._open_native())) * self.page_size

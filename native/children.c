@@ -140,6 +140,15 @@ void au_children_remove(struct au_region *region)
 	au_children_unlock();
 }
 
+void au_children_all_closed(int server)
+{
+	uint32_t index;
+
+	for (index = 0; index < kept_count; index++)
+		if (kept[index].server == server)
+			kept[index].closed = true;
+}
+
 struct au_region *au_children_next(int server, uint32_t *index, bool *closed)
 {
 	while (*index < kept_count) {
@@ -189,6 +198,8 @@ static int receive(struct au_child *child)
 	while (size < 0 && errno == EINTR);
 	if (size < 0)
 		return errno == EAGAIN ? 0 : -errno;
+	if (size == 0)
+		return -EPIPE; /* the program has closed the other end: none will come any more */
 	header = CMSG_FIRSTHDR(&message);
 	if (header && header->cmsg_level == SOL_SOCKET && header->cmsg_type == SCM_RIGHTS) {
 		count = (int)((header->cmsg_len - CMSG_LEN(0)) / sizeof(int));

@@ -78,6 +78,8 @@ void au_children_lock(void);
 void au_children_unlock(void);
 /* In a child, with the lock held: the servers of its parent, without the parent's children. */
 struct au_server *au_children_forked(void);
+/* With the lock held: all regions of `server` are closed, as by au_children_closed. */
+void au_children_all_closed(int server);
 /* With the lock held: a region of `server`, from *index on; NULL after the last one. */
 struct au_region *au_children_next(int server, uint32_t *index, bool *closed);
 

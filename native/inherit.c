@@ -5,8 +5,10 @@
 #include "region.h"
 #include "sys.h"
 
+#include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stdlib.h>
@@ -32,10 +34,10 @@
 struct watch {
 	int uffd, socket, pidfd;
 	int server;
-	bool same_table; /* uffd and socket are open in the process's own table, too */
-	_Atomic uint32_t ready;
+	_Atomic uint32_t state;
 };
-enum { STARTING, OWN_TABLE, SAME_TABLE };
+/* ABANDONED: it took too long, and the descriptors are closed. */
+enum { STARTING, STARTED, WATCHING, NO_TABLE, ABANDONED };
 
 _Atomic uint32_t au_inherits;
 static struct watch watches[AU_SERVERS];
@@ -84,8 +86,6 @@ static void refuse_all(int uffd, int server)
 	for (;;) {
 		poll(&item, 1, -1);
 		count = au_abi_read(uffd, messages, BATCH);
-		if (count == -EBADF)
-			return; /* the table is not ours alone, and somebody has closed it */
 		if (count < 0 && count != -EAGAIN)
 			au_sleep_ns(10 * AU_NS_PER_MS);
 		for (at = 0; at < count; at++)
@@ -96,7 +96,53 @@ static void refuse_all(int uffd, int server)
 
 /* ------------------------------------------------------------- the watch */
 
-/* Leave the process's table of descriptors, with a copy that has only these. */
+struct entry {
+	uint64_t inode, offset;
+	uint16_t length;
+	uint8_t type;
+	char name[];
+};
+
+/* The number that a name is, or -1. */
+static int number_of(const char *name)
+{
+	int number = 0;
+
+	for (; *name; name++) {
+		if (*name < '0' || *name > '9')
+			return -1;
+		number = number * 10 + (*name - '0');
+	}
+	return number;
+}
+
+/* The same one by one, before 5.9 and where close_range is not allowed. */
+static bool leave_table_slowly(const int *keep)
+{
+	_Alignas(struct entry) char space[1024];
+	long size, at;
+	int list;
+
+	if (syscall(SYS_unshare, CLONE_FILES))
+		return false;
+	list = open("/proc/thread-self/fd", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	if (list < 0)
+		return false;
+	while ((size = syscall(SYS_getdents64, list, space, sizeof space)) > 0)
+		for (at = 0; at < size;) {
+			const struct entry *entry = (const struct entry *)(space + at);
+			int fd = number_of(entry->name);
+
+			at += entry->length;
+			if (fd >= 0 && fd != list && fd != keep[0] && fd != keep[1] && fd != keep[2])
+				close(fd);
+		}
+	close(list);
+	return size == 0;
+}
+
+/* Leave the process's table of descriptors, with a copy that has only these: the program may close
+ * whatever it likes, and use the numbers again. */
 static bool leave_table(const struct watch *watch)
 {
 	int keep[3] = { watch->uffd, watch->socket, watch->pidfd };
@@ -110,7 +156,7 @@ static bool leave_table(const struct watch *watch)
 				keep[other] = swap;
 			}
 	if (syscall(SYS_close_range, (unsigned int)keep[2] + 1, ~0U, UNSHARE_TABLE))
-		return false; /* before 5.9 */
+		return leave_table_slowly(keep);
 	for (index = 0; index < 3; index++) {
 		if (keep[index] > from)
 			syscall(SYS_close_range, (unsigned int)from, (unsigned int)keep[index] - 1,
@@ -128,11 +174,17 @@ static void *watch_server(void *argument)
 		{ .fd = watch.socket, .events = POLLIN | POLLRDHUP },
 		{ .fd = watch.pidfd, .events = POLLIN },
 	};
-	bool own_table = leave_table(&watch);
+	uint32_t starting = STARTING;
+	bool left;
 
+	if (!atomic_compare_exchange_strong(&given->state, &starting, STARTED))
+		return NULL; /* the numbers may mean something else by now */
+	left = leave_table(&watch);
 	prctl(PR_SET_NAME, "aiouffd-child");
-	atomic_store(&given->ready, own_table ? OWN_TABLE : SAME_TABLE);
-	au_futex_wake(&given->ready);
+	atomic_store(&given->state, left ? WATCHING : NO_TABLE);
+	au_futex_wake(&given->state);
+	if (!left)
+		return NULL;
 	while (poll(items, 2, -1) <= 0)
 		;
 	refuse_all(watch.uffd, watch.server);
@@ -147,12 +199,13 @@ static void *watch_server(void *argument)
 static int start_watch(struct watch *watch)
 {
 	uint64_t limit = au_now_ns() + START_NS;
+	uint32_t state, starting = STARTING;
 	sigset_t all, before;
 	pthread_attr_t attributes;
 	pthread_t thread;
 	int result;
 
-	atomic_store(&watch->ready, STARTING);
+	atomic_store(&watch->state, STARTING);
 	sigfillset(&all);
 	pthread_attr_init(&attributes);
 	pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
@@ -163,13 +216,15 @@ static int start_watch(struct watch *watch)
 	pthread_attr_destroy(&attributes);
 	if (result)
 		return -result;
-	while (atomic_load(&watch->ready) == STARTING) {
-		if (au_now_ns() > limit)
+	while ((state = atomic_load(&watch->state)) < WATCHING) {
+		/* One that has started will come to its end. */
+		if (state == STARTING && au_now_ns() > limit &&
+		    atomic_compare_exchange_strong(&watch->state, &starting, ABANDONED))
 			return -ETIMEDOUT;
-		au_futex_wait(&watch->ready, STARTING, AU_NS_PER_S);
+		starting = STARTING;
+		au_futex_wait(&watch->state, state, AU_NS_PER_S);
 	}
-	watch->same_table = atomic_load(&watch->ready) == SAME_TABLE;
-	return 0;
+	return state == WATCHING ? 0 : -EMFILE;
 }
 
 /* --------------------------------------------------------------- failing */
@@ -233,6 +288,8 @@ static void seal_all(int server)
 		atomic_store(&region->closing, 1);
 		seal(region);
 	}
+	/* For children of ours as well. */
+	au_children_all_closed(server);
 }
 
 /* --------------------------------------------------------- handing over */
@@ -299,8 +356,9 @@ static int send_hello(const struct au_server *server, uint32_t regions, int uffd
 	header->cmsg_type = SCM_RIGHTS;
 	header->cmsg_len = CMSG_LEN(sizeof fds);
 	memcpy(CMSG_DATA(header), fds, sizeof fds);
-	while (sendmsg(server->send_fd, &message, MSG_NOSIGNAL) < 0) {
-		if (errno == ETOOMANYREFS && ++tries < IN_FLIGHT_TRIES)
+	/* The server may be busy, or stopped; fork() must not wait for that without end. */
+	while (sendmsg(server->send_fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT) < 0) {
+		if ((errno == ETOOMANYREFS || errno == EAGAIN) && ++tries < IN_FLIGHT_TRIES)
 			au_sleep_ns(AU_NS_PER_MS);
 		else if (errno != EINTR)
 			return -errno;
@@ -402,10 +460,8 @@ static void hand_over(int number, struct au_server *server, uint32_t regions, bo
 		result = send_regions(pair[0], number);
 	if (result)
 		complain("sending it", result, "touching what is missing is an error (SIGBUS)");
-	if (!watch->same_table) {
-		close(uffd);
-		close(pair[0]);
-	}
+	close(uffd);
+	close(pair[0]);
 	return;
 fail:
 	seal_all(number);
@@ -434,16 +490,9 @@ void au_inherit(void)
 
 	for (number = 0; number < AU_SERVERS; number++) {
 		struct au_server *server = &servers[number];
-		struct watch *watch = &watches[number];
 		uint32_t regions = 0, index = 0;
 		bool user_mode_only = true, there = server->used && is_there(server);
 
-		/* Those of our parent. */
-		if (watch->same_table) {
-			close(watch->uffd);
-			close(watch->socket);
-			watch->same_table = false;
-		}
 		if (!server->used)
 			continue;
 		if (!there)

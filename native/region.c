@@ -583,7 +583,9 @@ static void seal_by_mapping(struct au_region *region, uint64_t address, uint64_t
 	void *sealed = mmap((void *)(uintptr_t)address, length, PROT_NONE,
 			    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
 
-	if (sealed != MAP_FAILED)
+	/* Children that know the region must not find a hole there: something else may come into it,
+	 * which they would take for the region. */
+	if (sealed != MAP_FAILED && !(region->options & AU_REGION_SERVE))
 		madvise(sealed, length, MADV_DONTFORK);
 	au_abi_wake(region->engine->fd, address, length);
 }

@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import logging
 import os
 import struct
@@ -127,6 +128,11 @@ class RegionBlocks(BlockStore):
         """Whether these bytes are there."""
         return not self._region.closed and self._region.is_resident(offset, length)
 
+    def touch(self, offset: int, length: int) -> None:
+        """Have these bytes brought, as whoever touches them here has. Blocks."""
+        with contextlib.suppress(AiouffdError):
+            self._region.touch(offset, length)
+
     def peek(self, block: int) -> tuple[memoryview | None] | None:
         return None
 
@@ -147,7 +153,15 @@ class _ChildMemory(Memory):
     """The address space of a child. Its areas have a store, or None once that was closed."""
 
     def __init__(self, child: _Child, areas: AreaMap, reactor: Reactor) -> None:
-        super().__init__(reactor, child.uffd, areas, share=Share(), name=f"of {child!r}")
+        page_size = max((area.page_size for area in areas), default=PAGE_SIZE)
+        super().__init__(
+            reactor,
+            child.uffd,
+            areas,
+            share=Share(),
+            page_size=page_size,
+            name=f"of {child!r}",
+        )
         self._child = child
         self._woken, self._wakes = 0, 0
 
@@ -175,7 +189,16 @@ class _ChildMemory(Memory):
         if self._wakes < WAKES:
             lib.au_abi_wake(self.fd, page, size)
         else:
+            if self._wakes % WAKES == 0:
+                self._heal(page, size)
             self._loop.call_later(WAKE_PAUSE, self._wake_late, page, size)
+
+    def _heal(self, page: int, size: int) -> None:
+        """Touch it here: that brings what is missing, whatever is believed of it."""
+        area = self.areas.find(page)
+        if area is not None and isinstance(area.store, RegionBlocks):
+            touch = functools.partial(area.store.touch, area.offset_of(page), size)
+            self._loop.run_in_executor(None, touch)
 
     def _wake_late(self, page: int, size: int) -> None:
         if not self._closed:
@@ -238,7 +261,8 @@ class _ChildMemory(Memory):
             for key in [key for key in self._liked if key[0] is store]:
                 del self._liked[key]
             for key in [key for key in self._wanted if key[0] is store]:
-                for page in self._wanted.pop(key):
+                # An error may be the end of this child, and then nothing is wanted any more.
+                for page in self._wanted.pop(key, ()):
                     self._poison(page, area.page_size)
 
     def close(self) -> None:
@@ -284,7 +308,11 @@ class _Child:
         elif self._memory is None:
             self._heard += data
             if len(self._heard) >= self._rest:
-                self._begin()
+                try:
+                    self._begin()
+                except Exception as error:
+                    log.error("%r cannot be served: %s", self, error)
+                    self.close()
 
     def _begin(self) -> None:
         areas = AreaMap()
@@ -438,13 +466,19 @@ class Children:
             result: int = lib.au_children_receive(native)
             if result > 0:
                 self._number += 1
-                self._children.add(_Child(self, native, self._number))
+                try:
+                    self._children.add(_Child(self, native, self._number))
+                except Exception as error:
+                    log.error("a forked child cannot be served: %s", error)
+                    lib.au_children_release(native.uffd, native.socket)
                 continue
             if result == -errno.EMFILE:
                 log.error("no descriptor is free for a forked child; what it misses is an error")
                 continue
             if result:
                 log.error("a forked child could not be received: %s", os.strerror(-result))
+            if result == -errno.EPIPE:
+                asyncio.get_running_loop().remove_reader(lib.au_children_fd())
             return
 
     def disown_soon(self, kept: Inheritance) -> None:
@@ -459,7 +493,11 @@ class Children:
         kept._closed = True
         self._kept.pop(kept.serial, None)
         for child in list(self._children):
-            child.refuse(kept)
+            try:
+                child.refuse(kept)
+            except Exception as error:
+                log.error("%r could not be told that a buffer was closed: %s", child, error)
+                child.close()
         with contextlib.suppress(AiouffdError):
             await kept.store.aclose()
 
