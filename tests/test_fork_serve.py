@@ -7,6 +7,7 @@ or read zeros in a child.
 from __future__ import annotations
 
 import os
+import platform
 import re
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ REFUSED = re.compile(
     r"aiouffd: process \d+: the lazy memory that it got by fork cannot be served \(.*\n"
 )
 
+x86_64 = pytest.mark.skipif(
+    platform.machine() != "x86_64", reason="knows the numbers of system calls of x86-64 alone"
+)
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -235,11 +239,29 @@ def test_a_child_that_cannot_be_handed_over(kind: str) -> None:
 
 
 @kinds
-def test_a_child_that_closes_all_descriptors(loop_name: str, kind: str) -> None:
-    outcome = run(scenarios.closes_everything, loop_name, kind)
+@pytest.mark.parametrize("close_range", [True, pytest.param(False, marks=x86_64)])
+def test_a_child_that_closes_all_descriptors(loop_name: str, kind: str, close_range: bool) -> None:
+    outcome = run(scenarios.closes_everything, loop_name, kind, close_range)
     found = result_with(outcome, REFUSED)
     assert found == {"child": [True, True], "grandchild": ["SourceError", True]}
     assert len(REFUSED.findall(outcome.stderr)) == 1
+
+
+def test_a_child_that_punches_a_hole(loop_name: str) -> None:
+    assert result_of(scenarios.punches_a_hole, loop_name) == [True, True]
+
+
+@x86_64
+def test_closing_without_poison(loop_name: str) -> None:
+    outcome = run(scenarios.closing_without_poison, loop_name)
+    assert outcome.status == 0, outcome.stderr
+    assert outcome.result == ["SIGSEGV", "SIGSEGV"]
+
+
+def test_a_child_of_one_that_was_refused() -> None:
+    # On asyncio alone: without a free descriptor libuv aborts a child that forks again.
+    outcome = run(scenarios.a_child_of_one_that_was_refused, "asyncio")
+    assert result_with(outcome, REFUSED) == ["ClosedError", "ClosedError"]
 
 
 async def test_a_source_that_cannot_be_cloned() -> None:

@@ -13,6 +13,7 @@ import os
 import random
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -694,8 +695,93 @@ def not_handed_over(new_loop: NewLoop, kind: str) -> list[Any]:
         return [*answers, buffer[:] == gate.data]
 
 
-def closes_everything(new_loop: NewLoop, kind: str) -> dict[str, Any]:
+#: System calls on x86-64, and UFFDIO_POISON.
+IOCTL, CLOSE_RANGE, POISON = 16, 436, 0xC020AA08
+
+
+def deny(call: int, code: int, second: int | None = None) -> None:
+    """Have a system call fail from now on, in all threads and in children, by seccomp: as in
+    containers, and on kernels that lack it. With ``second`` only if that is its argument."""
+    load, equal, back = 0x20, 0x15, 0x06
+    steps = [(load, 0, 0, 0), (equal, 0, 1 if second is None else 3, call)]
+    if second is not None:
+        steps += [(load, 0, 0, 24), (equal, 0, 1, second)]
+    steps += [(back, 0, 0, 0x50000 | code), (back, 0, 0, 0x7FFF0000)]
+    program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+    filter_ = ctypes.create_string_buffer(
+        struct.pack("HxxxxxxQ", len(steps), ctypes.addressof(program))
+    )
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(38, 1, 0, 0, 0) == 0
+    assert libc.syscall(317, 1, 1, filter_) == 0, os.strerror(ctypes.get_errno())
+
+
+def punches_a_hole(new_loop: NewLoop) -> list[bool]:
+    """A child drops a page of the shared memory for everybody. It is fetched again, for both."""
+    gate = Gate(content(SIZE))
+    libc = ctypes.CDLL(None, use_errno=True)
+    with opened(new_loop, gate, kind="memfd", writable=True) as buffer:
+
+        def punch() -> bool:
+            right = buffer[BLOCK] == gate.data[BLOCK]
+            address = ctypes.c_void_p(buffer.address + BLOCK)
+            assert libc.madvise(address, PAGE_SIZE, 9) == 0  # MADV_REMOVE
+            return right and buffer[BLOCK : BLOCK + 8] == gate.data[BLOCK : BLOCK + 8]
+
+        return [in_child(punch), buffer[:] == gate.data]
+
+
+def closing_without_poison(new_loop: NewLoop) -> list[str]:
+    """Before Linux 6.6, with several threads of two children waiting as the buffer closes."""
+    deny(IOCTL, errno.EINVAL, POISON)
+    gate = Gate(content(SIZE), is_open=False)
+    with opened(new_loop, gate) as buffer:
+
+        def wait() -> None:
+            for start in range(0, SIZE, BLOCK):
+                threading.Thread(target=buffer.__getitem__, args=(start,), daemon=True).start()
+            signal.pause()
+
+        children = [Fork(wait) for _ in range(2)]
+        gate.wait(SIZE // BLOCK)  # which both of them wait for
+        wait_until(lambda: buffer.stats.children == 2, "both children to come")
+    return [child.answer() for child in children]
+
+
+def a_child_of_one_that_was_refused(new_loop: NewLoop) -> list[str]:
+    gate = Gate(content(SIZE))
+    with opened(new_loop, gate) as buffer:
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+        def both() -> list[str]:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            return [raises(lambda: buffer[0]), in_child(lambda: raises(lambda: buffer[0]))]
+
+        reader, writer = os.pipe()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        pid = fork()
+        if not pid:
+            signal.alarm(CHILD)
+            try:
+                os.write(writer, json.dumps(both()).encode())
+            except BaseException as error:
+                os.write(writer, json.dumps(repr(error)).encode())
+            finally:
+                os._exit(0)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        os.close(writer)
+        with os.fdopen(reader, "rb") as stream:
+            answer = stream.read()
+        _, status = os.waitpid(pid, 0)
+        assert not os.WIFSIGNALED(status), os.WTERMSIG(status)
+        found: list[str] = json.loads(answer)
+        return found
+
+
+def closes_everything(new_loop: NewLoop, kind: str, close_range: bool) -> dict[str, Any]:
     """A daemon: closes all descriptors. It is still served; a child of it gets errors."""
+    if not close_range:
+        deny(CLOSE_RANGE, errno.ENOSYS)
     gate = Gate(content(SIZE))
     with opened(new_loop, gate, kind=kind) as buffer:
         reader, writer = os.pipe()
