@@ -19,7 +19,8 @@ from aiouffd.errors import PeerError
 from aiouffd.serve.handover import HELLO, handover_path
 from tests.guests import PlainDialect, guest
 from tests.support import Gate, content, wait_until, word
-from tests.test_serve import DATA, PAGE, PAGES, ended, serving
+from tests.test_serve import ALL, DATA, PAGE, PAGES, ended, serving, until
+from tests.test_serve_hostile import seen_by
 from tests.test_serve_swarm import SIZE, Running, server, swarm
 
 #: The object of servers that are processes of their own.
@@ -120,6 +121,33 @@ async def test_another_one_waits_to_take_over(tmp_path: Path) -> None:
             await serve.listen(
                 tmp_path / "s", source=DATA, dialect=PlainDialect(), take_over=True
             ).open()
+
+
+@pytest.mark.needs_root
+async def test_children_of_clients_that_connect_again(tmp_path: Path) -> None:
+    """Such clients are let go, and find the successor. Their children cannot."""
+
+    class Reconnecting(PlainDialect):
+        async def talk(self, client: serve.Client) -> None:
+            await super().talk(client)
+            client.reconnects = True
+
+    path, name = tmp_path / "s", tmp_path / "look"
+    async with guest("", PAGES, features=ALL) as one:
+        old = serve.listen(path, source=DATA, dialect=Reconnecting())
+        await old.open()
+        await one.ask("hand_over", str(path))
+        await one.ask("drop", 9, 1)
+        pid = await one.ask("leave_child", [9, 200], str(name))
+        (client,) = old.clients
+        await until(lambda: len(client.memories) == 2)
+        async with serve.listen(path, source=DATA, dialect=Reconnecting(), take_over=True) as new:
+            await old.taken_over.wait()
+            await old.aclose()
+            assert [len(client.memories) for client in new.clients] == [1]
+            assert await seen_by(pid, name) == [0, word(200 * PAGE)]
+            new.clients[0].probe()
+            assert new.clients == []
 
 
 # ----------------------------------------------- processes that die on the way

@@ -5,12 +5,14 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import ctypes
+import mmap
 import os
 import resource
 import select
 import signal
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,9 @@ import aiouffd
 from aiouffd import serve
 from aiouffd.errors import PeerError, SourceError
 from aiouffd.serve import Area, handover
-from aiouffd.serve.areas import REMOVED, AreaMap
+from aiouffd.serve.areas import ABSENT, REMOVED, AreaMap
 from aiouffd.serve.blocks import MAX_BACKGROUND, BlockStore
+from aiouffd.serve.memory import PLACES
 from aiouffd.serve.reactor import Share
 from tests.faulty import free_huge_pages, huge_pages
 from tests.guests import PlainDialect, guest
@@ -128,6 +131,31 @@ class Asker:
         raise error
 
 
+async def test_who_cannot_take_a_block_spares_the_others() -> None:
+    gate, source = gated()
+    store = BlockStore(source, block_size=PAGE)
+    await store.open()
+
+    class Broken(Asker):
+        bugs: list[Exception]
+
+        def landed(self, store: BlockStore, block: int, data: memoryview | None) -> None:
+            raise ValueError("a bug")
+
+        def broken(self, error: Exception) -> None:
+            self.bugs.append(error)
+
+    first, second = Broken(), Asker(1)
+    first.bugs = []
+    store.want(3, first)
+    store.want(3, second)
+    gate.open()
+    async with asyncio.timeout(10):
+        await second.has_all.wait()
+    assert [str(bug) for bug in first.bugs] == ["a bug"]
+    await store.aclose()
+
+
 async def test_a_queued_block_that_becomes_urgent_comes_for_all() -> None:
     gate, source = gated()
     store = BlockStore(source, block_size=PAGE)
@@ -190,6 +218,112 @@ async def test_what_was_not_there_yet_is_not_taken_for_filled(tmp_path: Path) ->
                 await memory.complete()
         pages = [33, 34, 35, 36, 37, 38, 255]
         assert await one.ask("words", pages) == [word(page * PAGE) for page in pages]
+
+
+@pytest.mark.needs_root
+async def test_what_was_not_there_yet_is_not_taken_for_filled_in_a_child(tmp_path: Path) -> None:
+    """The child has what is known of its parent's pages, and has to look again as well."""
+    parts = [(0, 34), (38, PAGES - 38)]
+    async with (
+        serving(tmp_path, keep=0) as (server, dialect),
+        guest(tmp_path / "s", PAGES, register=parts, features=ALL) as one,
+    ):
+        memory = await dialect.memories.get()
+        memory.recording = {}
+        assert await one.ask("word", 33) == word(33 * PAGE)
+        await one.ask("register", 34, 4)
+        await memory.complete()
+        for area in memory.areas:  # as if it had come to a fork before that
+            area.mark_installed(area.start, area.end)
+            area.states[34:38] = bytes([ABSENT]) * 4
+        pid, name = await child_of(one, tmp_path, [34, 37])
+        (client,) = server.clients
+        await until(lambda: len(client.memories) == 2)
+        child = client.memories[1]
+        assert not child.finish()
+        await child.complete()
+        assert child.finish()
+        assert await seen_by(pid, name) == [word(34 * PAGE), word(37 * PAGE)]
+
+
+class Mapping:
+    """Memory of this process that a server of this process has, and that nothing touches which
+    could not wait: a child would do, but here it can be changed at will."""
+
+    def __init__(self, pages: int, every: int = 1) -> None:
+        self.file = os.memfd_create("mapping", os.MFD_CLOEXEC)
+        os.ftruncate(self.file, pages * PAGE)
+        self.memory = mmap.mmap(self.file, pages * PAGE)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        self.uffd = aiouffd.Userfaultfd(aiouffd.Feature.EVENT_REMOVE, user_mode_only=None)
+        self.uffd.register(self.address, pages * PAGE, aiouffd.Mode.MISSING)
+
+    def areas(self, store: Any, count: int, pages: int) -> list[Area]:
+        """So many areas, each with the first pages of the object."""
+        return [
+            Area(self.address + number * pages * PAGE, pages * PAGE, store)
+            for number in range(count)
+        ]
+
+    def close(self) -> None:
+        self.uffd.close()
+        os.close(self.file)
+
+
+@pytest.fixture
+def mapping() -> Iterator[Mapping]:
+    made = Mapping(256)
+    yield made
+    made.close()
+
+
+class HandsOver:
+    """A dialect that hears nothing, and adopts what it is told to."""
+
+    name = "hands-over"
+
+    def __init__(self, mapping: Mapping, count: int, pages: int) -> None:
+        self.mapping, self.count, self.pages = mapping, count, pages
+        self.memory: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+    async def talk(self, client: serve.Client) -> None:
+        areas = self.mapping.areas(client.source, self.count, self.pages)
+        self.memory.set_result(client.adopt(os.dup(self.mapping.uffd.fileno()), areas))
+        client.keep_while_connected()
+
+
+@contextlib.asynccontextmanager
+async def handed_over(
+    tmp_path: Path, mapping: Mapping, count: int, pages: int
+) -> AsyncIterator[Any]:
+    dialect = HandsOver(mapping, count, pages)
+    server = serve.listen(tmp_path / "s", source=DATA, dialect=dialect)
+    async with server, asyncio.timeout(20):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.connect(str(tmp_path / "s"))
+            yield await dialect.memory
+
+
+async def test_areas_that_show_the_same_bytes(tmp_path: Path, mapping: Mapping) -> None:
+    """All places of a block are filled, a few in one turn of the loop."""
+    count = 3 * PLACES + 7
+    async with handed_over(tmp_path, mapping, count, 1) as memory:
+        await memory.complete()
+        assert memory.stats.installed_bytes == count * PAGE
+        whole = os.pread(mapping.file, count * PAGE, 0)
+        assert whole == DATA[:PAGE] * count
+
+
+async def test_a_file_that_was_made_shorter(
+    tmp_path: Path, mapping: Mapping, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What lies behind its end cannot be filled, and is passed over."""
+    async with handed_over(tmp_path, mapping, 1, 200) as memory:
+        os.ftruncate(mapping.file, 70 * PAGE)
+        await memory.complete()
+        assert memory.stats.installed_bytes == 70 * PAGE
+        assert os.pread(mapping.file, 256 * PAGE, 0) == DATA[: 70 * PAGE]
+    assert not caplog.records
 
 
 async def test_what_is_never_there_does_not_stop_completing(tmp_path: Path) -> None:
