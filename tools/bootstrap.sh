@@ -149,8 +149,17 @@ find_pythons >/dev/null # says what is wrong with the default one
 system_packages
 case " $* " in *" test "* | *" bench "*) peers ;; esac
 found=$(find_pythons)
+# All at a time, for most of it is unpacking and compiling; but the modules one by one, which share
+# what is generated for them.
+jobs=""
 while read -r version python venv; do
-    virtual_environment "$version" "$python" "$venv" "$@"
+    virtual_environment "$version" "$python" "$venv" "$@" &
+    jobs="$jobs $!"
+done <<<"$found"
+for job in $jobs; do
+    wait "$job"
+done
+while read -r version python venv; do
     in_place "$venv"
     native_module "$venv"
 done <<<"$found"
