@@ -131,8 +131,8 @@ native_module() {
     local venv=$1 module
     module=aiouffd/_native$("$venv/bin/python" -c \
         'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
-    if [ -e "$module" ] && [ -z "$(find native/*.c native/*.h native/cdef native/build_ffi.py \
-        setup.py -type f -newer "$module" | head -1)" ]; then
+    if [ -e "$module" ] && [ -z "$(find native/*.c native/*.h native/client/*.h native/cdef \
+        native/build_ffi.py setup.py -type f -newer "$module" | head -1)" ]; then
         return 0
     fi
     say "$module"

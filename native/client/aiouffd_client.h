@@ -970,6 +970,18 @@ static inline uint32_t aiouffd_command_now_(struct aiouffd_state_ *s)
 	return __atomic_load_n(&s->command, __ATOMIC_SEQ_CST);
 }
 
+/* Whether there is something else to do than to keep. */
+static inline int aiouffd_ordered_(struct aiouffd_state_ *s)
+{
+	uint64_t ignored;
+
+	/* In this order, or a command that comes between the two would not be heard of; and in any
+	 * case, or the poke for a command that was seen before would wake us for ever. */
+	if (read(s->poke, &ignored, sizeof ignored) < 0 && errno != EAGAIN)
+		return 1;
+	return aiouffd_command_now_(s) != AIOUFFD_KEEP_;
+}
+
 /* Tell the server that we go, and wait until it has let go: until then it may still fill pages, and
  * whatever memory comes to lie at their addresses. */
 static inline void aiouffd_part_(struct aiouffd_state_ *s, int ms)
@@ -1004,7 +1016,7 @@ static inline int aiouffd_watch_(struct aiouffd_state_ *s)
 	ssize_t got;
 
 	for (;;) {
-		if (aiouffd_command_now_(s) != AIOUFFD_KEEP_)
+		if (aiouffd_ordered_(s))
 			return -ECANCELED;
 		got = recv(s->sock, &byte, 1, MSG_DONTWAIT);
 		/* A server that has something to say after its answer is none. */
@@ -1051,7 +1063,7 @@ static inline int aiouffd_search_(struct aiouffd_state_ *s)
 	aiouffd_put32_(s->record + 40, (uint32_t)__atomic_load_n(&s->resumed, __ATOMIC_SEQ_CST) + 1);
 	aiouffd_tell_(s, AIOUFFD_LOST, 0);
 	for (;;) {
-		if (aiouffd_command_now_(s) != AIOUFFD_KEEP_)
+		if (aiouffd_ordered_(s))
 			return -ECANCELED;
 		/* One that listens and does not answer is no server, and another may come. */
 		limit = aiouffd_until_(patience);
@@ -1109,10 +1121,10 @@ static inline void *aiouffd_keep_(void *argument)
 	uint64_t ignored;
 	int result;
 
-	while (aiouffd_command_now_(s) == AIOUFFD_HOLD_)
-		if (aiouffd_wait_(-1, 0, s->poke, 0) == -ECANCELED &&
-		    read(s->poke, &ignored, sizeof ignored) < 0)
-			continue;
+	while (aiouffd_command_now_(s) == AIOUFFD_HOLD_) {
+		aiouffd_wait_(-1, 0, s->poke, 0);
+		aiouffd_ordered_(s);
+	}
 	while (aiouffd_command_now_(s) == AIOUFFD_KEEP_)
 		if (aiouffd_watch_(s) == 0 && aiouffd_search_(s) == -ETIMEDOUT)
 			aiouffd_give_up_(s);
