@@ -9,9 +9,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from random import Random
-from typing import TypeAlias
-
-import pytest
+from typing import NoReturn, TypeAlias
 
 from aiouffd.errors import SourceError
 from aiouffd.sources.base import BaseSource, Buffer, check_length
@@ -138,6 +136,12 @@ class Weather:
                 raise TimeoutError("no answer")
 
 
+def _skip(reason: str) -> NoReturn:
+    import pytest  # not at the top: programs that are no tests use this module as well
+
+    pytest.skip(reason)
+
+
 def free_huge_pages() -> int | None:
     """Huge pages of 2 MiB that nobody uses; None where there can be none."""
     try:
@@ -154,7 +158,7 @@ def huge_page_pool() -> Iterator[Path]:
     try:
         file = control.open()
     except OSError as error:
-        pytest.skip(f"cannot reserve huge pages: {error}")
+        _skip(f"cannot reserve huge pages: {error}")
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield control
@@ -170,10 +174,10 @@ def huge_pages(count: int) -> Iterator[None]:
             if free < count:
                 control.write_text(str(before + count - free))
         except OSError as error:
-            pytest.skip(f"cannot reserve huge pages: {error}")
+            _skip(f"cannot reserve huge pages: {error}")
         try:
             if (free_huge_pages() or 0) < count:
-                pytest.skip("not enough free memory for huge pages")
+                _skip("not enough free memory for huge pages")
             yield
         finally:
             control.write_text(str(before))

@@ -43,8 +43,8 @@ INDEPENDENT = (
     "safetensors",
     "serve_areas",
 )
-#: Jobs at a time.
-LANES = 2
+#: Jobs at a time: tests wait for a quarter of their time.
+LANES = 3
 PRINTING = threading.Lock()
 PYTEST = ["-m", "pytest"]
 MAKE = ["make", "--no-print-directory", "-C", "native/tests"]
@@ -212,7 +212,7 @@ def compile_all(python: Path) -> None:
 
 
 def run_lanes(jobs: list[Job]) -> dict[str, Result]:
-    """Run the jobs, `LANES` at a time: tests wait more than they compute."""
+    """Run the jobs, `LANES` at a time."""
     waiting, results = deque(jobs), {}
 
     def lane() -> None:
