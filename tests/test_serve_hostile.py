@@ -314,6 +314,22 @@ async def test_areas_that_show_the_same_bytes(tmp_path: Path, mapping: Mapping) 
         assert whole == DATA[:PAGE] * count
 
 
+async def test_places_that_are_there_already(tmp_path: Path, mapping: Mapping) -> None:
+    """That a turn had nothing to do does not mean that nothing can be done."""
+    count = 2 * PLACES + 7
+    async with handed_over(tmp_path, mapping, count, 1) as memory:
+        gate, source = gated()
+        for area in list(memory.areas)[: PLACES + 1]:
+            memory._fill(area, area.store, 0, memoryview(DATA[: 16 * PAGE]), area.start)
+        (store,) = {area.store for area in memory.areas}
+        store._now, store.source = None, source  # it is not at hand any more
+        bringing = asyncio.ensure_future(memory.complete())
+        await asyncio.to_thread(gate.wait)
+        gate.open()
+        await bringing
+        assert os.pread(mapping.file, count * PAGE, 0) == DATA[:PAGE] * count
+
+
 async def test_a_file_that_was_made_shorter(
     tmp_path: Path, mapping: Mapping, caplog: pytest.LogCaptureFixture
 ) -> None:

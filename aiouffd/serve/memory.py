@@ -159,7 +159,7 @@ class Memory:
         self._pause = AGAIN_FIRST
         self._huge_tries: dict[int, int] = {}
         self._next_complaint = 0.0
-        self._repeated = self._repeats = 0
+        self._repeated = self._repeats = self._spreading = 0
         self._absent = ffi.new("uint64_t *")
         # Pages were found not to be mapped, before `complete` looked for them; perhaps by who had
         # this memory before.
@@ -458,8 +458,13 @@ class Memory:
         if first + PLACES < len(places):
             # It is lent to us until we return.
             kept = data if data is None or isinstance(data.obj, bytes) else memoryview(bytes(data))
+            self._spreading += 1
             rest = (store, block, kept, first + PLACES, self.areas.version)
-            self._loop.call_soon(self._spread, *rest)
+            self._loop.call_soon(self._spread_on, *rest)
+
+    def _spread_on(self, *rest: Any) -> None:
+        self._spreading -= 1
+        self._spread(*rest)
 
     def landed(self, store: BlockStore, block: int, data: memoryview | None) -> None:
         """A block has come. The map says where it belongs by now, if anywhere."""
@@ -686,6 +691,7 @@ class Memory:
                 elif (
                     self._again
                     or self._timer is not None
+                    or self._spreading
                     or (retries, version) != (self.stats.retries, self.areas.version)
                 ):
                     # Something was in the way, or is elsewhere now.
