@@ -774,12 +774,13 @@ class TestManyAtOnce:
             )
             await asyncio.to_thread(counters.wait, "misses", 100)
             await asyncio.to_thread(gate.wait, MAX_FLIGHTS)
-            assert source.most == MAX_FLIGHTS
-            assert buf.stats.in_flight == 100
+            # On a busy machine the rescue loop may think that this one is late, and read as well.
+            assert MAX_FLIGHTS <= source.most <= MAX_FLIGHTS + buf.stats.rescued
+            assert 100 <= buf.stats.in_flight <= 100 + buf.stats.rescued
             gate.open()
             await touches
-            assert source.most == MAX_FLIGHTS
-            assert len(source.reads) == 100
+            assert MAX_FLIGHTS <= source.most <= MAX_FLIGHTS + buf.stats.rescued
+            assert 100 <= len(source.reads) <= 100 + buf.stats.rescued
 
     def test_several_loops_in_threads(self) -> None:
         errors: list[BaseException] = []
