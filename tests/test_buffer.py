@@ -774,13 +774,15 @@ class TestManyAtOnce:
             )
             await asyncio.to_thread(counters.wait, "misses", 100)
             await asyncio.to_thread(gate.wait, MAX_FLIGHTS)
-            # On a busy machine the rescue loop may think that this one is late, and read as well.
-            assert MAX_FLIGHTS <= source.most <= MAX_FLIGHTS + buf.stats.rescued
-            assert 100 <= buf.stats.in_flight <= 100 + buf.stats.rescued
+            # On a busy machine the rescue loop may take over, which has as many flights of its own.
+            if not buf.stats.rescued:
+                assert source.most == MAX_FLIGHTS
+                assert buf.stats.in_flight == 100
             gate.open()
             await touches
-            assert MAX_FLIGHTS <= source.most <= MAX_FLIGHTS + buf.stats.rescued
-            assert 100 <= len(source.reads) <= 100 + buf.stats.rescued
+            loops = 2 if buf.stats.rescued else 1
+            assert MAX_FLIGHTS <= source.most <= loops * MAX_FLIGHTS
+            assert 100 <= len(source.reads) <= loops * 100
 
     def test_several_loops_in_threads(self) -> None:
         errors: list[BaseException] = []
