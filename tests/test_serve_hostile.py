@@ -506,6 +506,7 @@ def test_events_of_pages_that_are_not_huge(data: st.DataObject) -> None:
 
 
 @pytest.mark.hugetlb
+@pytest.mark.needs_root
 async def test_no_huge_page_is_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The kernel says of a page that it exists where it has none to give. Whoever waits for it
     waits on, and is told of; once there is a page again it comes with the right bytes."""
