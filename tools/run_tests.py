@@ -117,6 +117,10 @@ class Job:
         if command is None:
             return first
         second = self.run(command, f"{self.name}, what failed once more")
+        if not first.passed:
+            second.note = f"the first run: {first.note}" + (second.note and f"; {second.note}")
+            second.seconds += first.seconds
+            return second
         rescued = max(first.failed - second.failed, 0)
         note = f"{rescued} passed only when run again" if rescued else second.note
         seconds = first.seconds + second.seconds
@@ -161,6 +165,10 @@ def pytest_job(name: str, start: list[str], report: Path, arguments: list[str]) 
     """Pytest by the command ``start``, which writes ``report``."""
 
     def again() -> list[str] | None:
+        if not report.exists():
+            # It came to no end. All of it once more tells whether that is always so; what it has
+            # printed tells where.
+            return [*start, *arguments]
         names = failed_in(report)
         return [*start, *names] if names else None
 
