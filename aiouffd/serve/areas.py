@@ -112,8 +112,6 @@ class Area:
         """Runs of pages in ``start`` to ``end`` that are neither removed nor there already."""
         first, size = self.page_of(start), self.page_size
         some = bytes(self._states()[first : self.page_of(end)])
-        if not any(some):
-            return [(start, end)] if some else []
         return [
             (start + run.start() * size, start + run.end() * size) for run in _ZEROS.finditer(some)
         ]

@@ -249,12 +249,7 @@ class BlockStore:
             wanted = self._take(flight)
             if isinstance(error, asyncio.CancelledError):
                 error = ClosedError("the server is closing")
-            for block, wanters in wanted.items():
-                for wanter in wanters:
-                    try:
-                        wanter.failed(self, block, error)
-                    except Exception as bug:
-                        wanter.broken(bug)
+            self._tell_failed(wanted, error)
             if not isinstance(error, SourceError | ClosedError):
                 raise
             return
@@ -266,6 +261,14 @@ class BlockStore:
                 # What one cannot take must not keep it from the others.
                 try:
                     wanter.landed(self, block, data)
+                except Exception as bug:
+                    wanter.broken(bug)
+
+    def _tell_failed(self, wanted: dict[int, list[Wanter]], error: BaseException) -> None:
+        for block, wanters in wanted.items():
+            for wanter in wanters:
+                try:
+                    wanter.failed(self, block, error)
                 except Exception as bug:
                     wanter.broken(bug)
 
@@ -350,9 +353,7 @@ class BlockStore:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for flight in set(self._flights.values()):
-            for block, wanters in self._take(flight).items():
-                for wanter in wanters:
-                    wanter.failed(self, block, ClosedError("the server is closing"))
+            self._tell_failed(self._take(flight), ClosedError("the server is closing"))
         self._kept.clear()
         await aclose_source(self.source)
 

@@ -260,9 +260,12 @@ class Memory:
         self._repeats = self._repeats + 1 if faults and self._repeated == len(faults) else 0
         if self._repeats >= REPEATS and not self._closed and not self._muted:
             self._repeats = 0
-            self._reactor.remove(self.fd)
-            self._muted = True
+            self._mute()
             self._loop.call_later(REPEATS_PAUSE, self._unmute)
+
+    def _mute(self) -> None:
+        self._reactor.remove(self.fd)
+        self._muted = True
 
     def _unmute(self) -> None:
         if self._muted and not self._closed and not self._paused:
@@ -291,8 +294,7 @@ class Memory:
                     if self._reserve.give():
                         continue
                     # It stays readable for as long as none is free: look now and then.
-                    self._reactor.remove(self.fd)
-                    self._muted = True
+                    self._mute()
                     self._later(0)
                 break
             self._take(count, faults)
@@ -617,9 +619,7 @@ class Memory:
         if self._closed:
             return
         try:
-            if self._muted:
-                self._muted = False
-                self._reactor.add(self)
+            self._unmute()
             faults = self._read()
             again, self._again = self._again, {}
             for address in again:

@@ -410,18 +410,26 @@ static void waits_and_fails(void)
 	say('e');
 }
 
-static void letting_go_is_an_error(void)
+/* A child that waits, with one page there, and what it has handed over. */
+static pid_t waiting_child(void (*run)(void), struct au_child *child)
 {
-	struct au_child child;
-	struct au_uffd_msg message;
 	pid_t pid;
 	int error;
 
 	open_talk();
 	open_left(AU_KIND_ANONYMOUS, PAGES);
 	install_pattern(bench.region, 0, PAGE, &error);
-	pid = fork_to(waits_and_fails);
-	child = receive_one();
+	pid = fork_to(run);
+	*child = receive_one();
+	return pid;
+}
+
+static void letting_go_is_an_error(void)
+{
+	struct au_child child;
+	struct au_uffd_msg message;
+	pid_t pid = waiting_child(waits_and_fails, &child);
+
 	CHECK_EQ(child.pid, pid);
 	CHECK_EQ(hear(), 'w');
 	/* Also who was heard already and got no answer: here both of its threads. */
@@ -447,14 +455,8 @@ static void closes_and_waits(void)
 static void letting_go_of_one_that_closed_everything(void)
 {
 	struct au_child child;
-	pid_t pid;
-	int error;
+	pid_t pid = waiting_child(closes_and_waits, &child);
 
-	open_talk();
-	open_left(AU_KIND_ANONYMOUS, PAGES);
-	install_pattern(bench.region, 0, PAGE, &error);
-	pid = fork_to(closes_and_waits);
-	child = receive_one();
 	CHECK_EQ(hear(), 'w');
 	EVENTUALLY(readable(child.uffd));
 	au_children_release(child.uffd, child.socket);
