@@ -79,6 +79,27 @@ install_packages() {
         </dev/null >/dev/null
 }
 
+# uv does in seconds what takes pip minutes. Where it cannot be had, which is tried once, or where
+# only pip is told of an index, pip does all of it.
+uv=""
+find_uv() {
+    if [ ! -d .venv-uv ] && ! command -v uv >/dev/null; then
+        say ".venv-uv: uv, which installs packages"
+        "$1" -m venv .venv-uv
+        .venv-uv/bin/python -m pip install -qq --disable-pip-version-check uv </dev/null || true
+    fi
+    uv=$(command -v .venv-uv/bin/uv || command -v uv || true)
+}
+
+# install_packages_of VENV REQUIREMENTS
+install_packages_of() {
+    [ -z "$uv" ] || UV_SYSTEM_CERTS=1 "$uv" pip install -q --compile-bytecode \
+        --python "$1/bin/python" --requirement "$2" </dev/null ||
+        { say "$1: uv cannot, so pip does it" && uv=""; }
+    [ -n "$uv" ] || "$1/bin/python" -m pip install -qq --disable-pip-version-check \
+        --requirement "$2" </dev/null
+}
+
 # virtual_environment VERSION PYTHON VENV EXTRA...
 virtual_environment() {
     local version=$1 python=$2 venv=$3 stamp wanted
@@ -95,8 +116,7 @@ virtual_environment() {
         say "$venv: installing the packages of $*"
         # shellcheck disable=SC2086
         printf '%s\n' "$wanted" >"$stamp.part"
-        "$venv/bin/python" -m pip install -qq --disable-pip-version-check \
-            --requirement "$stamp.part" </dev/null
+        install_packages_of "$venv" "$stamp.part"
         mv "$stamp.part" "$stamp"
     fi
 }
@@ -152,6 +172,9 @@ found=$(find_pythons)
 # All at a time, for most of it is unpacking and compiling; but the modules one by one, which share
 # what is generated for them.
 jobs=""
+default=${found%%$'\n'*}
+default=${default#* }
+find_uv "${default%% *}"
 while read -r version python venv; do
     virtual_environment "$version" "$python" "$venv" "$@" &
     jobs="$jobs $!"

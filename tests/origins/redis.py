@@ -28,25 +28,41 @@ class Weather:
     @asynccontextmanager
     async def proxy(self, path: Path, target: Path) -> AsyncIterator[None]:
         tasks: set[asyncio.Task[None]] = set()
+        over = False
 
         def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            if over:
+                writer.close()
+                return
             task = asyncio.get_running_loop().create_task(self._serve(reader, writer, target))
             tasks.add(task)
+            # Also for a task that is cancelled before its first step.
+            task.add_done_callback(lambda _: writer.close())
             task.add_done_callback(tasks.discard)
 
         server = await asyncio.start_unix_server(connected, path)
         try:
             yield
         finally:
+            over = True
             server.close()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            # Who was accepted already reaches `connected` some turns of the loop later.
+            for _ in range(5):
+                await asyncio.sleep(0)
 
     async def _serve(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, target: Path
     ) -> None:
-        inner_reader, inner_writer = await asyncio.open_unix_connection(target)
+        # Not to be cancelled half-way: the connection would be nobody's.
+        inner = asyncio.ensure_future(asyncio.open_unix_connection(target))
+        try:
+            inner_reader, inner_writer = await asyncio.shield(inner)
+        except asyncio.CancelledError:
+            (await inner)[1].close()
+            raise
         ways = [
             asyncio.ensure_future(self._pass_on(reader, inner_writer)),
             asyncio.ensure_future(self._pass_on(inner_reader, writer)),
@@ -57,8 +73,7 @@ class Weather:
             for way in ways:
                 way.cancel()
             await asyncio.gather(*ways, return_exceptions=True)
-            for end in (writer, inner_writer):
-                end.close()
+            inner_writer.close()
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(65536):
