@@ -132,7 +132,7 @@ class Pager:
         lib.au_engine_set_times(engine, *self._times)
         self._thread, self._native_thread = threading.get_ident(), threading.get_native_id()
         lib.au_engine_set_loop(engine, self._native_thread)
-        uffd._fork_handled = True
+        uffd._descriptor.fork_handled = True
         self._uffd, self._engine = uffd, ffi.gc(engine, _EngineEnd(self._pid))
         if not lib.au_sentry_sees():
             warnings.warn(

@@ -412,12 +412,12 @@ class TestLifetime:
         assert reader.result() == b"\0"
 
     def test_close_during_a_call_waits_for_it(self, uffd: Userfaultfd) -> None:
-        fd = uffd._enter("test")
+        fd = uffd._descriptor.enter("test")
         uffd.close()
         os.fstat(fd)
         with pytest.raises(ClosedError):
             uffd.read()
-        uffd._leave()
+        uffd._descriptor.leave()
         with pytest.raises(OSError, match="Bad file"):
             os.fstat(fd)
 
@@ -1487,7 +1487,7 @@ class TestOnALoop:
             task = asyncio.create_task(uffd.receive())
             await asyncio.sleep(0)
             reader = reading(memory.at(number))
-            while not pending(uffd) and not uffd._pending:  # noqa: ASYNC110
+            while not pending(uffd) and not uffd._messages._pending:  # noqa: ASYNC110
                 await asyncio.sleep(0)
             # The message is on its way in one stage or another; the task goes at each.
             for _ in range(number % 4):
@@ -1508,17 +1508,17 @@ class TestOnALoop:
         uffd, memory = armed
         task = asyncio.create_task(uffd.receive())
         await asyncio.sleep(0)
-        assert uffd._loop is not None
+        assert uffd._messages._loop is not None
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert uffd._loop is None
+        assert uffd._messages._loop is None
         # And after a message, at the first one that nobody waits for.
         first = reading(memory.at(0))
         await asyncio.wait_for(uffd.receive(), PATIENCE)
         second = reading(memory.at(1))
         end = time.monotonic() + PATIENCE
-        while uffd._loop is not None:
+        while uffd._messages._loop is not None:
             assert time.monotonic() < end
             await asyncio.sleep(0.001)
         (message,) = messages(uffd)
@@ -1534,7 +1534,7 @@ class TestOnALoop:
         task = asyncio.create_task(uffd.receive())
         await asyncio.sleep(0)
         loop = asyncio.get_running_loop()
-        uffd._read_for_waiters(loop)
+        uffd._messages._read_for_waiters(loop)
         await asyncio.sleep(0)
         assert not task.done()
         reader = reading(memory.at(0))
@@ -1592,7 +1592,7 @@ class TestOnALoop:
             raise KernelError("no descriptor", errno=errno.EMFILE)
 
         with monkeypatch.context() as patch:
-            patch.setattr(uffd, "_read_kernel", fail)
+            patch.setattr(uffd._messages, "_read_kernel", fail)
             with pytest.raises(KernelError):
                 await asyncio.wait_for(uffd.receive(), PATIENCE)
         await asyncio.wait_for(uffd.receive(), PATIENCE)
@@ -1637,7 +1637,7 @@ class TestOnALoop:
 
     async def test_forks_that_nobody_took_are_closed(self, uffd: Userfaultfd) -> None:
         out, into = os.pipe()
-        uffd._pending.append(Fork(into))
+        uffd._messages._pending.append(Fork(into))
         uffd.close()
         with pytest.raises(OSError, match="Bad file"):
             os.fstat(into)
@@ -1650,13 +1650,13 @@ def test_close_after_the_loop_is_gone(uffd: Userfaultfd) -> None:
     async def main() -> None:
         task = asyncio.create_task(uffd.receive())
         await asyncio.sleep(0)
-        uffd._waiters.clear()  # as if it had been abandoned, not cancelled
+        uffd._messages._waiters.clear()  # as if it had been abandoned, not cancelled
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
 
     asyncio.run(main())
-    assert uffd._loop is not None
+    assert uffd._messages._loop is not None
     uffd.close()
     with pytest.raises(OSError, match="Bad file"):
         os.fstat(fd)
