@@ -17,6 +17,9 @@ import pytest
 from aiouffd.probe import probe
 from tests.support import ROOT, Outcome, environment
 
+#: What they show is tested elsewhere on every Python: they run on the default one.
+pytestmark = pytest.mark.slow
+
 EXAMPLES = ROOT / "examples"
 PYTHONPATH = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 #: Seconds for one example; all take a few at most.
