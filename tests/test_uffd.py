@@ -143,6 +143,12 @@ class Memory:
     def fill(self, value: int, page: int = 0, pages: int = 1) -> None:
         libc.memset(self.at(page), value, pages * self.page)
 
+    def unmap(self) -> None:
+        """Once: the next time something else may be there."""
+        if self.length:
+            libc.munmap(self.address, self.length)
+            self.length = 0
+
     def look(self, page: int = 0, count: int = 1) -> bytes:
         return bytes(reading(self.at(page), count).result())
 
@@ -169,7 +175,7 @@ def mapping() -> Iterator[Mapper]:
     mapper = Mapper()
     yield mapper
     for memory in mapper.made:
-        libc.munmap(memory.address, memory.length)
+        memory.unmap()
 
 
 class Opener:
@@ -729,9 +735,9 @@ class TestResolving:
         memory = mapping(1)
         assert code_of(lambda: uffd.copy(memory.address, page(1))) == (errno.ENOENT, 0)
         uffd.register(memory.address, memory.length, Mode.MISSING)
-        libc.munmap(memory.address, memory.length)
+        memory.unmap()
         assert code_of(lambda: uffd.copy(memory.address, page(1))) == (errno.ENOENT, 0)
-        uffd.wake(memory.address, memory.length)
+        uffd.wake(memory.address, PAGE_SIZE)
 
     def test_esrch_when_the_owner_is_gone(self) -> None:
         """A child makes a userfaultfd, hands it over, and exits."""
@@ -1051,6 +1057,7 @@ class TestEvents:
         memory = mapping(2)
         uffd.register(memory.address, memory.length, Mode.MISSING)
         caller = Worker(lambda: libc.munmap(memory.at(1), PAGE_SIZE))
+        memory.length = PAGE_SIZE
         assert messages(uffd) == [Unmap(memory.at(1), memory.at(2))]
         assert caller.result() == 0
 
@@ -1304,7 +1311,7 @@ class TestHugePages:
         assert uffd.copy(memory.at(1), bytes([3]) * HUGE) == HUGE
         assert reader.result() == b"\3"
         uffd.close()
-        libc.munmap(memory.address, memory.length)
+        memory.unmap()
 
 
 PRELUDE = """
