@@ -507,7 +507,7 @@ class LazyBuffer:
         the end. Never faults. Raises as `fetch`."""
         if not 0 <= offset <= self._size:
             raise UsageError(f"offset {offset} is not within the {self._size} bytes of the buffer")
-        # Released on the way out of an exception too: see `Region.install`.
+        # Released on the way out of an exception too: see `pin`.
         with ffi.from_buffer(buffer, require_writable=True) as target:
             length = min(len(target), self._size - offset)
             await self.fetch(offset, length)

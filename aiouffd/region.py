@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
-from ._lib import ffi, lib
+from ._lib import ffi, lib, pin
 from .errors import ClosedError, KernelError, SourceTimeoutError, UsageError
 
 if TYPE_CHECKING:
@@ -293,8 +293,7 @@ class Region:
         try:
             return self._apply(_COPY, offset, source, len(source), heal, generation)
         except BaseException:
-            # The traceback keeps both alive. CPython before 3.13 crashes when it collects a
-            # memoryview that is in use still.
+            # The traceback would keep it: see `pin`.
             if source is not data:
                 ffi.release(source)
             raise
@@ -511,9 +510,8 @@ class Region:
 
         Faults are resolved in the native core, also when no loop can run.
         """
-        view = ffi.from_buffer("uint8_t[]", data)
-        if lib.au_region_set_backing(self._open_native(), view, len(view)):
-            ffi.release(view)
+        pointer, view = pin(data)
+        if lib.au_region_set_backing(self._open_native(), pointer, view.nbytes):
             raise UsageError(
                 "cannot serve from this memory", hint="as long as the region, and not lazy itself"
             )

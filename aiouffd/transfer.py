@@ -15,7 +15,7 @@ import errno
 from collections.abc import Callable
 from typing import Any
 
-from ._lib import ffi
+from ._lib import pin
 from .errors import AiouffdError, KernelError, SourceError
 from .region import Region
 from .sources.base import Source, check_length, own_method, read_into_source
@@ -45,8 +45,7 @@ class Begun:
 
     def __init__(self, mover: Mover, size: int) -> None:
         self._mover = mover
-        self._stage = memoryview(bytearray(size))
-        self._pointer = ffi.from_buffer("uint8_t[]", self._stage)
+        self._pointer, self._stage = pin(bytearray(size))
         self._offset = self._length = 0
         self._flight: Any = None
         self._request: Any = None

@@ -409,27 +409,32 @@ class Userfaultfd:
         Linux 4.3; wp 5.7.
         """
         mode = (lib.AU_COPY_MODE_WP if wp else 0) | (0 if wake else lib.AU_COPY_MODE_DONTWAKE)
-        view: Any = None
         if isinstance(source, int):
             if length is None:
                 raise UsageError("copy: an address as source needs a length")
-            start, size = check_range("copy", start, length)
-            address = check_number("copy", "source", source)
-        else:
-            view = pinned(source)
-            start, size = check_range("copy", start, len(view) if length is None else length)
-            if size > len(view):
+            return self._copy(start, length, check_number("copy", "source", source), mode, partial)
+        with pinned(source) as view:
+            if length is None:
+                length = len(view)
+            elif check_number("copy", "length", length) > len(view):
                 raise UsageError(
-                    f"copy: {size} bytes were asked for, and the source has {len(view)}"
+                    f"copy: {length} bytes were asked for, and the source has {len(view)}"
                 )
-            address = view_address(view)
-        try:
-            return self._resolve(
-                "copy", lib.au_abi_copy, start, size, start, address, size, mode, partial=partial
-            )
-        finally:
-            if view is not None:
-                ffi.release(view)
+            return self._copy(start, length, view_address(view), mode, partial)
+
+    def _copy(self, start: int, length: int, source: int, mode: int, partial: bool) -> int:
+        start, length = check_range("copy", start, length)
+        return self._resolve(
+            "copy",
+            lib.au_abi_copy,
+            start,
+            length,
+            start,
+            source,
+            length,
+            mode,
+            partial=partial,
+        )
 
     def zeropage(self, start: int, length: int, *, wake: bool = True, partial: bool = False) -> int:
         """Installs zeros in [start, start + length), and wakes waiters.
