@@ -6,12 +6,14 @@ import array
 import asyncio
 import contextlib
 import ctypes
+import gc
 import mmap
 import os
 import resource
 import select
 import signal
 import socket
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from aiouffd.errors import PeerError, SourceError
 from aiouffd.serve import Area, handover
 from aiouffd.serve.areas import ABSENT, REMOVED, AreaMap
 from aiouffd.serve.blocks import MAX_BACKGROUND, BlockStore
-from aiouffd.serve.memory import PLACES
+from aiouffd.serve.bringing import PLACES
 from aiouffd.serve.reactor import Share
 from tests.faulty import free_huge_pages, huge_pages
 from tests.guests import PlainDialect, guest
@@ -320,7 +322,7 @@ async def test_places_that_are_there_already(tmp_path: Path, mapping: Mapping) -
     async with handed_over(tmp_path, mapping, count, 1) as memory:
         gate, source = gated()
         for area in list(memory.areas)[: PLACES + 1]:
-            memory._fill(area, area.store, 0, memoryview(DATA[: 16 * PAGE]), area.start)
+            memory.fill(area, area.store, 0, memoryview(DATA[: 16 * PAGE]), area.start)
         (store,) = {area.store for area in memory.areas}
         store._now, store.source = None, source  # it is not at hand any more
         bringing = asyncio.ensure_future(memory.complete())
@@ -328,6 +330,40 @@ async def test_places_that_are_there_already(tmp_path: Path, mapping: Mapping) -
         gate.open()
         await bringing
         assert os.pread(mapping.file, count * PAGE, 0) == DATA[:PAGE] * count
+
+
+async def test_nothing_is_asked_for_whose_process_is_gone(
+    tmp_path: Path, mapping: Mapping, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Filling the page of a fault shows that the process is gone: nothing is read ahead for it."""
+    async with handed_over(tmp_path, mapping, 1, 64) as memory:
+        (area,) = memory.areas
+        store, asked = area.store, list[int]()
+        monkeypatch.setattr(memory, "readahead", len(DATA))
+        monkeypatch.setattr(store, "peek", lambda block: (None,) if block < 2 else None)
+        monkeypatch.setattr(store, "like", lambda first, count, wanter: asked.append(first))
+        memory.serve(area.start)
+        monkeypatch.setattr(memory, "fill", lambda *_: memory.vanished())
+        memory.serve(area.start + store.block_size)
+        assert memory.closed
+        assert not asked
+
+
+async def test_memory_that_has_ended_is_freed_at_once(tmp_path: Path, mapping: Mapping) -> None:
+    """There may be much of it, a byte per page, and a client may fork all the time."""
+    async with handed_over(tmp_path, mapping, 1, 64) as memory:
+        fd, areas = os.dup(memory.fd), AreaMap()
+        reactor = memory._reactor
+        gc.disable()
+        try:
+            other = serve.Memory(reactor, fd, areas, share=Share())
+            other.start()
+            other.close()
+            freed = weakref.ref(other)
+            del other
+            assert freed() is None
+        finally:
+            gc.enable()
 
 
 async def test_a_file_that_was_made_shorter(

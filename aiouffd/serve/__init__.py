@@ -11,8 +11,11 @@ Layers, each importing only from those below it::
     dialects, criu         what clients say
     client                 one of them
     memory                 one address space: messages, faults, events
+    bringing, ending       what no thread waits for; errors when nobody serves it any more
+    filling                putting pages there, and trying again
     reactor, blocks        whose turn it is; where bytes come from
     channel, peer, areas   bytes with descriptors; who that is; what is mapped where
+    reserve, stats         descriptors for when there are none; counts
 """
 
 from __future__ import annotations
@@ -25,9 +28,9 @@ from .client import Client as Client
 from .client import Limits as Limits
 from .dialects import Dialect as Dialect
 from .memory import Memory as Memory
-from .memory import MemoryStats as MemoryStats
 from .peer import Peer as Peer
 from .peer import anybody as anybody
 from .peer import same_user as same_user
 from .server import Server as Server
 from .server import listen as listen
+from .stats import MemoryStats as MemoryStats

@@ -24,7 +24,7 @@ import functools
 import logging
 import os
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .._lib import PAGE_SIZE, ffi, lib
@@ -165,18 +165,22 @@ class _ChildMemory(Memory):
         self._child = child
         self._woken, self._wakes = 0, 0
 
-    def _serve(self, address: int, flags: int = 0) -> None:
+    def serve(self, address: int, flags: int = 0) -> None:
         area = self.areas.find(address)
         size = PAGE_SIZE if area is None else area.page_size
         page = address & -size
         store = None if area is None else area.store
         if area is None or store is None:
-            self._poison(page, size)
+            self.poison(page, size)
             return
         if isinstance(store, RegionBlocks) and store.has(area.offset_of(page), size):
             self._wake_page(page, size)
             return
-        if size > PAGE_SIZE and area.state_of(page) & INSTALLED and self._pool_is_empty(page):
+        if (
+            size > PAGE_SIZE
+            and area.state_of(page) & INSTALLED
+            and self._filler.pool_is_empty(page)
+        ):
             return
         self.readahead = store.readahead if isinstance(store, SourceBlocks) else 0
         self._ask(area, store, page)
@@ -204,7 +208,7 @@ class _ChildMemory(Memory):
         if not self._closed:
             lib.au_abi_wake(self.fd, page, size)
 
-    def _fill(
+    def fill(
         self,
         area: Area,
         store: BlockStore,
@@ -220,20 +224,18 @@ class _ChildMemory(Memory):
         if data is not None and len(data) < end - start:
             # The end of the object, within a huge page.
             data = memoryview(bytes(data) + bytes(end - start - len(data)))
-        super()._fill(area, store, block, data, page)
+        super().fill(area, store, block, data, page)
 
-    def failed(self, store: BlockStore, block: int, error: BaseException) -> None:
-        waiting = self._wanted.pop((store, block), ())
-        self._liked.pop((store, block), None)
-        if self._closed or not waiting:
-            return
+    def lost(
+        self, store: BlockStore, block: int, error: BaseException, waiting: Sequence[int]
+    ) -> None:
         if not isinstance(error, ClosedError):
             log.error("%r gets an error for block %d: %s", self._child, block, error)
         for page in waiting:
             area = self.areas.find(page)
-            self._poison(page, PAGE_SIZE if area is None else area.page_size)
+            self.poison(page, PAGE_SIZE if area is None else area.page_size)
 
-    def _poison(self, page: int, size: int) -> None:
+    def poison(self, page: int, size: int) -> None:
         if self._closed:
             return
         self.stats.poisoned_pages += 1
@@ -241,7 +243,7 @@ class _ChildMemory(Memory):
         code = ~result & 0xFF if result < 0 else 0
         if code == errno.EAGAIN:
             self.stats.retries += 1
-            self._later(page)
+            self._filler.later(page)
         elif code in (errno.EINVAL, errno.ENOTTY):
             # Before Linux 6.6. The child itself can make it an error of another kind.
             self._child.close()
@@ -258,17 +260,15 @@ class _ChildMemory(Memory):
             if store is None:
                 continue
             store.forget(self)
-            for key in [key for key in self._liked if key[0] is store]:
-                del self._liked[key]
+            self._bringer.forget(store)
             for key in [key for key in self._wanted if key[0] is store]:
                 # An error may be the end of this child, and then nothing is wanted any more.
                 for page in self._wanted.pop(key, ()):
-                    self._poison(page, area.page_size)
+                    self.poison(page, area.page_size)
 
-    def close(self) -> None:
-        if not self._closed:
-            self._stop()
-            self._child.release()
+    def release(self, fd: int) -> None:
+        """The native core closes it."""
+        self._child.release()
 
 
 # -------------------------------------------------------------------- children

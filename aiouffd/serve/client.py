@@ -16,9 +16,10 @@ from ..workingset import WorkingSet
 from .areas import Area, AreaMap
 from .blocks import PAGE, BlockStore
 from .channel import Channel
-from .memory import Memory, MemoryStats, Uncovered
+from .memory import Memory, Uncovered
 from .peer import Peer
 from .reactor import Share
+from .stats import MemoryStats
 
 if TYPE_CHECKING:
     from .server import Server

@@ -21,9 +21,10 @@ from .channel import Channel
 from .client import Client, Limits, OnFailure
 from .dialects import Dialect, dialect_named
 from .handover import Handover, check_same_object, take_over
-from .memory import MemoryStats, Reserve
 from .peer import Peer, Policy, same_user
 from .reactor import Reactor
+from .reserve import Reserve
+from .stats import MemoryStats
 from .stores import Stores
 
 __all__ = ["Server", "listen"]

@@ -13,9 +13,9 @@ from typing import Any, Final
 from ...errors import UsageError
 from ..blocks import KEEP
 from ..client import Limits
-from ..memory import MemoryStats
 from ..peer import Policy, same_user
 from ..server import Server, listen
+from ..stats import MemoryStats
 from .dialect import CriuDialect
 from .images import Dump, ImageSet, Where, load
 from .page_server import PageServer
