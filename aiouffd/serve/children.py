@@ -235,7 +235,7 @@ class _ChildMemory(Memory):
             area = self.areas.find(page)
             self.poison(page, PAGE_SIZE if area is None else area.page_size)
 
-    def poison(self, page: int, size: int) -> None:
+    def poison(self, page: int, size: int, why: str = "") -> None:
         if self._closed:
             return
         self.stats.poisoned_pages += 1

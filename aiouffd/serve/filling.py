@@ -89,11 +89,18 @@ class Filler:
         absent[0] = 0
         if self.resting:
             return 0
-        states = ffi.NULL
-        if area is not None and area.states is not None:
-            states = ffi.from_buffer("uint8_t[]", area.states[area.page_of(start) :])
         result: int = lib.au_foreign_fill(
-            self.fd, op, start, source, length, page_size, states, absent
+            self.fd,
+            op,
+            start,
+            source,
+            length,
+            page_size,
+            # Not in a variable, which a traceback would keep: see `pin`.
+            ffi.NULL
+            if area is None or area.states is None
+            else ffi.from_buffer("uint8_t[]", area.states[area.page_of(start) :]),
+            absent,
         )
         if result >= 0:
             self._pause = AGAIN_FIRST
@@ -153,7 +160,7 @@ class Filler:
 
     def _try_again(self) -> None:
         self._timer = None
-        if self.fd < 0:
+        if self.resting:
             return
         owner = self._owner
         try:
@@ -196,6 +203,8 @@ class Filler:
     def go_on(self) -> None:
         """Put pages again, after `rest`."""
         self.resting = False
+        if self._again:
+            self.later(0)
 
     def stop(self) -> None:
         """For good: the descriptor is about to be closed. Once."""

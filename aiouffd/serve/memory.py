@@ -32,7 +32,7 @@ import struct
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from .._lib import ffi, lib
+from .._lib import ffi, lib, pin
 from ..errors import ClosedError
 from .areas import INSTALLED, REMOVED, Area, AreaMap
 from .bringing import Bringer
@@ -206,9 +206,9 @@ class Memory:
             data = None if area.store is None else area.store.memory
             if data is None or area.offset + area.length > len(data) or area.states is None:
                 continue
-            piece = ffi.from_buffer("uint8_t[]", data[area.offset : area.offset + area.length])
-            states = ffi.from_buffer("uint8_t[]", area.states)
-            self._keep += piece, states
+            piece, *kept = pin(data[area.offset : area.offset + area.length])
+            states, *also = pin(area.states)
+            self._keep += kept + also
             assert area.store is not None
             self._at_hand_window = area.store.block_size
             found.append((area.start, area.length, area.page_size, piece, states))
@@ -411,8 +411,10 @@ class Memory:
         if self._failed is not None and self._failed(self, error):
             return
         for page in waiting:
+            if self._closed:
+                return
             if self._still(store, block, page) is not None:
-                self.poison(page, self.page_size)
+                self.poison(page, self.page_size, f"its block could not be had: {error}")
             else:
                 lib.au_abi_wake(self.fd, page, self.page_size)
 
@@ -435,10 +437,20 @@ class Memory:
             runs = area.missing(start, end)
             if page is not None and not any(low <= page < high for low, high in runs):
                 runs.append((page, page + page_size))
-        source = ffi.NULL if data is None else ffi.from_buffer("uint8_t[]", data)
-        filler = self._filler
+        source = None if data is None else ffi.from_buffer("uint8_t[]", data)
+        try:
+            self._fill_runs(area, runs, source, base, page)
+        except BaseException:
+            if source is not None:
+                ffi.release(source)  # the traceback would keep it: see `pin`
+            raise
+
+    def _fill_runs(
+        self, area: Area, runs: list[tuple[int, int]], source: Any, base: int, page: int | None
+    ) -> None:
+        filler, page_size = self._filler, area.page_size
         for low, high in runs:
-            if data is None:
+            if source is None:
                 done = filler.put(_ZERO, low, self._zeros, high - low, page_size, area)
             else:
                 done = filler.put(_COPY, low, source + (low - base), high - low, page_size, area)
@@ -450,12 +462,12 @@ class Memory:
                 # The next try begins before it, where meanwhile there may be something else.
                 filler.later(page)
 
-    def poison(self, page: int, size: int) -> None:
-        """Make an error of a page that a thread waits for."""
-        self.stats.poisoned_pages += 1
-        log.error("%r: nothing is known of the page at %#x; it gets an error", self, page)
-        self._filler.put(_POISON, page, ffi.NULL, size, size)
-        lib.au_abi_wake(self.fd, page, size)
+    def poison(self, page: int, size: int, why: str = "nothing is known of it") -> None:
+        """Make an error of a page that a thread waits for; later, if that cannot be now."""
+        if self._filler.put(_POISON, page, ffi.NULL, size, size):
+            self.stats.poisoned_pages += 1
+            log.error("%r: the page at %#x becomes an error: %s", self, page, why)
+            lib.au_abi_wake(self.fd, page, size)
 
     # ------------------------------------------------------------- background
 
