@@ -61,12 +61,11 @@ def test_a_cycle(first: str) -> None:
         from aiouffd._lib import pin
         class Owner: pass
         gc.disable()
-        view = memoryview(bytearray(100)) if {first!r} == "view" else None
+        pinned = pin(memoryview(bytearray(100))) if {first!r} == "view" else None
         owner = Owner()
-        owner.data = view or memoryview(bytearray(100))
-        owner.pinned = pin(owner.data)
+        owner.pinned = pinned or pin(memoryview(bytearray(100)))
         owner.itself = owner
-        del owner, view
+        del owner, pinned
         gc.collect()
     """
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
