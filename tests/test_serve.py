@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import os
 import signal
@@ -18,7 +19,7 @@ import pytest
 import aiouffd
 from aiouffd import serve
 from aiouffd.errors import PeerError, SourceError, UsageError
-from aiouffd.serve import Area, Server
+from aiouffd.serve import Area, Server, filling
 from tests.guests import AREA, COUNT, PlainDialect, guest
 from tests.support import Gate, content, wait_until, word
 
@@ -91,6 +92,95 @@ async def test_from_a_file_by_a_slow_source(tmp_path: Path) -> None:
 async def test_touched_by_the_kernel(tmp_path: Path) -> None:
     async with serving(tmp_path), guest(tmp_path / "s", PAGES) as one:
         assert await one.ask("read_through_kernel", 9) == word(9 * PAGE)
+
+
+@pytest.mark.needs_root
+async def test_a_fault_that_is_repeated_all_the_time(tmp_path: Path) -> None:
+    """A thread in a system call that has a signal: its client is read less often."""
+    gate = Gate(DATA, is_open=False)
+    source = aiouffd.sources.FunctionSource(gate.read, size=len(DATA))
+    async with serving(tmp_path, source) as (_, dialect), guest(tmp_path / "s", PAGES) as one:
+        memory = await dialect.memories.get()
+        touch = one.tell("read_through_kernel", 40)
+        await asyncio.to_thread(gate.wait)
+        await one.ask("interrupt")
+        await until(lambda: memory._muted)
+        faults = memory.stats.faults
+        await until(lambda: memory.stats.faults > faults)  # and is not forgotten
+        gate.open()
+        assert await touch == word(40 * PAGE)
+        await until(lambda: not memory._muted)
+        assert await one.ask("word", 80) == word(80 * PAGE)
+
+
+class Trouble:
+    """The native module, whose fills fail for a while with an error that none should have."""
+
+    def __init__(self, native: Any, times: int) -> None:
+        self.native, self.times = native, times
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.native, name)
+
+    def au_foreign_fill(self, *arguments: Any) -> Any:
+        if self.times:
+            self.times -= 1
+            return ~errno.ENOMEM
+        return self.native.au_foreign_fill(*arguments)
+
+
+async def test_an_error_that_lasts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is tried again for as long as it takes, and told once in a while."""
+    monkeypatch.setattr(filling, "TROUBLE_PAUSE", 0.01)
+    monkeypatch.setattr(filling, "lib", Trouble(filling.lib, 5))
+    gate = Gate(DATA)
+    source = aiouffd.sources.FunctionSource(gate.read, size=len(DATA))
+    async with serving(tmp_path, source) as (server, _), guest(tmp_path / "s", PAGES) as one:
+        assert await one.ask("word", 40) == word(40 * PAGE)
+        assert server.stats.retries == 5
+    (record,) = [item for item in caplog.records if "is tried again" in item.getMessage()]
+    assert os.strerror(errno.ENOMEM) in record.getMessage()
+
+
+async def test_what_was_unmapped_is_not_tried_again() -> None:
+    served: list[int] = []
+    done = asyncio.Event()
+
+    class Owner:
+        def hear(self) -> dict[int, int]:
+            return {}
+
+        def serve(self, address: int, flags: int = 0) -> None:
+            served.append(address)
+
+        def caught_up(self) -> None:
+            done.set()
+
+        def vanished(self) -> None:
+            raise AssertionError
+
+        def broken(self, error: Exception) -> None:
+            raise error
+
+    filler = filling.Filler(Owner(), 1000, serve.MemoryStats())
+    for address in (0x5000, 0x6000, 0x9000):
+        filler.later(address)
+    filler.not_again(0x5000, 0x7000)
+    await done.wait()
+    assert served == [0x9000]
+    # Nor what was to be tried again when somebody else took over for a while.
+    filler.later(0xA000)
+    filler.rest()
+    filler.later(0xB000)
+    await asyncio.sleep(0.01)
+    assert served == [0x9000]
+    done.clear()
+    filler.go_on()
+    await done.wait()
+    assert served == [0x9000, 0xB000]
+    filler.stop()
 
 
 async def test_removed_pages_read_zero(tmp_path: Path) -> None:
@@ -288,6 +378,16 @@ async def test_complete_brings_everything(tmp_path: Path) -> None:
         assert await one.ask("words", pages) == [word(page * PAGE) for page in pages]
         assert server.stats.faults == faults
         assert await one.ask("word", 17) == 0
+
+
+async def test_complete_after_a_move(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (_, dialect), guest(tmp_path / "s", PAGES) as one:
+        memory = await dialect.memories.get()
+        await one.ask("move", 64, 32)
+        await memory.complete()
+        faults = memory.stats.faults
+        assert await one.ask("read", 64, 32) == sha(64, 32)
+        assert memory.stats.faults == faults
 
 
 async def test_working_set(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import mmap
 import os
+import signal
 import socket
 import sys
 import threading
@@ -38,6 +39,7 @@ def check(result: int | None) -> int:
 class Program:
     def __init__(self) -> None:
         self.base = self.length = 0
+        self.touching = 0
         self.page = PAGE
         self.uffd: Any = None
         self.connection: Any = None
@@ -87,11 +89,16 @@ class Program:
     def read_through_kernel(self, page: int) -> int:
         """Touches in a system call."""
         source, sink = os.pipe()
+        self.touching = threading.get_ident()
         check(libc.write(sink, ctypes.c_void_p(self.base + page * self.page), 8))
         data = os.read(source, 8)
         os.close(source)
         os.close(sink)
         return int.from_bytes(data, "little")
+
+    def interrupt(self) -> None:
+        """A signal for who touches in a system call: from then on it faults over and over."""
+        signal.pthread_kill(self.touching, signal.SIGUSR1)
 
     def write_word(self, page: int, value: int) -> None:
         libc.memcpy(self.base + page * self.page, ctypes.byref(ctypes.c_uint64(value)), 8)
@@ -156,6 +163,7 @@ class Program:
 
 def main() -> None:
     program = Program()
+    signal.signal(signal.SIGUSR1, lambda *_: None)
 
     def run(number: int, command: str, arguments: list[Any]) -> None:
         result = error = None
