@@ -93,7 +93,7 @@ find_uv() {
 
 # install_packages_of VENV REQUIREMENTS
 install_packages_of() {
-    [ -z "$uv" ] || UV_SYSTEM_CERTS=1 "$uv" pip install -q --compile-bytecode \
+    [ -z "$uv" ] || UV_SYSTEM_CERTS=1 "$uv" pip install -q \
         --python "$1/bin/python" --requirement "$2" </dev/null ||
         { say "$1: uv cannot, so pip does it" && uv=""; }
     [ -n "$uv" ] || "$1/bin/python" -m pip install -qq --disable-pip-version-check \

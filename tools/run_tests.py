@@ -43,6 +43,28 @@ INDEPENDENT = (
     "safetensors",
     "serve_areas",
 )
+#: Packages that short processes of the tests import; to compile all would take minutes.
+IMPORTED = (
+    "_pytest",
+    "aio*",
+    "attr*",
+    "frozenlist",
+    "fsspec",
+    "google",
+    "hypothesis",
+    "multidict",
+    "numpy",
+    "obstore",
+    "pluggy",
+    "propcache",
+    "pytest*",
+    "redis",
+    "rich",
+    "safetensors",
+    "typing_extensions.py",
+    "uvloop",
+    "yarl",
+)
 #: Jobs at a time: tests wait for a quarter of their time.
 LANES = 3
 PRINTING = threading.Lock()
@@ -214,9 +236,15 @@ def c_job(target: str) -> Job:
 
 def compile_all(python: Path) -> None:
     """The tests start hundreds of interpreters. Where the environment forbids these to keep what
-    they compile, each would do it all anew."""
+    they compile, or the user may not, each would do it all anew."""
+    packages = next(python.parent.parent.glob("lib/python3.*/site-packages"))
     folders = ["aiouffd", "tests", "examples", "benchmarks"]
-    subprocess.run([str(python), "-m", "compileall", "-q", *folders], cwd=ROOT, check=True)
+    folders += [str(path) for name in IMPORTED for path in packages.glob(name)]
+    subprocess.run(
+        [str(python), "-m", "compileall", "-q", "-x", r"site-packages/.*/tests/", *folders],
+        cwd=ROOT,
+        check=True,
+    )
 
 
 def run_lanes(jobs: list[Job]) -> dict[str, Result]:
