@@ -102,7 +102,7 @@ install_packages_of() {
 
 # virtual_environment VERSION PYTHON VENV EXTRA...
 virtual_environment() {
-    local version=$1 python=$2 venv=$3 stamp wanted
+    local version=$1 python=$2 venv=$3 wanted
     shift 3
     if [ "$("$venv/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' \
         2>/dev/null)" != "$version" ]; then
@@ -110,14 +110,13 @@ virtual_environment() {
         rm -rf "$venv"
         "$python" -m venv "$venv"
     fi
-    stamp="$venv/.installed-$(printf '%s-' "$@")"
     wanted=$("$venv/bin/python" tools/requirements.py "$@")
-    if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    # Each stamp names what was installed at a time.
+    if printf '%s\n' "$wanted" | grep -qvxF -f <(cat "$venv"/.installed-* 2>/dev/null); then
         say "$venv: installing the packages of $*"
-        # shellcheck disable=SC2086
-        printf '%s\n' "$wanted" >"$stamp.part"
-        install_packages_of "$venv" "$stamp.part"
-        mv "$stamp.part" "$stamp"
+        printf '%s\n' "$wanted" >"$venv/.installing"
+        install_packages_of "$venv" "$venv/.installing"
+        mv "$venv/.installing" "$venv/.installed-$(printf '%s-' "$@")"
     fi
 }
 

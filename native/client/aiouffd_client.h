@@ -1118,7 +1118,6 @@ static inline void aiouffd_give_up_(struct aiouffd_state_ *s)
 static inline void *aiouffd_keep_(void *argument)
 {
 	struct aiouffd_state_ *s = (struct aiouffd_state_ *)argument;
-	uint64_t ignored;
 	int result;
 
 	while (aiouffd_command_now_(s) == AIOUFFD_HOLD_) {
@@ -1138,8 +1137,8 @@ static inline void *aiouffd_keep_(void *argument)
 			aiouffd_refuse_some_(s);
 			result = aiouffd_wait_(s->uffd, POLLIN, s->poke,
 					       s->lingers ? aiouffd_until_(500) : 0);
-			if (result == -ECANCELED && read(s->poke, &ignored, sizeof ignored) < 0)
-				continue;
+			if (result == -ECANCELED)
+				aiouffd_ordered_(s);
 			/* A server that was stopped may read once more before it sees that we went. */
 			if (result == -ETIMEDOUT)
 				aiouffd_wake_all_(s);
