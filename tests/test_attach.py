@@ -753,6 +753,7 @@ def test_the_example(built: Callable[[str], str], server: PagerProcess) -> None:
 
 
 @needs_compiler
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "what", ["waiters 8", "waiters 60", "moved", "hole", "silent", "stuck", "locked"]
 )

@@ -29,17 +29,22 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Seconds for one run of pytest. A test that is stuck in a page fault with the GIL held cannot be
 #: ended from inside, so timeout(1) stands outside.
 LIMIT = 1800
-#: Tests that make no userfaultfd and no special file: who the user is makes no difference.
+#: Tests to which it makes no difference who the user is: of formats, protocols and sources.
 INDEPENDENT = (
     "compose",
     "criu_images",
     "criu_page_server",
+    "fsspec_source",
     "gil_yield_model",
+    "http_source",
     "nbd_bad_servers",
+    "nbd_client",
     "nbd_fuzz",
     "nbd_hostile",
     "nbd_serve",
     "nbd_server",
+    "object_source",
+    "redis_source",
     "safetensors",
     "serve_areas",
 )
