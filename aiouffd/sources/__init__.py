@@ -1,19 +1,19 @@
 """Where bytes come from: memory, files, functions, and whatever a URL names.
 
-Importing this package loads no third-party library, nor the sources that need one.
+Importing this package loads no third-party library, nor the sources that need one; `HttpSource`
+comes when it is asked for.
 """
 
 from __future__ import annotations
 
 import inspect
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from .base import BaseSource, Buffer, Source, SourcePermissionError
 from .file import FileSource
 from .function import FunctionSource, ReadFunction
-from .http import HttpSource
 from .memory import MemorySource
 from .registry import known_schemes, lookup, scheme_of
 
@@ -30,6 +30,17 @@ __all__ = [
     "as_source",
     "known_schemes",
 ]
+
+if TYPE_CHECKING:
+    from .http import HttpSource
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name == "HttpSource":
+            from .http import HttpSource
+
+            return HttpSource
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def as_source(obj: object, **options: Any) -> Source:
