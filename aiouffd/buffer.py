@@ -1,8 +1,7 @@
 """Lazy buffers: an object somewhere else, as memory.
 
-The layers meet here: a `Region` of the loop's shared pager, a source, and a `Fetcher` that
-brings blocks from one to the other; and once more all of that, with a clone of the source, on the
-rescue loop when the first loop cannot come.
+The layers meet here: a `Region` of the loop's shared pager, a source, and a `BufferSink` that
+brings blocks from one to the other.
 """
 
 from __future__ import annotations
@@ -12,28 +11,23 @@ import errno
 import logging
 import os
 import warnings
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Iterable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Generator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from ._lib import ffi, lib
-from .errors import AiouffdError, ClosedError, SourceChangedError, SourceError, UsageError
-from .flights import Fetcher, FlightEvent, Policy
+from .errors import ClosedError, SourceChangedError, SourceError, UsageError
+from .flights import FlightEvent, Policy
 from .pager import Pager, shared_pagers
-from .readahead import Readahead
 from .region import Errors, Kind, Region
-from .rescue import service
+from .sink import BufferSink
 from .sources import MemorySource, as_source
 from .sources.base import Source, aclose_source, open_source
 from .sources.names import display_name
 from .tally import Tally
 from .workingset import Recording, WorkingSet, observe
-
-if TYPE_CHECKING:
-    from .serve.children import Inheritance
 
 __all__ = ["BufferStats", "LazyBuffer", "open"]
 
@@ -45,12 +39,8 @@ log = logging.getLogger("aiouffd")
 BLOCK_SIZE = 64 * 1024
 #: Bytes that readahead keeps under way; its lead over the reader is at most twice that.
 READAHEAD = 8 * 1024 * 1024
-#: Longest single flight of readahead and `fetch`, in bytes.
-FLIGHT = 2 * 1024 * 1024
 #: Bytes that one step of `read` copies, for the sake of the loop's latency.
 COPY_STEP = 1024 * 1024
-#: Seconds.
-FOR_EVER = 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +208,7 @@ class LazyBuffer:
         self._tally = Tally()
         self._pager: Pager | None = None
         self._region: Region | None = None
-        self._sink: _BufferSink | None = None
+        self._sink: BufferSink | None = None
         self._open = self._closed = False
         self._size = 0
         self._pid = os.getpid()
@@ -272,7 +262,7 @@ class LazyBuffer:
         except BaseException:
             shared_pagers.release(pager)
             raise
-        sink = _BufferSink(
+        sink = BufferSink(
             region, self._source, self._policy, self._tally, self._readahead, self._trace
         )
         if clone is not None:
@@ -687,217 +677,3 @@ def _reopen(given: Any, settings: dict[str, Any], version: str | None) -> LazyBu
     buffer = open(given, **settings)
     buffer._expected_version = version
     return buffer
-
-
-def _retrieve(task: asyncio.Task[bool]) -> None:
-    if not task.cancelled() and task.exception() is not None:
-        log.debug("prefetching ended early", exc_info=task.exception())
-
-
-class _BufferSink:
-    """Brings the blocks of one buffer: on its loop, and when need be on the rescue loop.
-
-    Does not refer to the LazyBuffer, which can so be collected.
-    """
-
-    def __init__(
-        self,
-        region: Region,
-        source: Source,
-        policy: Policy,
-        tally: Tally,
-        readahead: int,
-        trace: Callable[[FlightEvent], None] | None,
-    ) -> None:
-        self.failures: dict[int, BaseException] = {}
-        self._region = region
-        self._source = source
-        self._policy = policy
-        self._tally = tally
-        self._window = readahead // region.block_size
-        self._trace = trace
-        self._closed = False
-        self.fetcher = self._fetcher(source)
-        self._prefetching: asyncio.Task[bool] | None = None
-        self._recording: dict[int, None] | None = None
-        # Of the rescue loop only.
-        self._rescuer: Fetcher | None = None
-        self._rescue_queue: deque[int] = deque()
-        self._rescue_start: asyncio.Task[None] | None = None
-        self._rescue_error: Exception | None = None
-        self._rescue_end: asyncio.Task[None] | None = None
-        self._clone: Source | None = None
-        #: What children are served from.
-        self.inheritance: Inheritance | None = None
-
-    def _fetcher(self, source: Source) -> Fetcher:
-        region = self._region
-        piece = max(1, FLIGHT // region.block_size)
-        ahead = Readahead(region.blocks, self._window, piece) if self._window else None
-        return Fetcher(
-            region,
-            source,
-            policy=self._policy,
-            tally=self._tally,
-            failures=self.failures,
-            readahead=ahead,
-            flight_blocks=piece,
-            trace=self._trace,
-        )
-
-    def leave_to_children(self, clone: Source) -> None:
-        """Serve forked children; with ``clone``, unless their memory is that of the region."""
-        from .serve.children import RegionBlocks, SourceBlocks, children
-
-        region, policy = self._region, self._policy
-        if region.kind in ("memfd", "hugetlb-memfd"):
-            store: Any = RegionBlocks(region, self.bring)
-        else:
-            patience = FOR_EVER if policy.deadline is None else policy.deadline
-            store = SourceBlocks(
-                clone,
-                region.length,
-                self._tally,
-                block_size=region.block_size,
-                deadline=None if policy.errors == "hard" else patience,
-                readahead=self._window * region.block_size,
-            )
-        self.inheritance = children.leave(region, store)
-
-    async def bring(self, block: int) -> None:
-        """On the rescue loop: make a block resident, for a child that shares the memory and
-        waits for it. Raises what the source raises, and ClosedError."""
-        if self._rescuer is None:
-            if self._rescue_start is None:
-                self._begin_rescue()
-            assert self._rescue_start is not None
-            await asyncio.shield(self._rescue_start)
-        if self._closed:
-            raise ClosedError("the buffer is closed")
-        if self._rescuer is None:
-            raise self._rescue_error or ClosedError("the buffer is closed")
-        self._region.begin(block, 1)
-        self._rescuer.miss(block)
-        flight = self._rescuer.under_way(block)
-        if flight is not None:
-            await flight.wait()
-
-    def prefetch(self, runs: Iterable[tuple[int, int]]) -> None:
-        """In the background, until all is there or the buffer closes."""
-        self._prefetching = asyncio.get_running_loop().create_task(self.fetcher.prefetch(runs))
-        self._prefetching.add_done_callback(_retrieve)
-
-    def record(self, blocks: dict[int, None]) -> None:
-        """Note in ``blocks`` what is needed from now on."""
-        if self._recording is not None:
-            raise UsageError("somebody records already")
-        self._set_recording(blocks)
-
-    def stop_recording(self) -> None:
-        self._set_recording(None)
-
-    def _set_recording(self, blocks: dict[int, None] | None) -> None:
-        self._recording = self.fetcher.recording = blocks
-        if self._rescuer is not None:
-            # On another loop, where at worst its next step still sees the old one.
-            self._rescuer.recording = blocks
-
-    def miss(self, block: int, *_message: int) -> None:
-        self.fetcher.miss(block)
-
-    def hit(self, block: int) -> None:
-        self.fetcher.hit(block)
-
-    def rescue(self, block: int) -> bool:
-        if self._closed:
-            return True
-        self._tally.rescued += 1
-        if self._rescuer is not None:
-            self._rescuer.miss(block)
-            return True
-        self._rescue_queue.append(block)
-        if self._rescue_start is None:
-            try:
-                self._begin_rescue()
-            except Exception as error:
-                log.debug("the source cannot be cloned: %s", error)
-                self._rescue_queue.clear()
-                return False
-        return True
-
-    def _begin_rescue(self) -> None:
-        clone = self._source.clone()
-        self._rescue_start = asyncio.get_running_loop().create_task(self._start_rescuer(clone))
-
-    def late(self, block: int) -> None:
-        self.fetcher.miss(block)  # which knows what is under way
-
-    async def _start_rescuer(self, clone: Source) -> None:
-        pause = 0.05
-        while not self._closed:
-            try:
-                await open_source(clone)
-                break
-            except Exception as error:
-                if self._policy.errors == "soft" or isinstance(error, SourceChangedError):
-                    self._give_up(error)
-                    self._rescue_start = None
-                    return
-                self._tally.last_error = str(error)
-                await asyncio.sleep(pause)
-                pause = min(pause * 2, 5.0)
-        self._clone = clone
-        self._rescuer = self._fetcher(clone)
-        self._rescuer.recording = self._recording
-        while self._rescue_queue and not self._closed:
-            self._rescuer.miss(self._rescue_queue.popleft())
-
-    def _give_up(self, error: Exception) -> None:
-        self._rescue_error = error
-        region = self._region
-        while self._rescue_queue:
-            block = self._rescue_queue.popleft()
-            self.failures[block] = error
-            start = block * region.block_size
-            try:
-                region.poison(start, min(region.block_size, region.mapped_length - start))
-            except AiouffdError:
-                return
-
-    async def stop(self) -> None:
-        """Cancel what is under way, on both loops, and wait for it. Idempotent."""
-        self._closed = True
-        tasks: list[asyncio.Task[Any]] = [*self.fetcher.cancel()]
-        if self._prefetching is not None:
-            self._prefetching.cancel()
-            tasks.append(self._prefetching)
-        if tasks:
-            await asyncio.gather(*tasks, return_exceptions=True)
-        if self.inheritance is not None:
-            await self.inheritance.aclose()
-        if self._rescue_start is not None:
-            await asyncio.wrap_future(service.submit(self._stop_rescuer()))
-
-    async def _stop_rescuer(self) -> None:
-        if self._rescue_start is not None:
-            self._rescue_start.cancel()
-            await asyncio.gather(self._rescue_start, return_exceptions=True)
-        if self._rescuer is not None:
-            await asyncio.gather(*self._rescuer.cancel(), return_exceptions=True)
-        if self._clone is not None:
-            await aclose_source(self._clone)
-
-    def close(self) -> None:
-        """The region closes without `stop` having run (collected, or the loop is gone)."""
-        if not self._closed:
-            self._closed = True
-            self.fetcher.cancel()
-            if self.inheritance is not None:
-                self.inheritance.close()
-            if self._rescue_start is not None:
-                # At the interpreter's end there may be nobody to do it.
-                with suppress(RuntimeError):
-                    service.loop.call_soon_threadsafe(self._abandon_rescuer)
-
-    def _abandon_rescuer(self) -> None:
-        self._rescue_end = asyncio.get_running_loop().create_task(self._stop_rescuer())
