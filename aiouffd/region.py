@@ -510,8 +510,10 @@ class Region:
 
         Faults are resolved in the native core, also when no loop can run.
         """
+        native = self._open_native()
         pointer, view = pin(data)
-        if lib.au_region_set_backing(self._open_native(), pointer, view.nbytes):
+        if lib.au_region_set_backing(native, pointer, view.nbytes):
+            view.release()  # the traceback would keep it
             raise UsageError(
                 "cannot serve from this memory", hint="as long as the region, and not lazy itself"
             )

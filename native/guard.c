@@ -83,7 +83,7 @@ static void on_bus_error(int number, siginfo_t *info, void *context)
 			    "its source failed, or the process that serves it has closed it or is gone; "
 			    "use buf[...] to get an exception instead" :
 			    "its source failed or it was closed; "
-			    "use await buf.read(), buf[...] or buf.pin() to get an exception instead",
+			    "use buf[...], or await buf.read() where there is one, to get an exception instead",
 		    address, offset);
 	}
 	chain(number, info, context);

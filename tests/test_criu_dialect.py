@@ -791,7 +791,8 @@ async def test_a_failed_restore_from_the_command_line(tmp_path: Path) -> None:
         assert b"Traceback" not in errors
 
 
-async def test_a_signal_in_the_middle_of_a_restore(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+async def test_a_signal_in_the_middle_of_a_restore(tmp_path: Path, number: signal.Signals) -> None:
     """The restore comes to its end, and then the server does."""
     task = Task(101, [(at(0), at(256))], [Pages(at(0), 256)])
     written.write(tmp_path, written.dump([task]))
@@ -803,13 +804,37 @@ async def test_a_signal_in_the_middle_of_a_restore(tmp_path: Path) -> None:
         restorer(tmp_path, [specification]) as one,
     ):
         await one.said("here")
-        process.terminate()
+        process.send_signal(number)
         await gate.open()
         async with asyncio.timeout(20):
             await process.communicate()
         assert process.returncode == 0
         await last.open()
         await one.end()
+
+
+async def test_two_signals_in_the_middle_of_a_restore(tmp_path: Path) -> None:
+    """It is given up, which is no success."""
+    task = Task(101, [(at(0), at(256))], [Pages(at(0), 256)])
+    written.write(tmp_path, written.dump([task]))
+    gate = Gate(tmp_path, "gate")
+    specification = task_of(task, before=[["say", "here"], gate.wait])
+    async with (
+        pager("--images", str(tmp_path)) as process,
+        restorer(tmp_path, [specification]) as one,
+    ):
+        await one.said("here")
+        ending = asyncio.ensure_future(process.communicate())
+        async with asyncio.timeout(20):
+            while not ending.done():
+                # Two that come at once may be one.
+                with contextlib.suppress(ProcessLookupError):
+                    process.terminate()
+                await asyncio.wait([ending], timeout=0.05)
+        _, errors = await ending
+        assert process.returncode == 1
+        assert b"given up" in errors
+        await gate.open()
 
 
 async def test_images_that_are_none_from_the_command_line(tmp_path: Path) -> None:

@@ -667,6 +667,19 @@ async def test_memory_that_cannot_be_served(
         assert match in caplog.text
 
 
+async def test_a_memory_file_that_lacks_a_byte(
+    tmp_path: Path, memory: Memory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the guest had there is not known: zeros would be a guess."""
+    (tmp_path / "short").write_bytes(DATA[:-1])
+    async with serving(tmp_path, source=str(tmp_path / "short")) as server:
+        with connected(tmp_path) as connection:
+            socket.send_fds(connection, [memory.text()], [memory.uffd.fileno()])
+            assert await hung_up(connection)
+        assert server.refused == 1
+        assert "ends behind its object" in caplog.text
+
+
 async def test_text_without_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """It is read up to the limit, and not kept longer than the connection."""
     async with serving(tmp_path) as server:

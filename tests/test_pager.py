@@ -120,6 +120,66 @@ def test_take_over(tmp_path: Path, image: Path) -> None:
             assert ask(client, 99) == word(99 * PAGE)
 
 
+def test_take_over_with_another_object(tmp_path: Path, image: Path) -> None:
+    """A mistake of the second one's does not cost the first one its clients."""
+    path = tmp_path / "s"
+    (tmp_path / "other").write_bytes(bytes(len(DATA)))
+    with pager("native", "--socket", path, image) as server, attached(path) as client:
+        assert ask(client, 7) == word(7 * PAGE)
+        arguments = ("native", "--socket", path, tmp_path / "other", "--take-over")
+        with running("-m", "aiouffd", "pager", *arguments) as other:
+            _, said = other.communicate(timeout=20)
+            assert other.returncode == 1
+            assert "the clients' memory is of version" in said
+        assert ask(client, 99) == word(99 * PAGE)
+        ended(server)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT, signal.SIGINT])
+def test_signals(tmp_path: Path, image: Path, number: signal.Signals) -> None:
+    path = tmp_path / "s"
+    with pager("native", "--socket", path, image) as server:
+        server.send_signal(number)
+        _, said = server.communicate(timeout=20)
+        assert server.returncode == 0, said
+        assert "0 faults" in said
+        assert not path.exists()
+
+
+def test_nohup(tmp_path: Path, image: Path) -> None:
+    path = tmp_path / "s"
+    arguments = ("-m", "aiouffd", "pager", "native", "--socket", str(path), str(image))
+    program = "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
+    program += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    with running("-c", program, *arguments) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline()
+        server.send_signal(signal.SIGHUP)
+        with attached(path) as client:
+            assert ask(client, 7) == word(7 * PAGE)
+        ended(server)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--socket", "nowhere/s"), "nowhere/s"),
+        (("--socket", "s" * 200), "shorter path"),
+        (("--socket", "image"), "image"),
+        (("--socket", "s", "--record", "nowhere/set"), "nowhere"),
+    ],
+)
+def test_what_cannot_be_said_at_once(
+    tmp_path: Path, image: Path, arguments: tuple[str, ...], named: str
+) -> None:
+    made = [str(tmp_path / item) if item[0] != "-" else item for item in arguments]
+    with running("-m", "aiouffd", "pager", "native", *made, image) as server:
+        _, said = server.communicate(timeout=20)
+        assert server.returncode in (1, 2)
+        assert named in said
+        assert "Traceback" not in said
+
+
 def test_record_and_prefetch(tmp_path: Path, image: Path) -> None:
     path, used = tmp_path / "s", tmp_path / "used.ws"
     arguments = ("native", "--socket", path, image, "--block-size", "4K")

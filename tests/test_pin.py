@@ -99,6 +99,10 @@ async def test_blocks_without_a_task(tmp_path: Path) -> None:
 async def test_region_and_userfaultfd() -> None:
     async with aiouffd.Pager() as pager:
         region = pager.map(len(DATA))
+        short = bytearray(PAGE)
+        with pytest.raises(aiouffd.UsageError):
+            region.serve_from(short)
+        short.clear()  # it is not kept
         region.serve_from(memoryview(DATA))
         assert await asyncio.to_thread(bytes, region.view) == DATA
         assert not lent()

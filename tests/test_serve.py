@@ -9,6 +9,7 @@ import hashlib
 import os
 import signal
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,10 +19,11 @@ import pytest
 
 import aiouffd
 from aiouffd import serve
+from aiouffd._lib import lib
 from aiouffd.errors import PeerError, SourceError, UsageError
 from aiouffd.serve import Area, Server, filling
 from tests.guests import AREA, COUNT, PlainDialect, guest
-from tests.support import Gate, content, wait_until, word
+from tests.support import ROOT, Gate, content, environment, wait_until, word
 
 PAGE = 4096
 PAGES = 256
@@ -114,18 +116,18 @@ async def test_a_fault_that_is_repeated_all_the_time(tmp_path: Path) -> None:
 
 
 class Trouble:
-    """The native module, whose fills fail for a while with an error that none should have."""
+    """The native module, whose fills fail for a while."""
 
-    def __init__(self, native: Any, times: int) -> None:
-        self.native, self.times = native, times
+    def __init__(self, native: Any, times: int, op: int, error: int) -> None:
+        self.native, self.times, self.op, self.error = native, times, op, error
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.native, name)
 
     def au_foreign_fill(self, *arguments: Any) -> Any:
-        if self.times:
+        if self.times and arguments[1] == self.op:
             self.times -= 1
-            return ~errno.ENOMEM
+            return ~self.error
         return self.native.au_foreign_fill(*arguments)
 
 
@@ -134,7 +136,7 @@ async def test_an_error_that_lasts(
 ) -> None:
     """It is tried again for as long as it takes, and told once in a while."""
     monkeypatch.setattr(filling, "TROUBLE_PAUSE", 0.01)
-    monkeypatch.setattr(filling, "lib", Trouble(filling.lib, 5))
+    monkeypatch.setattr(filling, "lib", Trouble(lib, 5, lib.AU_OP_COPY, errno.ENOMEM))
     gate = Gate(DATA)
     source = aiouffd.sources.FunctionSource(gate.read, size=len(DATA))
     async with serving(tmp_path, source) as (server, _), guest(tmp_path / "s", PAGES) as one:
@@ -142,6 +144,33 @@ async def test_an_error_that_lasts(
         assert server.stats.retries == 5
     (record,) = [item for item in caplog.records if "is tried again" in item.getMessage()]
     assert os.strerror(errno.ENOMEM) in record.getMessage()
+
+
+async def test_an_error_that_cannot_be_made_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is made later, without asking the source again."""
+    reads = 0
+
+    async def fails(offset: int, length: int) -> bytes:
+        nonlocal reads
+        reads += 1
+        raise SourceError("gone", transient=False)
+
+    trouble = Trouble(lib, 7, lib.AU_OP_POISON, errno.EAGAIN)
+    monkeypatch.setattr(filling, "lib", trouble)
+    source = aiouffd.sources.FunctionSource(fails, size=len(DATA))
+    async with (
+        serving(tmp_path, source, deadline=0.01) as (server, _),
+        guest(tmp_path / "s", PAGES) as one,
+    ):
+        with pytest.raises(EOFError):
+            await one.ask("word", 40)
+        assert await one.process.wait() == -signal.SIGBUS
+        assert trouble.times == 0
+        assert reads < 4
+        assert server.stats.poisoned_pages == 1
+    assert caplog.text.count("becomes an error") == 1
 
 
 async def test_what_was_unmapped_is_not_tried_again() -> None:
@@ -536,3 +565,50 @@ async def test_turned_away_by_on_client(tmp_path: Path) -> None:
     async with serving(tmp_path, on_client=no) as (server, _):
         assert await converse(tmp_path / "s", b"") == b""
         assert server.refused == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "told"), [(PeerError("not today"), "not today"), (OSError(13, "secret"), "reasons")]
+)
+async def test_a_client_of_ours_that_is_turned_away(
+    tmp_path: Path, error: Exception, told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is told so, once, and does not try again."""
+    calls = 0
+
+    async def no(client: serve.Client) -> None:
+        nonlocal calls
+        calls += 1
+        raise error
+
+    program = "import sys, aiouffd; aiouffd.attach(sys.argv[1], timeout=5.0).open()"
+    async with serve.listen(tmp_path / "s", source=DATA, on_client=no):
+        client = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", program, str(tmp_path / "s")),
+            stderr=asyncio.subprocess.PIPE,
+            env=environment(PYTHONPATH=str(ROOT)),
+        )
+        _, said = await client.communicate()
+        assert client.returncode == 1
+        assert told in said.decode()
+        assert "secret" not in said.decode()
+        assert calls == 1
+    assert "turned away" in caplog.text
+    assert "Traceback" not in caplog.text
+
+
+async def test_a_source_that_is_no_store(tmp_path: Path) -> None:
+    failed: list[UsageError] = []
+
+    async def wrong(client: serve.Client) -> None:
+        try:
+            client.source = str(tmp_path)  # type: ignore[assignment]
+        except UsageError as error:
+            failed.append(error)
+            raise
+
+    async with serving(tmp_path, on_client=wrong):
+        assert await converse(tmp_path / "s", b"") == b""
+    assert "store_for" in str(failed[0])
+    with pytest.raises(UsageError, match="0o600"):
+        serve.listen(tmp_path / "s", source=DATA, mode="0600")  # type: ignore[arg-type]

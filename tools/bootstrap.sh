@@ -83,10 +83,14 @@ install_packages() {
 # only pip is told of an index, pip does all of it.
 uv=""
 find_uv() {
+    if [ -n "${PIP_INDEX_URL:-}" ] ||
+        "$1" -m pip config list 2>/dev/null | grep -q '[.]index-url='; then
+        return 0
+    fi
     if [ ! -d .venv-uv ] && ! command -v uv >/dev/null; then
         say ".venv-uv: uv, which installs packages"
-        "$1" -m venv .venv-uv
-        .venv-uv/bin/python -m pip install -qq --disable-pip-version-check uv </dev/null || true
+        { "$1" -m venv .venv-uv && .venv-uv/bin/python -m pip install -qq \
+            --disable-pip-version-check uv </dev/null; } || true
     fi
     uv=$(command -v .venv-uv/bin/uv || command -v uv || true)
 }
@@ -100,9 +104,18 @@ install_packages_of() {
         --requirement "$2" </dev/null
 }
 
+# lacks VENV EXTRA...: is a package of theirs not installed? Each stamp names what was at a time.
+lacks() {
+    local venv=$1 wanted
+    shift
+    [ -x "$venv/bin/python" ] || return 0
+    wanted=$("$venv/bin/python" tools/requirements.py "$@")
+    printf '%s\n' "$wanted" | grep -qvxF -f <(cat "$venv"/.installed-*- 2>/dev/null)
+}
+
 # virtual_environment VERSION PYTHON VENV EXTRA...
 virtual_environment() {
-    local version=$1 python=$2 venv=$3 wanted
+    local version=$1 python=$2 venv=$3
     shift 3
     if [ "$("$venv/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' \
         2>/dev/null)" != "$version" ]; then
@@ -110,11 +123,9 @@ virtual_environment() {
         rm -rf "$venv"
         "$python" -m venv "$venv"
     fi
-    wanted=$("$venv/bin/python" tools/requirements.py "$@")
-    # Each stamp names what was installed at a time.
-    if printf '%s\n' "$wanted" | grep -qvxF -f <(cat "$venv"/.installed-* 2>/dev/null); then
+    if lacks "$venv" "$@"; then
         say "$venv: installing the packages of $*"
-        printf '%s\n' "$wanted" >"$venv/.installing"
+        "$venv/bin/python" tools/requirements.py "$@" >"$venv/.installing"
         install_packages_of "$venv" "$venv/.installing"
         mv "$venv/.installing" "$venv/.installed-$(printf '%s-' "$@")"
     fi
@@ -173,7 +184,12 @@ found=$(find_pythons)
 jobs=""
 default=${found%%$'\n'*}
 default=${default#* }
-find_uv "${default%% *}"
+while read -r version python venv; do
+    if lacks "$venv" "$@"; then
+        find_uv "${default%% *}"
+        break
+    fi
+done <<<"$found"
 while read -r version python venv; do
     virtual_environment "$version" "$python" "$venv" "$@" &
     jobs="$jobs $!"

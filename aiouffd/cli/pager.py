@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import os
 import signal
 import sys
@@ -34,8 +33,8 @@ def add_to(commands: Any) -> None:
     firecracker = dialects.add_parser(
         "firecracker",
         help="the handshake of Firecracker and its relatives",
-        description="Serve microVMs that are restored with the memory backend 'Uffd'. The socket"
-        " has to exist before, and be writable by the jailed process.",
+        description="Serve microVMs that are restored with the memory backend 'Uffd'. Start it"
+        " before the microVM; the jailed process has to be able to write to the socket.",
     )
     _add_socket(firecracker)
     firecracker.add_argument(
@@ -168,8 +167,15 @@ def _native(parsed: argparse.Namespace) -> int:
 def _criu(parsed: argparse.Namespace) -> int:
     from ..serve.criu import serve_images
 
-    async def main() -> None:
+    async def main() -> int:
         # The first signal lets a restore that has begun come to its end, the second one does not.
+        signals = 0
+
+        def stop() -> None:
+            nonlocal signals
+            signals += 1
+            task.cancel()
+
         task = asyncio.ensure_future(
             serve_images(
                 parsed.images,
@@ -184,23 +190,30 @@ def _criu(parsed: argparse.Namespace) -> int:
                 ready=lambda server: print(server.path, flush=True),
             )
         )
-        _on_signals(task.cancel)
-        with contextlib.suppress(asyncio.CancelledError):
+        _on_signals(stop)
+        try:
             stats = await task
-            print(
-                f"{stats.faults} faults, {human(stats.installed_bytes)} installed,"
-                f" {stats.zero_pages} pages of zeros, {stats.poisoned_pages} errors",
-                file=sys.stderr,
-            )
+        except asyncio.CancelledError:
+            if signals > 1:
+                print("aiouffd: given up; what was missing are errors now", file=sys.stderr)
+            return int(signals > 1)
+        print(
+            f"{stats.faults} faults, {human(stats.installed_bytes)} installed,"
+            f" {stats.zero_pages} pages of zeros, {stats.poisoned_pages} errors",
+            file=sys.stderr,
+        )
+        return 0
 
-    run(main())
-    return 0
+    return run(main())
 
 
 def _on_signals(stop: Callable[[], object]) -> None:
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop)
+    # A terminal that is closed must not be the sudden end of who serves processes that keep no copy
+    # of their descriptor: they would see zeros. But nohup is heeded.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            loop.add_signal_handler(number, stop)
 
 
 def _serve(parsed: argparse.Namespace, dialect: Dialect) -> int:
@@ -210,6 +223,10 @@ def _serve(parsed: argparse.Namespace, dialect: Dialect) -> int:
         and os.path.abspath(parsed.record) == os.path.abspath(parsed.prefetch)
     ):
         raise UsageError("--record would overwrite what --prefetch reads")
+    if parsed.record:
+        folder = os.path.dirname(os.path.abspath(parsed.record))
+        if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+            raise UsageError(f"--record: {folder} is not a folder that can be written to")
     run(_main(parsed, dialect))
     return 0
 

@@ -170,8 +170,8 @@ class _ChildMemory(Memory):
         size = PAGE_SIZE if area is None else area.page_size
         page = address & -size
         store = None if area is None else area.store
-        if area is None or store is None:
-            self.poison(page, size)
+        if area is None or store is None or page in self._owed:
+            self.poison(page, size, self._owed.pop(page, ""))
             return
         if isinstance(store, RegionBlocks) and store.has(area.offset_of(page), size):
             self._wake_page(page, size)
@@ -238,11 +238,11 @@ class _ChildMemory(Memory):
     def poison(self, page: int, size: int, why: str = "") -> None:
         if self._closed:
             return
-        self.stats.poisoned_pages += 1
         result: int = lib.au_foreign_put(self.fd, _POISON, page, ffi.NULL, size, size)
         code = ~result & 0xFF if result < 0 else 0
         if code == errno.EAGAIN:
             self.stats.retries += 1
+            self._owed[page] = why
             self._filler.later(page)
         elif code in (errno.EINVAL, errno.ENOTTY):
             # Before Linux 6.6. The child itself can make it an error of another kind.
@@ -250,6 +250,7 @@ class _ChildMemory(Memory):
         elif code:
             self._end()
         else:
+            self.stats.poisoned_pages += 1
             lib.au_abi_wake(self.fd, page, size)
 
     def refuse(self, start: int, end: int) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import ClosedError, PeerError, UsageError
+from ..errors import AiouffdError, ClosedError, PeerError, UsageError
 from ..uffd import Userfaultfd
 from ..workingset import WorkingSet
 from .areas import Area, AreaMap
@@ -61,7 +61,7 @@ class Client:
         self.channel = channel
         self.peer: Peer = channel.peer
         self.number = number
-        self.source: BlockStore | None = server.store
+        self._source: BlockStore | None = server.store
         #: A working set to bring ahead of the client's faults.
         self.prefetch: WorkingSet | None = server.prefetch
         #: Whether to note which blocks are needed; see `working_set`.
@@ -85,6 +85,20 @@ class Client:
         self.talked = asyncio.Event()
         self._connected = False
         self._ending = self._paused = False
+
+    @property
+    def source(self) -> BlockStore | None:
+        """The object that its memory shows."""
+        return self._source
+
+    @source.setter
+    def source(self, store: BlockStore | None) -> None:
+        if not isinstance(store, BlockStore | None):
+            raise UsageError(
+                f"a client's source is a store, not {store!r}",
+                hint="client.source = await client.store_for(...)",
+            )
+        self._source = store
 
     # ----------------------------------------------------------------- adopt
 
@@ -115,11 +129,11 @@ class Client:
                 raise ClosedError(f"{self!r} has ended")
             areas_map = self._checked(areas, page_size)
             if len(self.memories) >= self.server.limits.memories:
-                raise PeerError(f"{self!r} has handed over too many descriptors")
+                raise PeerError("it has handed over too many descriptors")
             try:
                 Userfaultfd.from_fd(fd, own=False).close()
             except UsageError as error:
-                raise PeerError(f"{self!r} handed over something else: {error}") from error
+                raise PeerError(f"it handed over something else: {error}") from error
             memory = self._memory(fd, areas_map, page_size, uncovered, name)
         except BaseException:
             os.close(fd)
@@ -137,14 +151,14 @@ class Client:
     def _checked(self, areas: Sequence[Area], page_size: int) -> AreaMap:
         limits = self.server.limits
         if page_size not in _PAGE_SIZES:
-            raise PeerError(f"{self!r}: pages of {page_size} bytes")
+            raise PeerError(f"pages of {page_size} bytes")
         if len(areas) > limits.areas:
-            raise PeerError(f"{self!r} has {len(areas)} areas, more than {limits.areas}")
+            raise PeerError(f"it has {len(areas)} areas, more than {limits.areas}")
         total = 0
         found = AreaMap()
         for area in sorted(areas, key=attrgetter("start")):
             start, length, offset = area.start, area.length, area.offset
-            where = f"{self!r}: the area of {length:#x} bytes at {start:#x}"
+            where = f"the area of {length:#x} bytes at {start:#x}"
             if area.page_size != page_size:
                 raise PeerError(f"{where} has pages of {area.page_size} bytes")
             if min(start, length, offset) < 0 or not length:
@@ -155,7 +169,7 @@ class Client:
                 raise PeerError(f"{where} ends behind all addresses")
             total += length
             if total > limits.bytes:
-                raise PeerError(f"{self!r} has more than {limits.bytes} bytes of areas")
+                raise PeerError(f"it has more than {limits.bytes} bytes of areas")
             store = area.store
             if store is not None:
                 size = max(page_size, PAGE)
@@ -170,7 +184,7 @@ class Client:
             try:
                 found.add(area)
             except ValueError as error:
-                raise PeerError(f"{self!r}: {error}") from None
+                raise PeerError(str(error)) from None
         return found
 
     def _memory(
@@ -315,8 +329,9 @@ class Client:
     def _failed(self, memory: Memory, error: BaseException) -> bool:
         log.error("%r: %s", memory, error)
         # Whose memory a forked child's is, or one that somebody else has handed over, is not known.
-        if self.on_failure == "kill" and not self._is_sole(memory):
-            return self.peer.kill()
+        if self.on_failure == "kill" and not self._is_sole(memory) and self.peer.kill():
+            log.error("%r: it was killed, because on_failure is 'kill'", self)
+            return True
         return False
 
     def probe(self) -> None:
@@ -337,12 +352,23 @@ class Client:
         try:
             async with asyncio.timeout(self.server.limits.handshake) as self._handshake:
                 if self.server.on_client is not None:
-                    await self.server.on_client(self)
+                    await self._introduce(self.server.on_client)
                 await self.server.dialect.talk(self)
         finally:
             self.talked.set()
             self._handshake = None
         self._check_ended()
+
+    async def _introduce(self, on_client: Callable[[Client], Awaitable[None]]) -> None:
+        try:
+            await on_client(self)
+        except (AiouffdError, OSError) as error:
+            refuse = getattr(self.server.dialect, "refuse", None)
+            if refuse is not None:
+                # What others than PeerError say may be nobody's business.
+                text = error.message if isinstance(error, PeerError) else "the server's own reasons"
+                await refuse(self, f"turned away: {text}")
+            raise PeerError(f"it is turned away: {error}") from error
 
     def _peer_ended(self) -> None:
         # What it has said before its end may not be heard yet: the talk ends with the connection.

@@ -245,7 +245,8 @@ class Handover:
             clients = [client for client in server.clients if client.to_hand_over()]
             async with asyncio.timeout(PATIENCE):
                 listening = server.listening_fd()
-                head = {"clients": len(clients), "mode": server.mode}
+                # Also of clients that connect again by themselves: they would be turned away.
+                head = {"clients": len(clients), "mode": server.mode, "object": server.shown()}
                 await _send(channel, head, [listening] if listening >= 0 else [])
                 for client in clients:
                     await _send(channel, *_describe(client))
@@ -314,6 +315,8 @@ async def take_over(server: Server) -> socket.socket | None:
                 head, fds = await _receive(channel)
                 if fds:
                     listening = socket.socket(fileno=fds[0])
+                if head.get("object") is not None:
+                    server.check_shows(head["object"])
                 for _ in range(head["clients"]):
                     item, fds = await _receive(channel)
                     if item is not None:

@@ -124,6 +124,8 @@ class Memory:
         self._at_hand_window = 0
         self._keep: list[Any] = []
         self._wanted: dict[tuple[BlockStore, int], list[int]] = {}
+        # Pages that are to become errors, which could not be yet, and why.
+        self._owed: dict[int, str] = {}
         self._filler = Filler(self, fd, self.stats)
         self._bringer = Bringer(self, self._filler, areas, self._wanted)
         self._repeated = self._repeats = 0
@@ -137,6 +139,7 @@ class Memory:
     def start(self) -> None:
         """Serve from now on. Who waited before we came is woken, and faults again."""
         os.set_blocking(self.fd, False)
+        self._muted = False
         self._reactor.add(self)
         self.wake()
 
@@ -285,14 +288,18 @@ class Memory:
             # Who waits there is owed zeros now, not the bytes that are under way.
             for address in self._waiting_in(a, b):
                 faults.setdefault(address, 0)
+            self._owe_nothing(a, b)
         elif event == _UNMAP:
             self.areas.unmapped(a, b)
             self._filler.not_again(a, b)
+            self._owe_nothing(a, b)
             lib.au_abi_wake(self.fd, a, b - a)
         elif event == _REMAP:
             self.areas.moved(a, b, c)
             self._filler.not_again(a, a + c)
             self._filler.not_again(b, b + c)
+            self._owe_nothing(a, a + c)
+            self._owe_nothing(b, b + c)
             lib.au_abi_wake(self.fd, a, c)
         elif event == _FORK:
             self.stats.forks += 1
@@ -305,6 +312,11 @@ class Memory:
                 self._reserve.fill()
         else:
             log.debug("%r: an unknown event %#x", self, event)
+
+    def _owe_nothing(self, start: int, end: int) -> None:
+        """No error is to be made where something else may be now."""
+        if self._owed:
+            self._owed = {at: why for at, why in self._owed.items() if not start <= at < end}
 
     def _waiting_in(self, start: int, end: int) -> list[int]:
         return [
@@ -322,6 +334,9 @@ class Memory:
         area = self.areas.find(address)
         size = self.page_size if area is None else area.page_size
         page = address & -size
+        if self._owed and page in self._owed:
+            self.poison(page, size, self._owed.pop(page))
+            return
         if flags & _FLAG_WP:
             if lib.au_abi_writeprotect(self.fd, page, size, 0) == -errno.EAGAIN:
                 # Nothing can be put there, and who waits is woken by the try.
@@ -468,6 +483,8 @@ class Memory:
             self.stats.poisoned_pages += 1
             log.error("%r: the page at %#x becomes an error: %s", self, page, why)
             lib.au_abi_wake(self.fd, page, size)
+        elif not self._closed:
+            self._owed[page] = why
 
     # ------------------------------------------------------------- background
 
@@ -573,6 +590,7 @@ class Memory:
     def _forget(self) -> None:
         self._muted = False
         self._repeats = 0
+        self._owed.clear()
         stores = self._bringer.forget_all()
         stores.update(store for store, _ in self._wanted)
         self._wanted.clear()

@@ -36,6 +36,9 @@ PROBE = 2.0
 #: Connections accepted in one turn of the loop (others are served meanwhile), and the pause when no
 #: descriptor is free, seconds.
 ACCEPTS, ACCEPT_PAUSE = 4, 0.1
+#: How many times in so many seconds it is told that a process is dropped for the same reason, and
+#: how many such cases are told in that time.
+TELL_TIMES, TELL_AGAIN, TOLD_MAX = 5, 30.0, 100
 
 OnClient = Callable[[Client], Awaitable[None]]
 
@@ -154,6 +157,8 @@ class Server:
     ) -> None:
         if on_failure not in ("poison", "kill"):
             raise UsageError(f"on_failure is 'poison' or 'kill', not {on_failure!r}")
+        if not isinstance(mode, int) or not 0 <= mode <= 0o777:
+            raise UsageError(f"mode is a number such as 0o600, not {mode!r}")
         if readahead < 0 or keep < 0 or max_clients < 1:
             raise UsageError("readahead and keep are bytes, max_clients is at least 1")
         self.path = path
@@ -183,6 +188,7 @@ class Server:
         self._identity: tuple[int, int] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._number = 0
+        self._told: dict[tuple[int, str], tuple[float, int]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._open = self._closed = self._handed = False
 
@@ -237,13 +243,24 @@ class Server:
         before = os.umask(0o777 & ~self.mode)
         try:
             self._listening.bind(str(self.path))
-        except BaseException:
+        except BaseException as error:
             self._listening.close()
             self._listening = None
+            if isinstance(error, OSError):
+                raise self._named(error) from error
             raise
         finally:
             os.umask(before)
         self._listening.listen(128)
+
+    def _named(self, error: OSError) -> Exception:
+        """Why the socket cannot be made, with its name."""
+        if error.errno is None:  # Python's own check
+            return UsageError(f"{self.path}: {error}", hint="use a shorter path for the socket")
+        text = os.strerror(error.errno)
+        if error.errno == errno.EADDRINUSE:
+            text += " (another server, which a successor with take_over could continue, or a file)"
+        return OSError(error.errno, text, str(self.path))
 
     def _remove_stale(self) -> None:
         """A socket that a dead server left is in the way; anything else stays."""
@@ -320,7 +337,7 @@ class Server:
             await client._talk()
         except (PeerError, ClosedError, TimeoutError) as error:
             if not client.ended.is_set():
-                log.warning("%r is dropped: %s", client, str(error) or "it took too long")
+                self._tell(client, str(error) or "it took too long")
                 self.refused += 1
                 self._end(client)
         except asyncio.CancelledError:
@@ -334,6 +351,19 @@ class Server:
         finally:
             if client.ended.is_set():
                 self.stores.release(client)  # what it got since
+
+    def _tell(self, client: Client, why: str) -> None:
+        """Of clients that come again and again for the same there are a few lines in a while."""
+        now = self._loop.time()
+        self._told = {
+            key: (since, times)
+            for key, (since, times) in self._told.items()
+            if now - since < TELL_AGAIN
+        }
+        since, times = self._told.get((client.peer.pid, why), (now, 0))
+        if times < TELL_TIMES and len(self._told) < TOLD_MAX:
+            self._told[client.peer.pid, why] = since, times + 1
+            log.warning("%r is dropped: %s", client, why)
 
     def _end(self, client: Client, *, handed: bool = False) -> None:
         if client in self.clients:
@@ -359,15 +389,30 @@ class Server:
         if reference is None:
             return None
         if "source" in reference:
-            store: BlockStore | None = await client.store_for(
-                reference["source"], **reference["options"]
-            )
-        else:
-            store = self.store
+            store = await client.store_for(reference["source"], **reference["options"])
+            check_same_object(self.stores.name_of(store), store.size, store.version, reference)
+            return store
+        self.check_shows(reference)
+        return self.store
+
+    def shown(self) -> dict[str, Any] | None:
+        """The `reference_of` our own object, if any client's memory shows it."""
+        if self.store is None or not any(
+            area.store is self.store
+            for client in self.clients
+            for memory in client.memories
+            for area in memory.areas
+        ):
+            return None
+        return self.reference_of(self.store)
+
+    def check_shows(self, reference: dict[str, Any]) -> None:
+        """Raise SourceChangedError if our object is not what another server's clients have of its
+        own, UsageError if we have none."""
+        store = self.store
         if store is None:
             raise UsageError("the other server has an object, and this one none", hint="source=")
         check_same_object(self.stores.name_of(store), store.size, store.version, reference)
-        return store
 
     def listening_fd(self) -> int:
         """The listening socket's descriptor; -1 if there is none."""

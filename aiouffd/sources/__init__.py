@@ -36,11 +36,15 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> Any:
-        if name == "HttpSource":
-            from .http import HttpSource
+        if name in ("HttpSource", "http"):
+            from . import http
 
-            return HttpSource
+            globals()["HttpSource"] = http.HttpSource
+            return globals()[name]
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
 
 
 def as_source(obj: object, **options: Any) -> Source:

@@ -104,6 +104,7 @@ class GuestMemory:
 def make_snapshot(folder: Path, size: int, elements: int) -> None:
     """Run a new guest up to the point from which it is to be restored, and write it down."""
     guest = Guest(size, elements)
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / MEMORY).open("w+b") as file:
         for start in range(0, size, PIECE):
             pages = range(start // PAGE, (start + PIECE) // PAGE)

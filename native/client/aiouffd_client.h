@@ -98,7 +98,7 @@ enum aiouffd_event {
 	AIOUFFD_GAVE_UP = 3, /* lost_ms have passed */
 };
 
-/* All zeros, or NULL instead of it, is a good choice. */
+/* All zeros ("= {0}", in C++ "= {}"), or NULL instead of it, is a good choice. */
 struct aiouffd_options {
 	const char *object; /* name of the object; NULL or "": the server's only one */
 	uint64_t offset;    /* attach: where in the object to begin, bytes, whole pages */
@@ -1343,7 +1343,8 @@ static inline int aiouffd_stop_fd_(const struct aiouffd_state_ *s)
 static inline int aiouffd_no_answer_(int result)
 {
 	return aiouffd_fail_(result, result == -ETIMEDOUT ? "the server listens, and does not answer" :
-							    "the server went away");
+							    "the server hung up without an answer (does it "
+							    "serve this user? its log says more)");
 }
 
 /* The connection exists, the areas are known. */

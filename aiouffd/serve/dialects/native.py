@@ -360,6 +360,16 @@ class NativeDialect:
             for fd in fds:
                 os.close(fd)
 
+    async def refuse(self, client: Client, text: str) -> None:
+        """Tell a client that it is turned away, in answer to whatever it says first."""
+        fds = list[int]()
+        try:
+            await _receive(client.channel, Decoder(), fds)
+            await _send(client, REFUSED, None, text)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
     async def _find(self, client: Client, name: str) -> BlockStore | None:
         """The store of an object, None if there is none of that name."""
         if not name and client.source is not None:
