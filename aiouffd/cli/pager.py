@@ -174,7 +174,8 @@ def _criu(parsed: argparse.Namespace) -> int:
         def stop() -> None:
             nonlocal signals
             signals += 1
-            task.cancel()
+            # Two at once would be one cancellation.
+            asyncio.get_running_loop().call_later(0.05 * (signals - 1), task.cancel)
 
         task = asyncio.ensure_future(
             serve_images(

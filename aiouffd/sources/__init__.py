@@ -6,6 +6,7 @@ comes when it is asked for.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 from typing import TYPE_CHECKING, Any
@@ -37,8 +38,8 @@ else:
 
     def __getattr__(name: str) -> Any:
         if name in ("HttpSource", "http"):
-            from . import http
-
+            # Not `from . import`, which would ask here again.
+            http = importlib.import_module(f"{__name__}.http")
             globals()["HttpSource"] = http.HttpSource
             return globals()[name]
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
