@@ -409,6 +409,23 @@ async def test_complete_brings_everything(tmp_path: Path) -> None:
         assert await one.ask("word", 17) == 0
 
 
+async def test_complete_over_a_pause(tmp_path: Path) -> None:
+    """As when a successor asks to take over, and gives up."""
+    gate = Gate(DATA, is_open=False)
+    source = aiouffd.sources.FunctionSource(gate.read, size=len(DATA))
+    async with serving(tmp_path, source) as (_, dialect), guest(tmp_path / "s", PAGES) as one:
+        memory = await dialect.memories.get()
+        bringing = asyncio.ensure_future(memory.complete())
+        await asyncio.to_thread(gate.wait)
+        memory.pause()
+        gate.open()
+        done, _ = await asyncio.wait([bringing], timeout=0.1)
+        assert not done
+        memory.resume()
+        await bringing
+        assert await one.ask("read", 0, PAGES) == sha(0, PAGES)
+
+
 async def test_complete_after_a_move(tmp_path: Path) -> None:
     async with serving(tmp_path) as (_, dialect), guest(tmp_path / "s", PAGES) as one:
         memory = await dialect.memories.get()

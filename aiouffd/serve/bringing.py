@@ -101,7 +101,8 @@ class Bringer:
                     self._room.clear()
                     await self._room.wait()
                 elif (
-                    self._filler.busy
+                    self._filler.resting
+                    or self._filler.busy
                     or self._spreading
                     or (retries, version) != (stats.retries, areas.version)
                 ):
