@@ -42,7 +42,7 @@ import weakref
 from collections.abc import Callable, Generator
 from typing import Any, Literal, TypeVar
 
-from ._lib import PAGE_SIZE, ffi, lib
+from ._lib import ffi, lib
 from .errors import ClosedError, PeerError, SourceError, UnsupportedError, UsageError
 
 __all__ = ["Attachment", "attach"]
@@ -373,9 +373,7 @@ class Attachment:
         if length:
             where = ffi.new("uint64_t *")
             target = ffi.from_buffer(data)
-            result = lib.au_attach_read(memory.native, offset, target, length, where)
-            # The kernel's copies begin anywhere within what was asked for.
-            self._check(result, max(offset, where[0] & -PAGE_SIZE))
+            self._check(lib.au_attach_read(memory.native, offset, target, length, where), where[0])
         return data
 
     def fetch(self, offset: int = 0, length: int | None = None) -> None:

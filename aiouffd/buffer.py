@@ -402,8 +402,7 @@ class LazyBuffer:
         where = ffi.new("uint64_t *")
         result = lib.au_region_read(region.check_touchable(), offset, target, length, where)
         if result:
-            # The kernel's copies begin anywhere within what was asked for.
-            self._raise_guarded(result, max(offset, where[0] & -region.page_size))
+            self._raise_guarded(result, where[0])
 
     def _raise_guarded(self, result: int, where: int) -> None:
         if result == -errno.EBADF:

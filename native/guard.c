@@ -111,13 +111,24 @@ int au_guard_start(void)
 	return result;
 }
 
+/* The first byte of [start, start+length) that cannot be had: copies and searches touch a page
+ * anywhere.  The fault may also be on the other side of a copy. */
+static uint64_t first_lost(const void *start, uint64_t length)
+{
+	uint64_t from = (uint64_t)(uintptr_t)start, page = fault_address & ~UINT64_C(4095);
+
+	if (fault_address - from >= length)
+		return fault_address;
+	return page > from ? page : from;
+}
+
 int au_guard_copy(void *destination, const void *source, uint64_t length, uint64_t *address)
 {
 	sigjmp_buf here, *volatile outer = way_back;
 
 	if (sigsetjmp(here, 0)) {
 		way_back = outer;
-		*address = fault_address;
+		*address = first_lost(source, length);
 		return -EIO;
 	}
 	way_back = &here;
@@ -158,7 +169,7 @@ int64_t au_guard_find(const void *start, uint64_t length, const void *needle, ui
 
 	if (sigsetjmp(here, 0)) {
 		way_back = outer;
-		*address = fault_address;
+		*address = first_lost(start, length);
 		return -EIO;
 	}
 	way_back = &here;

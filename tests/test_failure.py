@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import mmap
 import os
 import threading
 import time
@@ -303,6 +304,21 @@ class TestSoft:
             assert await touch(bytes, buf.view[4 * BLOCK :]) == DATA[4 * BLOCK :]
             assert buf.stats.poisoned_bytes == BLOCK
             assert buf.resident() == [(0, 3 * BLOCK), (4 * BLOCK, SIZE)]
+
+    async def test_the_first_byte_that_cannot_be_had_is_named(self) -> None:
+        """Copies and searches touch a page anywhere, which is nobody's business."""
+        source = failing_with(final)
+        start, page = 3 * BLOCK, mmap.PAGESIZE
+        async with opened(source, errors="soft", deadline=5.0) as buf:
+            for low, high, first in (
+                (start, start + 10, start),
+                (start + 7, start + 1000, start + 7),
+                (start + page - 3, start + page + 3, start + page - 3),
+            ):
+                with pytest.raises(SourceError, match=f"byte {first} could"):
+                    await touch(buf.__getitem__, slice(low, high))
+            with pytest.raises(SourceError, match=f"byte {start + 7} could"):
+                await touch(buf.find, b"not there at all", start + 7, start + 100)
 
     async def test_transient_failures_are_retried_until_the_deadline(self) -> None:
         source = failing_with(transient)
