@@ -39,7 +39,7 @@ from aiouffd.descriptor import Descriptor
 from aiouffd.errors import ClosedError, KernelError, UsageError
 from aiouffd.kernel_errors import kernel_error
 
-__all__ = ["Messages"]
+__all__ = ["EngineEnd", "Messages"]
 
 logger = logging.getLogger("aiouffd")
 
@@ -189,7 +189,7 @@ class Messages:
             raise OSError(error[0], f"cannot start the native reader: {os.strerror(error[0])}")
         self._entries = ffi.new("struct au_entry[]", _READ_MESSAGES)
         descriptor.fork_handled = True
-        descriptor.engine = ffi.gc(engine, _EngineEnd())
+        descriptor.engine = ffi.gc(engine, EngineEnd())
 
     def _remove_readers(self, loop: asyncio.AbstractEventLoop) -> None:
         descriptor = self._descriptor
@@ -300,8 +300,11 @@ def _decode(raw: Any) -> Message | None:
             return None
 
 
-class _EngineEnd:
-    """Destructor of a native engine; not in a forked child, where it does not exist."""
+class EngineEnd:
+    """Destructor of a native engine, which runs when nobody refers to it any more, its last region
+    included; not in a forked child, where it does not exist."""
+
+    __slots__ = ("_pid",)
 
     def __init__(self) -> None:
         self._pid = os.getpid()

@@ -18,6 +18,7 @@ from typing import Any
 from ._lib import ffi, lib
 from .abi import Feature
 from .errors import ClosedError, UsageError
+from .messages import EngineEnd
 from .region import Errors, Kind, Region
 from .rescue import service
 from .uffd import Userfaultfd
@@ -133,7 +134,7 @@ class Pager:
         self._thread, self._native_thread = threading.get_ident(), threading.get_native_id()
         lib.au_engine_set_loop(engine, self._native_thread)
         uffd._descriptor.fork_handled = True
-        self._uffd, self._engine = uffd, ffi.gc(engine, _EngineEnd(self._pid))
+        self._uffd, self._engine = uffd, ffi.gc(engine, EngineEnd())
         if not lib.au_sentry_sees():
             warnings.warn(
                 "threads that wait for a page cannot be observed, because this process is not "
@@ -446,19 +447,6 @@ class Pager:
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open" if self._uffd is not None else "not open"
         return f"<Pager {state}, {len(self._regions)} regions>"
-
-
-class _EngineEnd:
-    """Destructor of a native engine; runs when its last region is gone as well."""
-
-    __slots__ = ("pid",)
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-
-    def __call__(self, engine: Any, lib: Any = lib, getpid: Any = os.getpid) -> None:
-        if self.pid == getpid():
-            lib.au_engine_free(engine)
 
 
 class _Shared:
