@@ -84,7 +84,7 @@ install_packages() {
 uv=""
 find_uv() {
     if [ -n "${PIP_INDEX_URL:-}" ] ||
-        "$1" -m pip config list 2>/dev/null | grep -q '[.]index-url='; then
+        "$1" -m pip config list 2>/dev/null | grep '[.]index-url=' >/dev/null; then
         return 0
     fi
     if [ ! -d .venv-uv ] && ! command -v uv >/dev/null; then

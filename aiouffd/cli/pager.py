@@ -14,7 +14,7 @@ from ..errors import UsageError
 from .common import add_cache_argument, add_option_argument, human, run, size_argument
 
 if TYPE_CHECKING:
-    from ..serve import Client, Server
+    from ..serve import Client, MemoryStats
     from ..serve.dialects import Dialect
 
 __all__ = ["add_to"]
@@ -198,11 +198,7 @@ def _criu(parsed: argparse.Namespace) -> int:
             if signals > 1:
                 print("aiouffd: given up; what was missing are errors now", file=sys.stderr)
             return int(signals > 1)
-        print(
-            f"{stats.faults} faults, {human(stats.installed_bytes)} installed,"
-            f" {stats.zero_pages} pages of zeros, {stats.poisoned_pages} errors",
-            file=sys.stderr,
-        )
+        print(_figures(stats), file=sys.stderr)
         return 0
 
     return run(main())
@@ -263,7 +259,7 @@ async def _main(parsed: argparse.Namespace, dialect: Dialect) -> None:
         await _any(stop.wait(), server.taken_over.wait())
         if first:
             first[0].working_set().save(parsed.record)
-        _say(server)
+        print(f"{_figures(server.stats)}, {server.refused} clients refused", file=sys.stderr)
 
 
 def _source(parsed: argparse.Namespace) -> Any:
@@ -289,11 +285,8 @@ async def _any(*coroutines: Any) -> None:
             task.cancel()
 
 
-def _say(server: Server) -> None:
-    stats = server.stats
-    print(
+def _figures(stats: MemoryStats) -> str:
+    return (
         f"{stats.faults} faults, {human(stats.installed_bytes)} installed,"
-        f" {stats.zero_pages} pages of zeros, {stats.poisoned_pages} errors,"
-        f" {server.refused} clients refused",
-        file=sys.stderr,
+        f" {stats.zero_pages} pages of zeros, {stats.poisoned_pages} errors"
     )

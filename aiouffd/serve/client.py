@@ -112,6 +112,7 @@ class Client:
         background: bool = False,
         name: str = "",
         start: bool = True,
+        whole: bool = False,
     ) -> Memory:
         """Serve a userfaultfd of the client. Takes ``fd`` over, also when it fails.
 
@@ -119,6 +120,8 @@ class Client:
         :param uncovered: what a touch outside of the areas gets: an error, or zeros.
         :param background: bring everything, behind what is waited for.
         :param start: begin at once; else with `start_all`.
+        :param whole: no area may end behind its object, not even within the object's last page,
+            where the rest would be zeros.
 
         Raises PeerError when the descriptor is none, or the areas cannot be: unaligned,
         overlapping, past the end of their object, or more than the server's limits allow.
@@ -127,7 +130,7 @@ class Client:
             self.server.reactor.give_way()
             if self._ending:
                 raise ClosedError(f"{self!r} has ended")
-            areas_map = self._checked(areas, page_size)
+            areas_map = self._checked(areas, page_size, whole)
             if len(self.memories) >= self.server.limits.memories:
                 raise PeerError("it has handed over too many descriptors")
             try:
@@ -148,7 +151,7 @@ class Client:
             self._start(memory)
         return memory
 
-    def _checked(self, areas: Sequence[Area], page_size: int) -> AreaMap:
+    def _checked(self, areas: Sequence[Area], page_size: int, whole: bool) -> AreaMap:
         limits = self.server.limits
         if page_size not in _PAGE_SIZES:
             raise PeerError(f"pages of {page_size} bytes")
@@ -175,7 +178,7 @@ class Client:
                 size = max(page_size, PAGE)
                 if offset % size or store.block_size % size:
                     raise PeerError(f"{where} does not begin at a page of its object")
-                if offset + length > store.size + -store.size % PAGE:
+                if offset + length > store.size + (0 if whole else -store.size % PAGE):
                     raise PeerError(
                         f"{where} ends behind its object: {offset} + {length} of {store.size}"
                     )

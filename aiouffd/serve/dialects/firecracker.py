@@ -256,21 +256,12 @@ class FirecrackerDialect:
                 hint="give listen() the source",
             )
         regions, uffd = await self._receive(client.channel)
-        size = client.source.size
-        for region in regions:
-            # `adopt` lets the last page of an object be a part of one, which is the end of a file
-            # for others; a memory file of that length lacks what the guest had there.
-            if size < region.offset + region.size <= size + -size % 4096:
-                os.close(uffd)
-                raise PeerError(
-                    f"the region of {region.size:#x} bytes at {region.address:#x} ends behind its"
-                    f" object: {region.offset} + {region.size} of {size}"
-                )
         areas = [
             Area(region.address, region.size, client.source, region.offset, region.page_size)
             for region in regions
         ]
-        client.adopt(uffd, areas, page_size=regions[0].page_size)
+        # A memory file that ends within a page lacks what the guest had there.
+        client.adopt(uffd, areas, page_size=regions[0].page_size, whole=True)
         if self._ack:
             await client.channel.send(_ACKNOWLEDGEMENT)
 
