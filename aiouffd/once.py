@@ -1,0 +1,160 @@
+"""Operations that happen once, however often they are asked for and whoever of those is cancelled.
+
+Opening and closing take several steps with awaits between them. Done by the task of whoever asks,
+they end half-way when that task is cancelled, and a flag that says "closed" from the first step on
+then makes every later attempt do nothing. Here the operation is a task of its own, which all who
+ask wait for, and whose result all of them get.
+
+What such an operation still has to do itself: put what needs no await into a ``finally``, because
+`asyncio.run` cancels every task at its end, and a loop that is closed first never resumes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, Generic, TypeVar
+
+from .errors import UsageError
+
+__all__ = ["Once", "cancelled_from_outside"]
+
+T = TypeVar("T")
+
+
+class Once(Generic[T]):
+    """One run of an operation: ``await once(operation)``, with a coroutine function.
+
+    The first call starts it as a task on the running loop; calls that come meanwhile wait for the
+    same task, and later ones get its result at once. The exception of a failed operation goes to
+    those who wait; after that a new call starts it again, unless ``keep_failure``: then it stays
+    ended, and later calls return None.
+
+    Callers may be cancelled. The operation then goes on without them, or with ``abandon`` ends when
+    the last of them is gone: it is cancelled, and if it had succeeded already, ``undo`` is run.
+
+    :param what: how to call it in messages: "closing the buffer".
+    :param keep_failure: for closing, which cannot be done again.
+    :param abandon: for opening, which is for nobody when nobody waits.
+
+    It refers to the operation only while that runs, so that an object may hold one for a method of
+    its own without a cycle. One loop at a time, not thread-safe. Raises UsageError when called from
+    within the operation, which would wait for itself, and while it runs on another loop.
+    """
+
+    __slots__ = ("_abandon", "_keep_failure", "_task", "_undoing", "_waiting", "_what")
+
+    def __init__(self, what: str, *, keep_failure: bool = False, abandon: bool = False) -> None:
+        self._what = what
+        self._keep_failure = keep_failure
+        self._abandon = abandon
+        self._task: asyncio.Task[T] | None = None
+        self._undoing: asyncio.Task[None] | None = None
+        self._waiting = 0
+
+    @property
+    def running(self) -> bool:
+        """Whether it was begun and has not ended."""
+        task = self._task
+        return task is not None and not task.done() and not task.get_loop().is_closed()
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether it has ended without an exception."""
+        task = self._task
+        return task is not None and task.done() and not _failed(task)
+
+    async def __call__(
+        self,
+        operation: Callable[[], Coroutine[Any, Any, T]],
+        undo: Callable[[], Coroutine[Any, Any, None]] | None = None,
+    ) -> T:
+        """Run ``operation``, or wait for its run. ``undo`` takes back a success that nobody was
+        told of. Raises what the operation raises."""
+        await self._undone()
+        task = self._current()
+        if task is None:
+            task = asyncio.get_running_loop().create_task(operation(), name=self._what)
+            self._task = task
+        elif task.done() and _failed(task):
+            return None  # type: ignore[return-value]
+        if task.done():
+            return task.result()
+        if task is asyncio.current_task():
+            raise UsageError(f"{self._what} waits for itself")
+        self._waiting += 1
+        try:
+            await asyncio.wait((task,))  # which leaves it alone when we are cancelled
+        except asyncio.CancelledError:
+            if self._abandon and self._waiting == 1:
+                await self._give_up(task, undo)
+            raise
+        finally:
+            self._waiting -= 1
+        return task.result()
+
+    def _current(self) -> asyncio.Task[T] | None:
+        """The task to wait for; None if one has to be started."""
+        task = self._task
+        if task is None:
+            return None
+        if task.done():
+            return None if _failed(task) and not self._keep_failure else task
+        loop = task.get_loop()
+        if loop.is_closed():
+            return None
+        if loop is not asyncio.get_running_loop():
+            raise UsageError(
+                f"{self._what} is under way on another event loop",
+                hint="await it on the loop that it was begun on",
+            )
+        return task
+
+    async def stop(self) -> None:
+        """Cancel the operation if it runs, and wait until it has ended; its callers get
+        CancelledError. A success stays one. No exception of the operation comes out here."""
+        task = self._task
+        if task is not None and self.running and task is not asyncio.current_task():
+            task.cancel()
+            await asyncio.wait((task,))
+
+    async def _give_up(
+        self, task: asyncio.Task[T], undo: Callable[[], Coroutine[Any, Any, None]] | None
+    ) -> None:
+        """Nobody waits any more."""
+
+        def ended(task: asyncio.Task[T]) -> None:
+            if not _failed(task) and undo is not None and self._task is task:
+                self._task = None
+                self._undoing = task.get_loop().create_task(undo(), name=f"undo {self._what}")
+
+        task.cancel()
+        try:
+            await asyncio.wait((task,))
+        finally:
+            # Cancelled once more we go at once, and the operation ends in the background.
+            if task.done():
+                ended(task)
+            else:
+                task.add_done_callback(ended)
+        await self._undone()
+
+    async def _undone(self) -> None:
+        undoing = self._undoing
+        if undoing is not None and not undoing.done() and not undoing.get_loop().is_closed():
+            await asyncio.wait((undoing,))
+
+
+def _failed(task: asyncio.Task[Any]) -> bool:
+    return task.cancelled() or task.exception() is not None
+
+
+def cancelled_from_outside() -> bool:
+    """In ``except CancelledError``: whether the running task was cancelled.
+
+    Otherwise what was awaited ended in CancelledError by itself (the future of an executor that
+    was shut down, a task that somebody else cancelled), which is an error like any other and not a
+    reason to stop.
+    """
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
