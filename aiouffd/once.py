@@ -42,7 +42,7 @@ class Once(Generic[T]):
     within the operation, which would wait for itself, and while it runs on another loop.
     """
 
-    __slots__ = ("_abandon", "_keep_failure", "_task", "_undoing", "_waiting", "_what")
+    __slots__ = ("_abandon", "_began", "_keep_failure", "_task", "_undoing", "_waiting", "_what")
 
     def __init__(self, what: str, *, keep_failure: bool = False, abandon: bool = False) -> None:
         self._what = what
@@ -50,6 +50,7 @@ class Once(Generic[T]):
         self._abandon = abandon
         self._task: asyncio.Task[T] | None = None
         self._undoing: asyncio.Task[None] | None = None
+        self._began = False
         self._waiting = 0
 
     @property
@@ -74,7 +75,8 @@ class Once(Generic[T]):
         await self._undone()
         task = self._current()
         if task is None:
-            task = asyncio.get_running_loop().create_task(operation(), name=self._what)
+            self._began = False
+            task = asyncio.get_running_loop().create_task(self._run(operation), name=self._what)
             self._task = task
         elif task.done() and _failed(task):
             return None  # type: ignore[return-value]
@@ -93,13 +95,19 @@ class Once(Generic[T]):
             self._waiting -= 1
         return task.result()
 
+    async def _run(self, operation: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        self._began = True
+        return await operation()
+
     def _current(self) -> asyncio.Task[T] | None:
         """The task to wait for; None if one has to be started."""
         task = self._task
         if task is None:
             return None
         if task.done():
-            return None if _failed(task) and not self._keep_failure else task
+            # A task that is cancelled before its first step does nothing at all.
+            again = not self._began or not self._keep_failure
+            return None if _failed(task) and again else task
         loop = task.get_loop()
         if loop.is_closed():
             return None

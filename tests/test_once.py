@@ -113,6 +113,19 @@ async def test_a_failure_goes_to_those_who_wait(keep: bool) -> None:
     assert runs == (1 if keep else 2)
 
 
+async def test_what_was_cancelled_before_it_began_can_be_asked_for_again() -> None:
+    steps, once = Steps(), Once[int]("closing", keep_failure=True)
+    steps.gate.set()
+    caller = asyncio.create_task(once(steps.run))
+    await asyncio.sleep(0)
+    (task,) = asyncio.all_tasks() - {caller, asyncio.current_task()}
+    task.cancel()  # as asyncio.run does at its end
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert steps.began == 0
+    assert await once(steps.run) == 7
+
+
 async def test_stop_waits_for_the_end() -> None:
     steps, once = Steps(), Once[int]("opening")
     caller = asyncio.create_task(once(steps.run))
