@@ -26,6 +26,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from .backoff import pause_after
 from .errors import (
     AiouffdError,
     ClosedError,
@@ -74,8 +75,8 @@ class FlightEvent:
 class Flight:
     """A run of blocks under way. Await `wait` for its end."""
 
-    __slots__ = ("_done", "begun", "cause", "count", "error", "finished", "first", "since",
-                 "started", "task", "wanted")  # fmt: skip
+    __slots__ = ("_done", "_pause", "begun", "cause", "count", "error", "finished", "first",
+                 "since", "started", "task", "wanted")  # fmt: skip
 
     def __init__(self, first: int, count: int, cause: str) -> None:
         self.first = first
@@ -89,6 +90,8 @@ class Flight:
         self.error: BaseException | None = None
         self.finished = False
         self._done: asyncio.Future[None] | None = None
+        # While it waits for its next try.
+        self._pause: asyncio.Future[None] | None = None
 
     async def wait(self) -> None:
         """Until it has landed; raises what made it fail."""
@@ -98,6 +101,22 @@ class Flight:
             await asyncio.shield(self._done)
         if self.error is not None:
             raise self.error
+
+    async def pause(self, seconds: float) -> None:
+        """Between two tries; `ask_now` cuts it short."""
+        loop = asyncio.get_running_loop()
+        self._pause = loop.create_future()
+        timer = loop.call_later(seconds, self.ask_now)
+        try:
+            await self._pause
+        finally:
+            timer.cancel()
+            self._pause = None
+
+    def ask_now(self) -> None:
+        """Try again without waiting any longer, if it waits for that."""
+        if self._pause is not None and not self._pause.done():
+            self._pause.set_result(None)
 
     def finish(self, error: BaseException | None) -> None:
         self.error = error
@@ -200,7 +219,10 @@ class Fetcher:
         return runs
 
     async def fetch(self, first: int, count: int) -> None:
-        """Make blocks resident; heals poisoned ones. Raises what the source raised."""
+        """Make blocks resident; heals poisoned ones. Raises what the source raised.
+
+        Where a flight waits for its next try it is made at once, whatever the source had asked for.
+        """
         if self.recording is not None:
             for block in range(first, first + count):
                 self.recording.setdefault(block)
@@ -218,6 +240,7 @@ class Fetcher:
                     under_way = self._flights.get(other)
                     if under_way is not None and (not mine or mine[-1] is not under_way):
                         under_way.wanted = True
+                        under_way.ask_now()
                         mine.append(under_way)
                 block += step
             if mine:
@@ -363,7 +386,7 @@ class Fetcher:
                 self._poison(flight, progress.offset, error)
                 raise error
             self._tally.retries += 1
-            delay = max(pause * (0.5 + random.random()), error.retry_after or 0.0)
+            delay = pause_after(error, pause * (0.5 + random.random()))
             log.log(
                 logging.WARNING if pause >= 1 else logging.INFO,
                 "bytes %d-%d: %s; next try in %.2f s",
@@ -375,7 +398,7 @@ class Fetcher:
             if self._policy.errors == "soft" and self._policy.deadline is not None:
                 left = flight.since + self._policy.deadline - time.monotonic()
                 delay = min(delay, max(left, 0.001))
-            await asyncio.sleep(delay)
+            await flight.pause(delay)
             pause = min(pause * 2, RETRY_LONGEST)
 
     def _see_to_dropped(self, flight: Flight, end: int) -> None:

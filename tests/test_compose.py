@@ -370,6 +370,19 @@ async def test_retry_obeys_retry_after() -> None:
         await source.read(0, 1)
 
 
+async def test_retry_obeys_retry_after_for_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses = []
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    monkeypatch.setattr(retry, "asyncio", SimpleNamespace(sleep=sleep))
+    error = SourceError("busy", retry_after=3600)
+    source = RetrySource(FailingSource(DATA, 1, lambda: error), budget=1e9)
+    await source.read(0, 1)
+    assert pauses == [60]
+
+
 # ------------------------------------------------------------------- checksums
 
 

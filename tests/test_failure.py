@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import aiouffd
-from aiouffd import ClosedError, SourceChangedError, SourceError
+from aiouffd import ClosedError, SourceChangedError, SourceError, backoff
 from aiouffd import flights as flights_module
 from aiouffd import region as region_module
 from aiouffd._lib import PAGE_SIZE
@@ -206,6 +206,36 @@ class TestHard:
             started = time.monotonic()
             await buf.fetch(0, 1)
             assert time.monotonic() - started >= 0.15
+
+    async def test_a_fetch_asks_at_once_whatever_was_asked_for(self) -> None:
+        failed = asyncio.Event()
+
+        def busy() -> SourceError:
+            failed.set()
+            return SourceError("busy", transient=True, retry_after=1e9)
+
+        async with opened(FailingSource(DATA, 2, busy)) as buf:
+            waits = asyncio.ensure_future(touch(buf.__getitem__, 5))
+            await failed.wait()
+            failed.clear()
+            second = asyncio.ensure_future(buf.fetch(0, 10))
+            await failed.wait()
+            async with asyncio.timeout(5):
+                await buf.read(0, 10)
+                await second
+                assert await waits == DATA[5]
+            assert buf.stats.retries == 2
+
+    async def test_no_source_is_left_alone_for_longer_than_a_minute(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert backoff.LONGEST_OBEYED == 60
+        monkeypatch.setattr(backoff, "LONGEST_OBEYED", 0.1)
+        busy = FailingSource(DATA, 1, lambda: SourceError("busy", retry_after=99_999_999))
+        async with opened(busy) as buf, asyncio.timeout(5):
+            started = time.monotonic()
+            await buf.fetch(0, 1)
+            assert time.monotonic() - started >= 0.1
 
     @pytest.mark.parametrize(
         "fault",

@@ -17,6 +17,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from ..backoff import pause_after
 from ..errors import ClosedError, SourceChangedError, SourceError, UsageError
 from ..sources.base import Source, aclose_source, check_length, open_source, own_method
 from ..sources.memory import MemorySource
@@ -300,7 +301,7 @@ class BlockStore:
                 self.tally.failures += 1
                 raise error
             self.tally.retries += 1
-            delay = max(pause * (0.5 + random.random()), error.retry_after or 0.0)
+            delay = pause_after(error, pause * (0.5 + random.random()))
             log.log(
                 logging.WARNING if pause >= 1 else logging.INFO,
                 "%r, block %d: %s; next try in %.2f s", self, flight.first, error, delay,

@@ -17,6 +17,7 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any, TypeVar
 
+from ...backoff import pause_after
 from ...errors import SourceError, UsageError
 from ..base import Buffer, stream_source
 from .wrapper import Wrapper
@@ -33,7 +34,8 @@ class RetrySource(Wrapper):
         source: anything that is a source.
         budget: seconds for one call, from its first try on; then its last error is raised.
         first, longest: seconds of the first pause and of the longest one; pauses double,
-            with jitter. A source that says how long to wait (`SourceError.retry_after`) is obeyed.
+            with jitter. A source that says how long to wait (`SourceError.retry_after`) is obeyed,
+            for at most a minute.
         reserve: retries that all calls have together; each success gives one back, and so
             does each second.
 
@@ -163,7 +165,7 @@ class _Attempt:
     async def failed(self, error: SourceError) -> None:
         """Wait before the next try, or raise ``error`` if there is none."""
         pause = min(self._pause * (0.5 + random.random()), self._source._longest)
-        pause = max(pause, error.retry_after or 0.0)
+        pause = pause_after(error, pause)
         late = time.monotonic() + pause > self._end
         if not error.transient or late or not self._source._take():
             raise error
