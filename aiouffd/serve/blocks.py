@@ -19,7 +19,15 @@ from typing import Any, Protocol
 
 from ..backoff import pause_after
 from ..errors import ClosedError, SourceChangedError, SourceError, UsageError
-from ..sources.base import Source, aclose_source, check_length, open_source, own_method
+from ..once import cancelled_from_outside
+from ..sources.base import (
+    Source,
+    aclose_source,
+    as_source_error,
+    check_length,
+    open_source,
+    own_method,
+)
 from ..sources.memory import MemorySource
 from ..tally import Tally
 from .reactor import Share
@@ -144,9 +152,16 @@ class BlockStore:
             start = block * length
             if start + length > self._size:
                 length = self._size - start
-            data = self._now(start, length)
-            if data is not None:
-                return (self._whole_pages(memoryview(data), length) if length % PAGE else data,)
+            try:
+                data = self._now(start, length)
+                if data is not None:
+                    data = check_length(data, length, offset=start)
+                    return (self._whole_pages(data, length),)
+            except Exception as error:
+                # What it cannot do so it may still be able to do by `read`.
+                self._now = None
+                self.tally.last_error = str(error)
+                log.error("%r: its source's read_now is not used any more: %r", self, error)
         return None
 
     def want(self, block: int, wanter: Wanter) -> None:
@@ -287,8 +302,10 @@ class BlockStore:
                 left = max(0.001, flight.since + self._deadline - time.monotonic())
                 async with asyncio.timeout(left if flight.waited else None) as flight.limit:
                     return await self._read(flight)
-            except Exception as failure:
-                error = _as_source_error(failure)
+            except (Exception, asyncio.CancelledError) as failure:
+                if isinstance(failure, asyncio.CancelledError) and cancelled_from_outside():
+                    raise
+                error = as_source_error(failure)
             finally:
                 flight.limit = None
             self.tally.last_error = str(error)
@@ -364,14 +381,3 @@ class BlockStore:
 
 def _blocks(flight: _Flight) -> range:
     return range(flight.first, flight.first + flight.count)
-
-
-def _as_source_error(failure: Exception) -> SourceError:
-    if isinstance(failure, SourceError):
-        return failure
-    error = SourceError(
-        f"reading the source failed: {type(failure).__name__}: {failure}",
-        transient=isinstance(failure, TimeoutError | ConnectionError),
-    )
-    error.__cause__ = failure
-    return error

@@ -15,6 +15,7 @@ methods where they exist and do the plain thing where they do not.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -26,6 +27,7 @@ __all__ = [
     "Source",
     "SourcePermissionError",
     "aclose_source",
+    "as_source_error",
     "check_length",
     "check_range",
     "holes_in_source",
@@ -63,7 +65,9 @@ class Source(Protocol):
     when the object is another version, ``ShortReadError`` for a wrong number of bytes,
     ``RangeNotSupportedError`` when parts cannot be read, ``UsageError`` for a range outside
     the object, ``ClosedError`` after ``aclose()``. Sources do not retry; the failure policy
-    of the buffer does. Any other exception counts as not transient.
+    of the buffer does. Of other exceptions those of connections (``ConnectionError``,
+    ``TimeoutError``, ``asyncio.IncompleteReadError``) count as transient and all others as not:
+    also a ``CancelledError``, if nobody has cancelled the read. See `as_source_error`.
 
     **Cancellation.** Every coroutine may be cancelled at any await. After that the source
     must be usable for other reads, and nothing may write to a buffer given to ``read_into``.
@@ -162,6 +166,24 @@ class BaseSource:
 
     def clone(self) -> Source:
         raise NotImplementedError
+
+
+def as_source_error(failure: BaseException) -> SourceError:
+    """What a source has raised, as a SourceError; ``failure`` itself if it is one.
+
+    Transient where a connection was lost or silent: ConnectionError, TimeoutError (which is what
+    socket.timeout and asyncio.TimeoutError are), asyncio.IncompleteReadError. A CancelledError is
+    to be passed only if nobody asked for it (`once.cancelled_from_outside`).
+    """
+    if isinstance(failure, SourceError):
+        return failure
+    text = f"{type(failure).__name__}: {failure}" if str(failure) else type(failure).__name__
+    error = SourceError(
+        f"the source failed: {text}",
+        transient=isinstance(failure, ConnectionError | TimeoutError | asyncio.IncompleteReadError),
+    )
+    error.__cause__ = failure
+    return error
 
 
 def check_range(offset: int, length: int, size: int) -> None:
