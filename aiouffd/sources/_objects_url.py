@@ -18,8 +18,9 @@ from urllib.parse import unquote, urlsplit
 
 from ..errors import UsageError
 from ._objects_errors import redacted
+from .names import identity, with_user
 
-__all__ = ["Location", "Settings", "locate", "make_store"]
+__all__ = ["Location", "Settings", "cache_key", "environment", "locate", "make_store"]
 
 #: Of a request: to connect, without a byte, and from beginning to end. The last is long, because
 #: many requests share a slow line; and idle connections are given back after a while.
@@ -42,6 +43,31 @@ _FROM_ENVIRONMENT = (
 )
 #: Retrying is the failure policy's: it knows who waits, and for how long he may.
 RETRY_DEFAULTS: dict[str, Any] = {"max_retries": 0, "retry_timeout": timedelta(seconds=10)}
+
+#: Settings that prove who one is, but do not say it.
+_SECRETS = (
+    "secret_access_key",
+    "session_token",
+    "account_key",
+    "sas_key",
+    "bearer_token",
+    "token",
+    "client_secret",
+)
+#: Options of the HTTP client that say how to ask, and not what.
+_HOW = (
+    *_FROM_ENVIRONMENT,
+    "connect_timeout",
+    "pool_max_idle_per_host",
+    "http2_keep_alive_interval",
+    "http2_keep_alive_timeout",
+    "http2_keep_alive_while_idle",
+    "http2_max_frame_size",
+    "proxy_ca_certificate",
+    "randomize_addresses",
+    "root_certificate",
+    "allow_http2",
+)
 
 _BUCKETS = {
     "s3": ("S3Store", "AWS", "versionId"),
@@ -145,3 +171,70 @@ def _client_options(prefix: str) -> dict[str, Any]:
             if key in os.environ:
                 options[name] = os.environ[key]
     return options
+
+
+def environment(location: Location) -> dict[str, str]:
+    """What the environment says of this kind of store now, which is when obstore reads it."""
+    prefix = _BUCKETS[location.scheme][1] if location.scheme in _BUCKETS else None
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if prefix is not None and name.upper().startswith(f"{prefix}_")
+    }
+
+
+def cache_key(
+    location: Location, store: Any, settings: Settings, environment: Mapping[str, str]
+) -> str | None:
+    """What names the object for a cache: everything that chooses it. None if that is more than
+    can be written down. ``store`` is what `make_store` made of it."""
+    client = dict(settings.client_options or {})
+    headers = client.pop("default_headers", None)
+    chosen: dict[str, Any] = {}
+    name = location.name
+    if location.scheme in _BUCKETS:
+        chosen = {**_of_environment(location, environment), **_config(store)}
+        # Buckets of AWS are one name space, which other stores may divide by account.
+        if location.scheme == "s3" and not any("endpoint" in key for key in chosen):
+            if "session_token" in chosen:
+                # Of a role, which gets another one every hour.
+                chosen.pop("access_key_id", None)
+        elif location.scheme == "s3" and settings.credential_provider is not None:
+            return None
+    elif location.scheme != "file":
+        name = with_user(location.place)  # the query counts
+    chosen.update({key: value for key, value in client.items() if key.lower() not in _HOW})
+    return identity(name, {**chosen, "default_headers": headers or None}, _SECRETS)
+
+
+def _config(store: Any) -> dict[str, Any]:
+    """A store's settings by obstore's own names for them, but for what the URL says."""
+    return {
+        key: value
+        for key, value in dict(store.config or {}).items()
+        if key not in ("bucket", "container_name")
+    }
+
+
+def _of_environment(location: Location, environment: Mapping[str, str]) -> dict[str, Any]:
+    """The same for what the environment adds."""
+    from obstore import exceptions
+
+    stores: Any = importlib.import_module("obstore.store")
+    factory, prefix, _ = _BUCKETS[location.scheme]
+    make = getattr(stores, factory)
+    known: dict[str, str] = {}
+    for name, value in environment.items():
+        key = name.lower()
+        try:
+            make(location.place, config={key: value})
+        except exceptions.UnknownConfigurationKeyError:
+            continue
+        except Exception:
+            pass  # known, and of no use without others
+        known[key] = value
+    try:
+        return _config(make(location.place, config=known))
+    except Exception:
+        # Two names for one setting, a file that is not there: then as they are written.
+        return {key.removeprefix(f"{prefix.lower()}_"): value for key, value in known.items()}

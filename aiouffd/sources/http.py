@@ -37,6 +37,7 @@ from ._http_reply import (
     status_error,
 )
 from .base import BaseSource, Buffer, check_range
+from .names import identity, with_user
 
 if TYPE_CHECKING:
     import aiohttp
@@ -54,6 +55,8 @@ _OWN_HEADERS = frozenset(
 )
 # Characters of a URL that is quoted already.
 _QUOTED = re.compile(r"[!#-;=?-\[\]_a-z~]*")
+# Do not choose what is sent.
+_IRRELEVANT_HEADERS = ("user-agent", "connection", "keep-alive", "proxy-authorization")
 # Not sent to another origin than the one they were given for.
 _PRIVATE_HEADERS = frozenset({"authorization", "cookie", "proxy-authorization"})
 
@@ -150,6 +153,13 @@ class HttpSource(BaseSource):
     def url(self) -> str:
         """The URL as given, without user and password."""
         return self._url
+
+    @property
+    def cache_key(self) -> str | None:
+        """What names the object for a disk cache: the URL with its user but no password, and the
+        headers, which may choose what is sent."""
+        headers = {name.lower(): value for name, value in self._headers.items()}
+        return identity(with_user(self._url, _user_of(headers)), headers, _IRRELEVANT_HEADERS)
 
     @property
     def weak(self) -> bool:
@@ -476,6 +486,19 @@ def _split(url: str) -> SplitResult:
             f"{parts.hostname or '(no host)'}"
         )
     return parts
+
+
+def _user_of(headers: dict[str, str]) -> str | None:
+    """Take the user out of an Authorization header, whose password only proves who he is."""
+    kind, _, token = headers.get("authorization", "").partition(" ")
+    if kind.lower() != "basic":
+        return None
+    try:
+        user = base64.b64decode(token).decode().partition(":")[0]
+    except ValueError:
+        return None
+    del headers["authorization"]
+    return user
 
 
 def _origin(url: str) -> tuple[str, str | None, int]:

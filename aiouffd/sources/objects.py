@@ -13,9 +13,10 @@ import asyncio
 import errno
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache, partial
 from typing import Any
 
 from ..errors import (
@@ -29,7 +30,6 @@ from ..errors import (
 from ._objects_threads import answer, check_process
 from .base import BaseSource, Buffer, check_length, check_range
 from .coalesce import Coalescer
-from .names import without_password
 
 __all__ = ["ObjectSource"]
 
@@ -41,15 +41,17 @@ class _Pin:
     size: int
     etag: str | None
     modified: datetime | None
+    #: That was asked for.
     version_id: str | None
+    #: That the store says the object is, asked for or not.
+    found_id: str | None = None
 
     @classmethod
     def of(cls, meta: Mapping[str, Any], version_id: str | None) -> _Pin:
         modified = meta["last_modified"]
         # The first second of 1970 is what obstore says for a reply that has no date.
-        return cls(
-            meta["size"], meta["e_tag"], modified if modified.timestamp() else None, version_id
-        )
+        modified = modified if modified.timestamp() else None
+        return cls(meta["size"], meta["e_tag"], modified, version_id, _known_id(meta["version"]))
 
     @property
     def strong(self) -> bool:
@@ -72,6 +74,8 @@ class _Pin:
             return True
         if self.version_id is not None and meta["version"] not in (None, self.version_id):
             return True
+        if None not in (ids := {self.found_id, _known_id(meta["version"])}) and len(ids) > 1:
+            return True
         if self.etag is not None and meta["e_tag"] is not None:
             if meta["e_tag"] != self.etag:
                 return True
@@ -81,19 +85,33 @@ class _Pin:
         return None not in (self.modified, other) and self.modified != other
 
     @property
+    def lasting_id(self) -> str | None:
+        """The version id, if it can never be that of other bytes."""
+        return _known_id(self.version_id) or self.found_id
+
+    @property
     def weak(self) -> bool:
         """Whether bytes may change and all this stay the same. Dates tell whole seconds, and the
         clocks are two machines'."""
-        if self.version_id is not None or self.strong:
+        if self.lasting_id is not None or self.strong:
             return False
         return self.modified is None or time.time() - self.modified.timestamp() < 60
 
     @property
     def version(self) -> str | None:
-        """For `Source.version`; None if the store names no version at all."""
-        if self.version_id is not None or self.strong or self.modified is None:
-            return self.version_id or self.etag
-        return f"{self.etag or self.size} {self.modified}"
+        """For `Source.version`: all that tells the object from others under its name. None if
+        the store names no version at all."""
+        parts = [self.version_id or self.found_id, self.etag]
+        if self.lasting_id is None and not self.strong and self.modified is not None:
+            parts = [parts[0], self.etag or str(self.size), str(self.modified)]
+        return " ".join(filter(None, parts)) or None
+
+
+def _known_id(version: str | None) -> str | None:
+    """A version id; None for ``null``, which S3 gives to all that was written while the bucket
+    kept no versions, and which PUT overwrites (docs.aws.amazon.com, "Adding objects to
+    versioning-suspended buckets")."""
+    return None if version == "null" else version
 
 
 class ObjectSource(BaseSource):
@@ -139,7 +157,7 @@ class ObjectSource(BaseSource):
         self._coalesce = coalesce
         self._name = name or path
         self._coalescer = None if coalesce is None else Coalescer(self._get, gap=coalesce)
-        self._key: str | None = None
+        self._make_key: Callable[[], str | None] = lambda: None
         self._pin: _Pin | None = None
         self._conditions: dict[str, Any] = {}
         self._active: set[asyncio.Future[Any]] = set()
@@ -182,22 +200,24 @@ class ObjectSource(BaseSource):
         when obstore is missing. Nothing is asked of the server.
         """
         _import_obstore()
-        from ._objects_url import Settings, locate, make_store
+        from ._objects_url import Settings, cache_key, environment, locate, make_store
 
         location = locate(url)
         if version_id is not None and location.version_id not in (None, version_id):
             raise UsageError(f"{location.name}: version_id is not the version in the URL")
         settings = Settings(config, client_options, retry_config, credential_provider)
+        store = make_store(location, settings)
         source = cls(
-            make_store(location, settings),
+            store,
             location.path,
             version_id=version_id or location.version_id,
             coalesce=coalesce,
             name=location.name,
         )
-        # In a URL for HTTP the query counts.
-        web = location.scheme in ("http", "https")
-        source._key = without_password(location.place) if web else location.name
+        # Worked out when somebody asks: it takes a while.
+        source._make_key = lru_cache(1)(
+            partial(cache_key, location, store, settings, environment(location))
+        )
         return source
 
     def __repr__(self) -> str:
@@ -214,8 +234,9 @@ class ObjectSource(BaseSource):
 
     @property
     def cache_key(self) -> str | None:
-        """What names the object for a disk cache; None for a store that was given."""
-        return self._key
+        """What names the object for a disk cache: its URL, endpoint, region, account and headers;
+        None for a store that was given, and for an account that only a function knows."""
+        return self._make_key()
 
     @property
     def weak(self) -> bool:
@@ -282,7 +303,7 @@ class ObjectSource(BaseSource):
             coalesce=self._coalesce,
             name=self._name,
         )
-        other._key = self._key
+        other._make_key = self._make_key
         other._pin = self._pin
         other.version = self.version
         return other
