@@ -36,20 +36,28 @@ _INLINE_MAX = 256 << 10  # largest read tried on the loop's thread, bytes
 _PIECE = 4 << 20  # one preadv; between two a cancelled read stops, bytes
 _STREAM_CHUNK = 1 << 20  # bytes
 _HOLES_MAX = 4096
+#: Before the second day of 1980: builders of images give all files the beginning of an epoch.
+_SAME_FOR_ALL = 315_619_200
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 
 
 class _Identity(NamedTuple):
-    """What tells one version of a file from another."""
+    """What tells one version of a file from another. Not the device's number, which the kernel
+    gives anew at every mount."""
 
-    device: int
     inode: int
     size: int
     mtime_ns: int | None  # None where we write ourselves
 
     @classmethod
     def of(cls, st: os.stat_result, *, timed: bool) -> _Identity:
-        return cls(st.st_dev, st.st_ino, st.st_size, st.st_mtime_ns if timed else None)
+        return cls(st.st_ino, st.st_size, st.st_mtime_ns if timed else None)
+
+
+def _may_stay(st: os.stat_result) -> bool:
+    """Whether inode, size and time may stay when the bytes change: of a device, which has no time
+    of its contents, and with the time that builders of images give to all files."""
+    return not stat.S_ISREG(st.st_mode) or st.st_mtime < _SAME_FOR_ALL
 
 
 class _SharedFile:
@@ -64,6 +72,8 @@ class _SharedFile:
         self.fd = os.open(path, access | os.O_CLOEXEC | os.O_NONBLOCK)
         self.writable = writable
         self.nowait = bool(_NOWAIT)
+        # Whether it may change unseen; found out when it is opened by somebody.
+        self.weak = False
         # Whether SEEK_HOLE may find anything.
         self.sparse = False
         self._users = 1
@@ -96,7 +106,7 @@ class FileSource(BaseSource):
         max_threads: how many blocking calls run at a time.
         writable: open it for `write` too. Its modification time is no part of the version then.
 
-    ``version`` is made of device, inode, size and modification time; it is checked after every
+    ``version`` is made of inode, size and modification time; it is checked after every
     read, so a file that is written to raises SourceChangedError. A file *replaced* by a
     rename stays readable, in its old version, for this source and its clones. (A change within
     the resolution of the file system's clock, some milliseconds on older kernels, and writes
@@ -117,6 +127,7 @@ class FileSource(BaseSource):
         self._max_threads = max_threads
         self._writable = writable
         self._identity: _Identity | None = None
+        self._weak = False
         self._size = 0
         self._file: _SharedFile | None = None
         self._parent: _SharedFile | None = None
@@ -146,6 +157,12 @@ class FileSource(BaseSource):
     def path(self) -> str:
         """Absolute path of the file."""
         return self._path
+
+    @property
+    def weak(self) -> bool:
+        """Whether the file may change and its ``version`` stay: a device, or a file with the
+        time that builders of images give to all of theirs."""
+        return self._weak
 
     @property
     def size(self) -> int:
@@ -181,7 +198,8 @@ class FileSource(BaseSource):
         self._identity = identity
         self._size = size
         self._parent = None
-        self.version = f"{identity.device:x}-{identity.inode}-{size}"
+        self._weak = file.weak
+        self.version = f"{identity.inode}-{size}"
         if identity.mtime_ns is not None:
             self.version += f"-{identity.mtime_ns}"
 
@@ -417,6 +435,7 @@ def _open(
         if stat.S_ISDIR(st.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
         identity = _Identity.of(st, timed=not writable)
+        file.weak = _may_stay(st)
         if expected is not None and identity != expected:
             raise SourceChangedError(f"{path} is not the file that was opened")
         if stat.S_ISREG(st.st_mode):
