@@ -468,7 +468,7 @@ def test_keys(tmp_path: Path) -> None:
         return CachedSource(what)._key
 
     url = "http://user:secret@host:1/a?x=1"
-    assert key(url) == "http://host:1/a?x=1"
+    assert key(url) == "http://user@host:1/a?x=1"
     assert display_name(key(url)) == "http://host:1/a?..."
     for secret in (url, url.replace("host", "[::1]"), f"fsspec+zip://a::{url}"):
         assert "secret" not in display_name(secret)

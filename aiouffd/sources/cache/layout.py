@@ -16,7 +16,7 @@ from typing import Any
 from ...errors import UsageError
 from ..compose import ChecksumSource, ConcatSource, RetrySource, SliceSource, Wrapper
 from ..compose.checksum import ALGORITHMS
-from ..names import without_password
+from ..names import with_user
 
 __all__ = [
     "DATA",
@@ -128,8 +128,13 @@ def key_directory(root: Path, key: str) -> Path:
 
 
 def derive_key(source: Any) -> str | None:
-    """What names the object behind ``source`` for good, or None. Two names for one object cost
-    space only; one name for two objects is told apart by version and size."""
+    """What names the object behind ``source`` for good, or None.
+
+    Two names for one object cost space only. One name for two objects is wrong bytes as soon as
+    they have one version, which two servers may well choose. So ``cache_key`` of a source holds
+    all that chooses its object (`aiouffd.sources.names.identity`), and is None if that cannot be
+    written down. A source without it is taken by its ``url`` or ``path``.
+    """
     if isinstance(source, RetrySource):
         return derive_key(source.inner)
     if isinstance(source, ChecksumSource):
@@ -142,12 +147,12 @@ def derive_key(source: Any) -> str | None:
     if isinstance(source, ConcatSource):
         keys = [derive_key(part) for part in source.parts]
         return None if None in keys else "concat:" + json.dumps(keys)
-    key = getattr(source, "cache_key", None)
-    if isinstance(key, str):
-        return key
+    if hasattr(source, "cache_key"):
+        key = source.cache_key
+        return key if isinstance(key, str) else None
     url = getattr(source, "url", None)
     if isinstance(url, str):
-        return without_password(url)
+        return with_user(url)
     path = getattr(source, "path", None)
     return f"file://{path}" if isinstance(path, str) else None
 

@@ -32,7 +32,7 @@ from ..compose.checksum import digest_function
 from ..compose.concat import together
 from ..compose.wrapper import close_again
 from ..file import _settle
-from ..names import display_name, without_password
+from ..names import display_name, identity, with_user
 from . import layout
 from .entry import TRIES, Entry
 from .evict import FULL, make_room
@@ -66,8 +66,10 @@ class CachedSource(BaseSource):
         source: whatever `as_source` takes; ``options`` are passed on to it.
         directory: where the cache is; None for ``$XDG_CACHE_HOME/aiouffd`` or
             ``~/.cache/aiouffd``. Made if it is not there, with mode 0700.
-        key: what names the object, for ever. None takes the URL without user and password, or the
-            path. Give one for URLs that differ each time, as signed ones do.
+        key: what names the object, for ever. None takes the URL without password, or the path,
+            and all settings that may choose another object (endpoint, region, account, headers).
+            Give one for URLs, headers and tokens that differ each time, and to have users
+            share what is the same for all of them.
         version: of the object, if the source cannot tell. Your word that its bytes never
             change under that name: without any version nothing is cached, nor with a weak one,
             which may stay when the bytes change (see `layout.lasting_version`).
@@ -118,11 +120,12 @@ class CachedSource(BaseSource):
         self._inner: Source = as_source(source, **options)
         if key is None:
             key = layout.derive_key(self._inner)
-        if key is None and isinstance(source, str):
-            key = without_password(source)
+        if key is None and isinstance(source, str) and not hasattr(self._inner, "cache_key"):
+            key = identity(with_user(source), options)
         if key is None:
             raise UsageError(
-                f"{self._inner!r} has no URL to tell its bytes by",
+                f"{self._inner!r} has no name to keep its bytes under: none at all, or a setting"
+                " that cannot be written down chooses them",
                 hint="pass key=, a name that this object alone has",
             )
         self._key = key
