@@ -119,12 +119,14 @@ class Once(Generic[T]):
         return task
 
     async def stop(self) -> None:
-        """Cancel the operation if it runs, and wait until it has ended; its callers get
-        CancelledError. A success stays one. No exception of the operation comes out here."""
+        """Cancel the operation if it runs, and wait until it has ended, or was taken back; its
+        callers get CancelledError. A success stays one. No exception of the operation comes out
+        here."""
         task = self._task
         if task is not None and self.running and task is not asyncio.current_task():
             task.cancel()
             await asyncio.wait((task,))
+        await self._undone()
 
     async def _give_up(
         self, task: asyncio.Task[T], undo: Callable[[], Coroutine[Any, Any, None]] | None

@@ -1,0 +1,112 @@
+"""How sources open and close, and how they call code that is not theirs.
+
+Both are operations that happen once (`aiouffd.once`), whoever of those who ask is cancelled, and
+what others' code raises (a file system of fsspec, a function that gives credentials) is a failure
+of the read it was called for: not an order to our task, and never the loop's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Executor
+from functools import partial
+from typing import Any, TypeVar
+
+from ..errors import ClosedError
+from ..once import Once, cancelled_from_outside
+
+__all__ = ["Life", "is_failure", "run_in_thread"]
+
+T = TypeVar("T")
+Operation = Callable[[], Coroutine[Any, Any, None]]
+
+
+class Life:
+    """Of one source: opened once, closed once, and not opened any more after that.
+
+    ``name`` is for messages. Keeps neither the source nor its methods alive. One loop at a time.
+    """
+
+    __slots__ = ("_closing", "_name", "_opening", "closed")
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        #: Whether closing was asked for.
+        self.closed = False
+        self._opening = Once[None](f"opening {name}", abandon=True)
+        self._closing = Once[None](f"closing {name}", keep_failure=True)
+
+    @property
+    def opened(self) -> bool:
+        """Whether it was opened, and nobody has asked for it to be closed."""
+        return self._opening.succeeded and not self.closed
+
+    def check(self) -> None:
+        """Raise ClosedError if closing was asked for."""
+        if self.closed:
+            raise ClosedError(f"{self._name} is closed")
+
+    async def open(self, operation: Operation, undo: Operation) -> None:
+        """Run ``operation``, unless that was done. A failure may be followed by another call.
+
+        ``undo`` takes back what ``operation`` did, if whoever wanted it was cancelled meanwhile.
+        Raises ClosedError after closing, also if that comes while it runs.
+        """
+        self.check()
+        try:
+            await self._opening(operation, undo)
+        except asyncio.CancelledError:
+            if self.closed and not cancelled_from_outside():
+                raise ClosedError(f"{self._name} was closed while it was opened") from None
+            raise
+        self.check()
+
+    async def close(self, operation: Operation) -> None:
+        """End opening if it is under way, and run ``operation``. Others who ask wait for the same
+        run; it goes on when one of them is cancelled. What it raises goes to those who wait."""
+        self.closed = True
+        try:
+            await self._closing(partial(self._close, operation))
+        except asyncio.CancelledError:
+            # Or its task was, with all others at the end of the loop, which is an end too.
+            if cancelled_from_outside():
+                raise
+
+    async def _close(self, operation: Operation) -> None:
+        try:
+            await self._opening.stop()
+        finally:
+            await operation()
+
+
+def is_failure(error: BaseException) -> bool:
+    """In ``except BaseException`` around others' code that was awaited: whether the error is that
+    code's, and not an order to stop (our task was cancelled, Ctrl-C, our coroutine thrown away)."""
+    if isinstance(error, asyncio.CancelledError):
+        return not cancelled_from_outside()
+    return not isinstance(error, KeyboardInterrupt | GeneratorExit)
+
+
+async def run_in_thread(executor: Executor, function: Callable[..., T], *arguments: Any) -> T:
+    """Call others' code in a thread. Whatever it raises comes out here.
+
+    A future refuses some exceptions (StopIteration; asyncio would wait for ever) and takes others
+    for orders (CancelledError, SystemExit, which would end the loop), so none is given to one.
+    """
+
+    def call() -> tuple[T | None, BaseException | None]:
+        try:
+            return function(*arguments), None
+        except BaseException as error:
+            return None, error
+
+    value, error = await asyncio.get_running_loop().run_in_executor(executor, call)
+    try:
+        if isinstance(error, Exception) and not isinstance(error, StopIteration):
+            raise error
+        if error is not None:
+            raise RuntimeError(f"{type(error).__name__} was raised: {error}") from error
+    finally:
+        del error  # which would be in a cycle with its traceback
+    return value  # type: ignore[return-value]
