@@ -113,7 +113,8 @@ class Cut:
         finally:
             _cut.reset(token)
         done, _ = await asyncio.wait((task,), timeout=LIMIT)
-        self._over = True
+        # What it raised holds its frames; those that a program drops are not to be held here.
+        self._over, self._caller = True, None
         if not done:
             task.cancel()
             raise AssertionError(f"it goes on, {self}\n{_stacks(self._tasks)}")
@@ -158,10 +159,10 @@ class Cut:
             asyncio.get_running_loop().call_soon(self._strike, task)
 
     def _strike(self, suspended: asyncio.Task[Any]) -> None:
-        assert self._caller is not None
         match self._way:
             case Way.CALLER | Way.LATE:
-                self._caller.cancel()
+                if self._caller is not None:
+                    self._caller.cancel()
             case Way.TASK:
                 suspended.cancel()
             case Way.ALL:
