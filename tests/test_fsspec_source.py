@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import io
 import os
+import tarfile
 import threading
 import time
 import zipfile
@@ -26,7 +28,8 @@ from aiouffd.errors import (
     UnsupportedError,
     UsageError,
 )
-from aiouffd.sources import SourcePermissionError, as_source
+from aiouffd.sources import FileSource, SourcePermissionError, as_source
+from tests.cancelling import Cut, Way, cancel_everywhere
 from tests.scenarios import torture
 from tests.servers.http import Entry, Fault, RangeServer
 from tests.support import content, result_of
@@ -34,6 +37,7 @@ from tests.support import content, result_of
 pytest.importorskip("fsspec")
 
 import fsspec
+from fsspec.asyn import AsyncFileSystem
 
 from aiouffd.sources.fsspec import FsspecSource
 
@@ -358,6 +362,291 @@ async def test_closed_during_reads(server: RangeServer, coalesce: int | None) ->
             assert kinds == [ClosedError, ClosedError, asyncio.CancelledError]
         gate.set()
         server.fault = None
+
+
+async def _archive(path: Path, kind: str, data: bytes) -> None:
+    """An archive with one member, which is always equally old."""
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr(zipfile.ZipInfo("a", (2020, 1, 1, 0, 0, 0)), data)
+    else:
+        with tarfile.open(path, "w") as tar:
+            member = tarfile.TarInfo("a")
+            member.size, member.mtime = len(data), 1_600_000_000
+            tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+async def test_a_members_version_is_its_archives_too(tmp_path: Path, kind: str) -> None:
+    """Opened again in one process, for which fsspec keeps the archive that it has open."""
+    versions = []
+    for number, data in enumerate((DATA, DATA[::-1])):
+        path = tmp_path / "new"
+        await _archive(path, kind, data)
+        os.utime(path, (1.7e9, 1.7e9 + number))
+        path.replace(tmp_path / "archive")
+        for cache in (False, tmp_path / "cache"):
+            url = f"fsspec+{kind}://a::file://{tmp_path}/archive"
+            async with aiouffd.open(url, cache=cache) as buf:
+                assert await buf.read(0, 1000) == data[:1000]
+                versions.append(buf.source.version)
+                assert not cache or buf.source.caching  # type: ignore[attr-defined]
+    assert None not in versions
+    assert len(set(versions)) == 2
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+async def test_an_archive_that_is_replaced_is_a_change(tmp_path: Path, kind: str) -> None:
+    await _archive(tmp_path / "archive", kind, DATA)
+    os.utime(tmp_path / "archive", (1.7e9, 1.7e9))
+    async with opened(f"{kind}://a::file://{tmp_path}/archive") as source:
+        await check_reads(source)
+        await _archive(tmp_path / "archive", kind, DATA[::-1])
+        with pytest.raises(SourceChangedError):
+            await source.read(0, 10)
+
+
+async def test_an_archive_that_is_replaced_while_it_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it is described as is not what was opened then."""
+    from fsspec.implementations.zip import ZipFileSystem
+
+    await _archive(tmp_path / "archive", "zip", DATA)
+    make = ZipFileSystem.__init__
+
+    def late(self: Any, *arguments: Any, **options: Any) -> None:
+        make(self, *arguments, **options)
+        os.utime(tmp_path / "archive", (1, 1))
+
+    source = FsspecSource.from_url(f"fsspec+zip://a::file://{tmp_path}/archive")
+    with monkeypatch.context() as patch:
+        patch.setattr(ZipFileSystem, "__init__", late)
+        with pytest.raises(SourceError, match="while it was opened") as caught:
+            await source.open()
+        assert caught.value.transient
+    await source.open()
+    await source.aclose()
+
+
+@pytest.mark.parametrize("first", ["simplecache", "filecache"])
+async def test_a_chain_that_begins_without_a_path(tmp_path: Path, first: str) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(DATA)
+    url = f"fsspec+{first}::file://{path}"
+    for cache in (False, tmp_path / "cache"):
+        async with aiouffd.open(url, cache=cache, cache_storage=str(tmp_path / first)) as buf:
+            assert await buf.read(5, 1000) == DATA[5:1005]
+            # Its copy may be older than what it says of the file.
+            assert not cache or not buf.source.caching  # type: ignore[attr-defined]
+    path.write_bytes(DATA[::-1])
+    async with aiouffd.open(url) as buf:
+        assert await buf.read(5, 1000) == DATA[::-1][5:1005]
+    assert "a::b" not in repr(as_source(url))
+
+
+def test_files_with_colons_are_files() -> None:
+    for name in ("a::b", "simplecache::a", "zip::file://a"):
+        assert isinstance(as_source(name), FileSource)
+    with pytest.raises(UsageError, match="nonsense"):
+        as_source("fsspec+nonsense::file:///a")
+
+
+def test_keys_hold_the_options_of_file_systems(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def key(url: str, **options: Any) -> str | None:
+        return FsspecSource.from_url(f"fsspec+{url}", **options).cache_key
+
+    http = "http://h/a"
+    keys = [
+        key(http),
+        key(http, client_kwargs={"headers": {"X-Tenant": "a"}}),
+        key(http, client_kwargs={"headers": {"X-Tenant": "b"}}),
+        key("zip://a", fo="one.zip"),
+        key("zip://a", fo="two.zip"),
+        key("zip://a::http://h/z", http={"headers": {"X": "1"}}),
+        key("zip://a::http://h/z", http={"headers": {"X": "2"}}),
+        key("ftp://h/a", username="one"),
+        key("ftp://h/a", username="two"),
+    ]
+    assert len({*keys, None}) == len(keys) + 1
+    assert keys[0] == http
+    assert key("ftp://h/a", username="one", password="x", timeout=5) == keys[-2]
+    assert key(http, client_kwargs={"session": object()}) is None
+    monkeypatch.setitem(fsspec.config.conf, "ftp", {"host": "other"})
+    assert key("ftp://h/a", username="one") != keys[-2]
+
+    monkeypatch.chdir(tmp_path)
+    assert key("zip://a", fo="one.zip") != keys[3], "elsewhere it is another file"
+    assert key("file://a") == f"file://{tmp_path}/a"
+    with pytest.raises(UsageError, match="key="):
+        aiouffd.open("fsspec+http://h/a", client_kwargs={"session": object()}, cache=tmp_path)
+
+
+class Raising(fsspec.AbstractFileSystem):
+    """Raises on order."""
+
+    protocol = "raising"
+    error: ClassVar[BaseException | None] = None
+
+    def info(self, path: str, **options: Any) -> dict[str, Any]:
+        return {"name": path, "type": "file", "size": SIZE, "mtime": 5.5}
+
+    def cat_file(self, path: str, start: Any = None, end: Any = None, **options: Any) -> bytes:
+        if start == 0 and self.error is not None:
+            raise self.error
+        return DATA[start:end]
+
+
+class RaisingLater(AsyncFileSystem):
+    """The same on the loop."""
+
+    protocol = "raisinglater"
+    error: ClassVar[BaseException | None] = None
+    async_impl = True
+
+    async def _info(self, path: str, **options: Any) -> dict[str, Any]:
+        return {"name": path, "type": "file", "size": SIZE, "mtime": 5.5}
+
+    async def _cat_file(self, path: str, start: Any = None, end: Any = None, **_: Any) -> bytes:
+        if start == 0 and self.error is not None:
+            raise self.error
+        return DATA[start:end]
+
+
+@pytest.mark.parametrize("kind", [Raising, RaisingLater])
+@pytest.mark.parametrize(
+    "error",
+    [
+        asyncio.CancelledError(),
+        concurrent.futures.CancelledError(),
+        StopIteration(),
+        StopAsyncIteration(),
+        SystemExit(3),
+        BaseException("odd"),
+        ZeroDivisionError(),
+    ],
+    ids=repr,
+)
+async def test_a_file_system_may_raise_anything(
+    kind: Any, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = FsspecSource(kind(skip_instance_cache=True), "a", coalesce=None)
+    await source.open()
+    monkeypatch.setattr(kind, "error", error)
+    reads = [source.read(0, 10), source.read(10, 10), source.read(0, 20)]
+    found = await asyncio.gather(*reads, return_exceptions=True)
+    assert isinstance(found[0], SourceError)
+    assert isinstance(found[2], SourceError)
+    assert not found[0].transient
+    assert found[1] == DATA[10:20]
+    await source.aclose()
+
+
+@pytest.mark.parametrize("kind", [Raising, RaisingLater])
+async def test_a_file_system_may_raise_anything_when_it_is_opened(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = FsspecSource(kind(skip_instance_cache=True), "a")
+    for error in (asyncio.CancelledError(), StopIteration(), SystemExit(1), KeyError("x")):
+        with monkeypatch.context() as patch:
+
+            def info(*_: Any, error: BaseException = error, **__: Any) -> Any:
+                raise error
+
+            patch.setattr(kind, "info" if kind is Raising else "_info", info)
+            with pytest.raises(SourceError):
+                await source.open()
+    await source.open()
+    assert await source.read(10, 10) == DATA[10:20]
+    await source.aclose()
+
+
+# ------------------------------------------------------- once, and cut off anywhere
+
+
+@pytest.fixture(params=["file", "http", "zip"])
+async def anywhere(request: Any, server: RangeServer, tmp_path: Path) -> str:
+    """A URL of each kind: in threads, on the loop, in an archive."""
+    if request.param == "http":
+        return server.url("/a")
+    if request.param == "zip":
+        await _archive(tmp_path / "a", "zip", DATA)
+        return f"zip://a::file://{tmp_path}/a"
+    (tmp_path / "a").write_bytes(DATA)
+    return f"file://{tmp_path}/a"
+
+
+async def test_opening_may_be_cut_off_anywhere(anywhere: str) -> None:
+    async def run(cut: Cut) -> None:
+        source = FsspecSource.from_url(f"fsspec+{anywhere}")
+        await cut(source.open())
+        await source.open()
+        assert bytes(await source.read(9, 9)) == DATA[9:18]
+        await source.aclose()
+
+    await cancel_everywhere(run)
+
+
+async def test_closing_may_be_cut_off_anywhere(anywhere: str) -> None:
+    async def run(cut: Cut) -> None:
+        source = FsspecSource.from_url(f"fsspec+{anywhere}")
+        await source.open()
+        read = asyncio.ensure_future(source.read(9, 9))
+        await asyncio.sleep(0)
+        await cut(source.aclose())
+        await source.aclose()
+        await asyncio.wait((read,))
+        with pytest.raises(ClosedError):
+            read.result() and source._life.check()
+
+    await cancel_everywhere(run)
+
+
+@pytest.mark.parametrize("coalesce", [0, None])
+async def test_reading_may_be_cut_off_anywhere(anywhere: str, coalesce: int | None) -> None:
+    async def run(cut: Cut) -> None:
+        async with opened(anywhere, coalesce=coalesce) as source:
+            together = asyncio.ensure_future(source.read(18, 9))
+            await cut(source.read(9, 9))
+            assert bytes(await together) == DATA[18:27]
+            assert bytes(await source.read(0, 9)) == DATA[:9]
+
+    await cancel_everywhere(run)
+
+
+async def test_the_end_of_a_loop_may_come_anywhere(anywhere: str) -> None:
+    async def run(cut: Cut) -> None:
+        source = FsspecSource.from_url(f"fsspec+{anywhere}")
+
+        async def whole() -> None:
+            try:
+                await source.open()
+                await source.read(9, 9)
+            finally:
+                await source.aclose()
+
+        await cut.quiet(whole())
+        await source.aclose()
+
+    await cancel_everywhere(run, ways=[Way.TASK, Way.ALL])
+
+
+async def test_opened_and_closed_by_many_at_a_time(anywhere: str) -> None:
+    source = FsspecSource.from_url(f"fsspec+{anywhere}")
+    await asyncio.gather(*(source.open() for _ in range(5)))
+    assert bytes(await source.read(9, 9)) == DATA[9:18]
+    await asyncio.gather(*(source.aclose() for _ in range(5)))
+
+    source = FsspecSource.from_url(f"fsspec+{anywhere}")
+    opening = asyncio.ensure_future(source.open())
+    await asyncio.sleep(0)
+    await source.aclose()
+    with pytest.raises(ClosedError):
+        await opening
+    with pytest.raises(ClosedError):
+        await source.open()
 
 
 @pytest.mark.parametrize("errors", ["hard", "soft"])

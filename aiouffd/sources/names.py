@@ -24,7 +24,10 @@ def without_password(url: str) -> str:
 def with_user(url: str, user: str | None = None) -> str:
     """The URL with its user (or the one that is given), without a password. Servers may show
     each user something else under one path."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # no URL, whatever it looks like
+        return url
     found, at, host = parts.netloc.rpartition("@")
     name = found.partition(":")[0] + at if user is None else quote(user, safe="") + "@"
     return urlunsplit(parts._replace(netloc=name + host))

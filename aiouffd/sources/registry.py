@@ -34,6 +34,8 @@ Factory = Callable[..., Source]
 
 # As in RFC 3986, but for one-letter ones.
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+# The first file system of a chain of fsspec need not have a path: fsspec+simplecache::s3://...
+_CHAINED = re.compile(r"(fsspec\+[A-Za-z0-9.-]+)::", re.I)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ _ALIASES = {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az", "azure": "az"
 
 def scheme_of(text: str) -> str | None:
     """The scheme of a URL in lower case; None for what is no URL."""
-    match = _SCHEME.match(text)
+    match = _SCHEME.match(text) or _CHAINED.match(text)
     return match[1].lower() if match else None
 
 
