@@ -24,7 +24,7 @@ from .pager import Pager, shared_pagers
 from .region import Errors, Kind, Region
 from .sink import BufferSink
 from .sources import MemorySource, as_source
-from .sources.base import Source, aclose_source, open_source
+from .sources.base import Source, aclose_source, clone_source, open_source, size_of_source
 from .sources.names import display_name
 from .tally import Tally
 from .workingset import Recording, WorkingSet, observe
@@ -234,7 +234,7 @@ class LazyBuffer:
                 raise SourceChangedError(
                     f"the source is at version {version}, not {self._expected_version}"
                 )
-            self._size = self._source.size
+            self._size = size_of_source(self._source)
             if self._size:
                 self._map()
             self._open = True
@@ -248,7 +248,7 @@ class LazyBuffer:
 
     def _map(self) -> None:
         native = isinstance(self._source, MemorySource)
-        clone = self._source.clone() if self._fork == "serve" else None
+        clone = clone_source(self._source) if self._fork == "serve" else None
         pager = shared_pagers.acquire(self._user_mode_only, self._strict, native)
         try:
             region = pager._map(
