@@ -100,10 +100,12 @@ class Service:
         loop.add_reader(lib.au_rescue_fd(), self._on_wanted)
         self._loop = loop
         self._ready.set()
-        try:
-            loop.run_forever()
-        finally:
-            loop.close()
+        while True:
+            # A source that stops the loop it runs on, or exits, must not take it from all others.
+            try:
+                loop.run_forever()
+            except BaseException:
+                log.exception("a callback ended the background loop, which goes on")
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
