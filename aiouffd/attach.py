@@ -44,6 +44,7 @@ from typing import Any, Literal, TypeVar
 
 from ._lib import ffi, lib
 from .errors import ClosedError, PeerError, SourceError, UnsupportedError, UsageError
+from .exporter import Exporter
 
 __all__ = ["Attachment", "attach"]
 
@@ -109,7 +110,7 @@ def attach(
     )
 
 
-class Attachment:
+class Attachment(Exporter):
     """Memory that another process fills. Made by `attach`. Any thread may use it.
 
     Views, and arrays made of them, keep the memory and the service alive, also when this object is
@@ -305,7 +306,7 @@ class Attachment:
         # A new one each time: ours is released by `close`, theirs are theirs.
         return view[:]
 
-    def __buffer__(self, flags: int) -> memoryview:
+    def _export(self) -> memoryview:
         """PEP 688 (Python 3.12): it can itself be given to numpy and others."""
         return self.view
 

@@ -14,6 +14,7 @@ from .buffer import BufferStats, LazyBuffer
 from .buffer import _reopen as _reopen_lazy
 from .buffer import open as _open
 from .errors import UsageError
+from .exporter import Exporter
 from .rescue import service
 from .workingset import Recording, WorkingSet
 
@@ -28,7 +29,7 @@ def open(source: Any, **settings: Any) -> SyncBuffer:
     return SyncBuffer(_open(source, **settings))
 
 
-class SyncBuffer:
+class SyncBuffer(Exporter):
     """A `LazyBuffer` with blocking methods. All of them from any thread."""
 
     def __init__(self, buffer: LazyBuffer) -> None:
@@ -58,7 +59,7 @@ class SyncBuffer:
         """See `LazyBuffer.view`."""
         return self._buffer.view
 
-    def __buffer__(self, flags: int) -> memoryview:
+    def _export(self) -> memoryview:
         return self._buffer.view
 
     @property

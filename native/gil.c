@@ -1,4 +1,5 @@
-/* The only file that knows Python: who holds the GIL, and giving it away.
+/* The only file that knows Python: who holds the GIL, and giving it away; and the base class of
+ * objects that export their memory.
  *
  * The limited API cannot say which thread state holds the GIL, so the module is
  * built for one Python version.
@@ -135,4 +136,59 @@ void au_gil_exit(void)
 	__atomic_store_n(&au_shared.exiting, 1, __ATOMIC_SEQ_CST);
 	for (tries = 0; tries < 1000 && atomic_load(&taking); tries++)
 		au_sleep_ns(AU_NS_PER_MS);
+}
+
+/* `_export` returns a memoryview, and it is that memoryview that users of the buffer hold on to.
+ *
+ * PEP 688's `__buffer__` would do from Python 3.12 on, but not well enough: its buffer belongs to a
+ * wrapper that lets go of the memory with the Py_buffer, whereas torch.frombuffer() releases that at
+ * once and keeps `view.obj`. And NumPy keeps the object that it was given, unless its type has a
+ * bf_releasebuffer: then it makes a memoryview of it. */
+static int export_buffer(PyObject *self, Py_buffer *view, int flags)
+{
+	PyObject *memory = PyObject_CallMethod(self, "_export", NULL);
+	int result;
+
+	view->obj = NULL;
+	if (!memory)
+		return -1;
+	result = PyObject_GetBuffer(memory, view, flags);
+	Py_DECREF(memory);
+	return result;
+}
+
+/* Never called: `view->obj` is the memoryview. */
+static void release_buffer(PyObject *self, Py_buffer *view)
+{
+	(void)self;
+	(void)view;
+}
+
+static PyType_Slot exporter_slots[] = {
+	{ Py_bf_getbuffer, export_buffer },
+	{ Py_bf_releasebuffer, release_buffer },
+	{ Py_tp_doc, "An object whose `_export` returns a memoryview of the memory that it exports." },
+	{ 0, NULL },
+};
+
+static PyType_Spec exporter_spec = {
+	.name = "aiouffd.exporter.Exporter",
+	.basicsize = sizeof(PyObject),
+	.flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
+	.slots = exporter_slots,
+};
+
+int au_python_exporter(const char *module)
+{
+	PyGILState_STATE gil = PyGILState_Ensure();
+	PyObject *type = PyType_FromSpec(&exporter_spec), *where = PyImport_ImportModule(module);
+	int result = -1;
+
+	if (type && where)
+		result = PyObject_SetAttrString(where, "Exporter", type);
+	PyErr_Clear();
+	Py_XDECREF(type);
+	Py_XDECREF(where);
+	PyGILState_Release(gil);
+	return result;
 }

@@ -15,4 +15,7 @@ void au_gil_take(void *token);
  * wait in au_gil_take are let through, later ones park.  Bounded. */
 void au_gil_exit(void);
 
+/* Make the class `Exporter` in the Python module of that name.  0 or -1. */
+int au_python_exporter(const char *module);
+
 #endif

@@ -131,6 +131,7 @@ int au_rescue_fd(void);
 int au_rescue_take(struct au_engine *engine);
 void au_rescue_wake(void);
 void au_gil_exit(void);
+int au_python_exporter(const char *module);
 int au_handler_signal(void);
 int au_handler_send(uint32_t tid);
 
