@@ -7,9 +7,11 @@ message, folds duplicates and returns only blocks that nobody fetches yet.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import logging
 import os
 import struct
+import sys
 import threading
 import warnings
 import weakref
@@ -98,8 +100,14 @@ class Pager:
         self._uffd: Userfaultfd | None = None
         self._engine: Any = None
         self._pid = os.getpid()
-        self._closed = False
+        # `aclose` was called; and then, when nobody held a region any more, it ended.
+        self._closed = self._ended = False
+        # Whether its own loop is gone, and the rescue loop has taken its place.
+        self._orphan = False
+        self._drained: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._loop: asyncio.AbstractEventLoop = None  # type: ignore[assignment]
+        # The loop that it was opened on.
+        self._home: asyncio.AbstractEventLoop = None  # type: ignore[assignment]
         self._thread = self._native_thread = 0
         # Where the loop's thread was when it last touched a missing page itself.
         self._rescue_stack: list[tuple[str, int, str]] = []
@@ -122,7 +130,7 @@ class Pager:
             raise ClosedError("the pager is closed")
         if self._uffd is not None:
             return self
-        self._loop = asyncio.get_running_loop()
+        self._loop = self._home = asyncio.get_running_loop()
         uffd = self._make_uffd()
         error = ffi.new("int *")
         options = lib.AU_ENGINE_OWN | lib.AU_ENGINE_YIELD
@@ -133,7 +141,7 @@ class Pager:
         lib.au_engine_set_times(engine, *self._times)
         self._thread, self._native_thread = threading.get_ident(), threading.get_native_id()
         lib.au_engine_set_loop(engine, self._native_thread)
-        uffd._descriptor.fork_handled = True
+        uffd._descriptor.fork_handled = uffd._owned = True
         self._uffd, self._engine = uffd, ffi.gc(engine, EngineEnd())
         if not lib.au_sentry_sees():
             warnings.warn(
@@ -164,7 +172,13 @@ class Pager:
 
     @property
     def closed(self) -> bool:
+        """Whether `aclose` was called. What is held of its regions is served nevertheless."""
         return self._closed
+
+    @property
+    def on_its_thread(self) -> bool:
+        """Whether this is the thread of its loop."""
+        return threading.get_ident() == self._thread
 
     @property
     def user_mode_only(self) -> bool:
@@ -244,6 +258,8 @@ class Pager:
 
     def _forget(self, region: Region) -> None:
         self._regions.pop(region.id, None)
+        if self._closed and not self._regions:
+            self._end()
 
     def _read(self, wanted: bool) -> None:
         """Have the loop watch the descriptor, or not."""
@@ -256,7 +272,7 @@ class Pager:
 
     def _native_only(self) -> None:
         """Where all bytes are at hand the sentry serves alone, and the loop sleeps on."""
-        if self._paused is None and not self._closed:
+        if self._paused is None and not self._ended:
             self._read(not self._regions or any(r._keep is None for r in self._regions.values()))
 
     # ---------------------------------------------------------------- dispatch
@@ -297,6 +313,9 @@ class Pager:
         region = self._regions.get(number)
         if region is None or region._closed:
             return  # closing: the native side poisons
+        if self._orphan:
+            self._rescue_block(region, block)
+            return
         sink = region._sink
         try:
             if sink is None:
@@ -326,9 +345,22 @@ class Pager:
 
     def _resume(self) -> None:
         self._paused = None
-        if not self._closed:
+        if not self._ended:
             self._native_only()
             self._on_readable()
+
+    def who_waits(self, region: Region) -> list[tuple[str, int]]:
+        """Names of the threads that wait for a page of ``region`` now, and its offset in bytes."""
+        if self._engine is None:
+            return []
+        pages, tids = ffi.new("uint64_t[256]"), ffi.new("uint32_t[256]")
+        count = lib.au_engine_blocked(self._engine, pages, tids, 256)
+        names = {thread.native_id: thread.name for thread in threading.enumerate()}
+        return [
+            (names.get(tids[i], str(tids[i])), pages[i] - region.address)
+            for i in range(count)
+            if region.address <= pages[i] < region.address + region.mapped_length
+        ]
 
     # ------------------------------------------------------------------ rescue
 
@@ -338,8 +370,10 @@ class Pager:
         Returns what could not be served, for the log.
         """
         engine = self._engine
-        if engine is None or self._closed:
+        if engine is None or self._ended:
             return []
+        if self._loop.is_closed():
+            self._move()
         if self._rescue_entries is None:
             self._rescue_entries = ffi.new("struct au_entry[]", _BATCH)
             self._rescue_pages = ffi.new("uint64_t[]", 1024)
@@ -362,19 +396,33 @@ class Pager:
                 if region.address <= page < region.address + region.mapped_length:
                     block = (page - region.address) // region.block_size
                     wanted[region.id, block] = region
-        unserved = []
-        for (_, block), region in wanted.items():
-            if region._closed:
-                continue
-            if region._sink is None or not region._sink.rescue(block):
-                unserved.append(f"block {block} of {region!r}")
-                self._leave_to_loop(region, block)
-        return unserved
+        return [
+            f"block {block} of {region!r}"
+            for (_, block), region in wanted.items()
+            if not self._rescue_block(region, block)
+        ]
+
+    def _rescue_block(self, region: Region, block: int) -> bool:
+        """Whether the rescue loop can serve this."""
+        if region._closed or (region._sink is not None and region._sink.rescue(block)):
+            return True
+        self._leave_to_loop(region, block)
+        return False
+
+    def _move(self) -> None:
+        """On the rescue loop: its own is closed, so this one watches the descriptor from now on.
+        Otherwise each fault would have to wait for the patience to pass."""
+        self._loop = asyncio.get_running_loop()
+        self._thread, self._native_thread = threading.get_ident(), threading.get_native_id()
+        self._orphan, self._reading, self._paused = True, False, None
+        lib.au_engine_set_loop(self._engine, self._native_thread)
+        self._native_only()
+        self._loop.add_reader(self._engine.notify_fd, self._on_readable)
 
     def _leave_to_loop(self, region: Region, block: int) -> None:
         """Only the pager's loop can serve this: tell it, and set the toucher a deadline."""
         came = threading.Event()
-        if not self._loop.is_closed():
+        if not self._orphan and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._late_miss, region, block, came)
         asyncio.get_running_loop().call_later(
             self.rescue_deadline, self._rescue_expired, region, block, came
@@ -393,13 +441,16 @@ class Pager:
         # A loop that came late has it in hand, however long its source takes.
         if region._closed or came.is_set() or self._settled(region, block):
             return
+        places = ", ".join(region.held_at) or "nobody, but a thread waits"
         log.error(
             "block %d of %r could not be served in %s s because only the loop of its pager can, "
-            "which does not come; whoever waits gets an error. Declare the handler portable, or "
-            "do not touch from the loop's thread.",
+            "which %s; whoever waits gets an error. The memory is held by: %s. Use a source that "
+            "can be cloned. Declare the handler portable, or do not touch from the loop's thread.",
             block,
             region,
             self.rescue_deadline,
+            "is closed" if self._orphan else "does not come",
+            places,
         )
         try:
             region.poison(block * region.block_size, self._block_length(region, block))
@@ -415,34 +466,62 @@ class Pager:
 
     # ------------------------------------------------------------------- close
 
-    async def aclose(self) -> None:
-        """Close all regions, then the descriptor. Touchers still blocked get SIGBUS. Idempotent."""
-        self.close()
+    async def aclose(self, *, force: bool = False) -> None:
+        """Done with the pager and all its regions: see `Region.close`. Idempotent.
 
-    def close(self) -> None:
+        Returns at once. Regions that somebody holds are served on, by their handlers on this
+        loop while it runs, and the last one to go closes the descriptor; `drained` waits for
+        that. With ``force`` all ends now, and threads that wait get SIGBUS.
+        """
+        self.close(force=force)
+
+    def close(self, *, force: bool = False) -> None:
         """As `aclose`; from the loop's thread."""
-        if self._closed:
+        if self._ended:
             return
         self._closed = True
-        if self._uffd is None:
+        if self._uffd is None or self._pid != os.getpid():
+            self._end()
             return
-        service.release(self)
+        for region in list(self._regions.values()):
+            region.close(force=force)
+        if not self._regions:
+            self._end()
+
+    async def drained(self) -> None:
+        """Wait until it was closed and nobody holds memory of its regions any more."""
+        await asyncio.shield(asyncio.wrap_future(self._drained))
+
+    def _end(self) -> None:
+        """There are no regions any more: close the descriptor. Idempotent."""
+        if self._ended:
+            return
+        self._ended = True
         engine, self._engine = self._engine, None
-        if self._pid == os.getpid():
-            for region in list(self._regions.values()):
-                region.close()
-            if not self._loop.is_closed():
-                self._read(False)
-                self._loop.remove_reader(engine.notify_fd)
-                if self._paused is not None:
-                    self._paused.cancel()
-            lib.au_engine_close(engine)
-            self._uffd.close()
+        try:
+            if self._uffd is not None:
+                service.release(self)
+                if self._pid == os.getpid():
+                    self._leave_loop(engine.notify_fd)
+                    lib.au_engine_close(engine)
+                    self._uffd.close()
+        finally:
+            if not self._drained.done():
+                self._drained.set_result(None)
+
+    def _leave_loop(self, notify: int) -> None:
+        if not self._loop.is_closed():
+            self._read(False)
+            self._loop.remove_reader(notify)
+            if self._paused is not None:
+                self._paused.cancel()
 
     def __del__(self) -> None:
-        if getattr(self, "_uffd", None) is not None and not self._closed:
-            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=1)
-            self.close()
+        # At the end of the interpreter threads that wait are left alone, and end with it.
+        if getattr(self, "_uffd", None) is None or self._closed or sys.is_finalizing():
+            return
+        warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=1)
+        self.close(force=True)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open" if self._uffd is not None else "not open"
@@ -470,7 +549,7 @@ class _Shared:
         return pager
 
     def release(self, pager: Pager) -> None:
-        pagers = self._pagers.get(pager._loop, {})
+        pagers = self._pagers.get(pager._home, {})
         for key, (candidate, users) in list(pagers.items()):
             if candidate is pager:
                 if users > 1:

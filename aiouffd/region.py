@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import inspect
 import os
 import random
 import sys
-import time
 import types
 import weakref
 from collections import deque
@@ -22,8 +20,8 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from ._lib import ffi, lib, pin
-from .errors import AiouffdError, ClosedError, KernelError, SourceTimeoutError, UsageError
-from .usercode import ends_the_program, is_ours, tell_loop
+from .errors import ClosedError, KernelError, SourceTimeoutError, UsageError
+from .exports import Exports
 
 if TYPE_CHECKING:
     from .pager import Pager
@@ -212,9 +210,11 @@ class Region:
         self._pager = weakref.ref(pager)
         self._pid = os.getpid()
         self._writable = writable
-        self._buffer: Any = None
-        self._view: memoryview | None = None
-        self._closed = False
+        # The export that `view` gives out, as long as anybody has it.
+        self._exported: weakref.ref[Any] | None = None
+        self._exports = Exports()
+        # `close` was called; and then, when nobody held the memory any more, it was closed.
+        self._released = self._closed = False
         self._keep: Any = None
         self._sink: BlockSink | None = None
         #: What becomes of a block whose handler fails, and its time limit in seconds.
@@ -232,9 +232,8 @@ class Region:
         self.mapped_length: int = native.length
         self._where = ffi.new("uint64_t *")
         # The struct and the mapping are freed when nobody refers to them any more: this
-        # region while it is open, calls under way in other threads, and views.
+        # region while it is open, calls under way in other threads, and exports.
         self._native = ffi.gc(native, _Unmapper(self._pid, pager._engine))
-        self._memory = ffi.gc(ffi.cast("char *", native.start), _Keeper(self._native))
 
     # ------------------------------------------------------------------ views
 
@@ -248,27 +247,39 @@ class Region:
 
     @property
     def closed(self) -> bool:
-        return self._closed
+        """Whether `close` was called. Memory that somebody holds is served nevertheless."""
+        return self._closed or self._released
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self._closed or self._released:
             raise ClosedError("the region is closed")
 
     @property
     def view(self) -> memoryview:
         """The memory, as one memoryview of bytes; touching it is what makes faults.
 
-        Views and arrays over it keep the mapping alive after `close`, with what is
-        resident; the rest raises SIGBUS. Read-only unless the region is writable.
+        Views, and slices and arrays made of them, keep the memory alive and served after
+        `close`. Read-only unless the region is writable. Any thread.
         """
-        if self._view is None:
+        exported = None if self._exported is None else self._exported()
+        if exported is None:
             self._check_open()
-            self._buffer = ffi.buffer(self._memory, self.length)
-            view = memoryview(self._buffer)
-            self._view = view if self._writable else view.toreadonly()
-        self.check_touchable()
-        # A new one each time: ours is released by `close`, theirs are theirs.
-        return self._view[:]
+            native = self.check_touchable()
+            # While somebody holds the memory its pager has to be there to serve it.
+            exported = self._exports.add(
+                ffi.cast("char *", self.address), self.length, (native, self._pager())
+            )
+            self._exported = weakref.ref(exported)
+        else:
+            self._check_open()
+            self.check_touchable()
+        view = memoryview(exported)
+        return view if self._writable else view.toreadonly()
+
+    @property
+    def held_at(self) -> list[str]:
+        """Where the views that still exist were taken: ``file:line``. Any thread."""
+        return self._exports.places
 
     def fileno(self) -> int:
         """The descriptor of a memfd region, for filling its page cache before `continue_`."""
@@ -353,21 +364,16 @@ class Region:
             raise UsageError(message, hint=_HINTS[code])
         raise KernelError(message, errno=code, done=done, hint=_HINTS.get(code))
 
-    async def install_async(
-        self, offset: int, data: Any, *, heal: bool = False, patience: float | None = None
-    ) -> None:
-        """As `install`, but waits and tries again while mappings change (EAGAIN): for ``patience``
-        seconds at most, or as long as it takes."""
+    async def install_async(self, offset: int, data: Any, *, heal: bool = False) -> None:
+        """As `install`, but waits and tries again while mappings change (EAGAIN)."""
         view = memoryview(data)
         pause = 0.001
-        limit = None if patience is None else time.monotonic() + patience
         while True:
             try:
                 self.install(offset, view, heal=heal)
                 return
             except KernelError as error:
-                late = limit is not None and time.monotonic() > limit
-                if error.errno != errno.EAGAIN or late:
+                if error.errno != errno.EAGAIN:
                     raise
                 offset += error.done
                 view = view[error.done :]
@@ -530,24 +536,35 @@ class Region:
 
     # ------------------------------------------------------------------ close
 
-    def _release_views(self) -> bool:
-        """Try to let go of the view; True when nobody else holds on to the memory."""
-        if self._view is None:
-            return True
-        try:
-            self._view.release()
-        except BufferError:
-            return False
-        self._view = None
-        # Slices keep the buffer object alive behind the released view.
-        return sys.getrefcount(self._buffer) <= 2
+    def close(self, *, force: bool = False) -> None:
+        """Done with the region. Idempotent; from the loop's thread.
 
-    def close(self) -> None:
-        """Stop serving. Blocked touchers get SIGBUS (EFAULT in system calls); never zeros.
-
-        Idempotent. The memory is unmapped at once when no view of it exists, else with the
-        last one; until then what is resident can be read and the rest raises SIGBUS.
+        Memory that nobody holds is unmapped at once. As long as a view, or an array made of one,
+        exists, its memory goes on being served, and threads that wait get their pages; the
+        last one to go ends it. With ``force`` it ends now: what is missing raises SIGBUS
+        (EFAULT in system calls), for threads that wait as well; never zeros.
         """
+        if self._closed:
+            return
+        if force or self._pid != os.getpid():
+            self._shut()
+        elif not self._released:
+            self._released = True
+            self._exports.end(self._let_go)
+
+    def _let_go(self) -> None:
+        """The last export has gone, in whatever thread."""
+        pager = self._pager()
+        if pager is not None and not pager.on_its_thread:
+            try:
+                pager._loop.call_soon_threadsafe(self._shut)
+                return
+            except RuntimeError:
+                pass  # the loop is closed
+        self._shut()
+
+    def _shut(self) -> None:
+        """Stop serving, whoever holds the memory: see `close`. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -555,17 +572,22 @@ class Region:
             return
         if self._sink is not None:
             self._sink.close()
-        unused = self._release_views()
-        lib.au_region_close(self._native, unused)
-        self._native = self._memory = self._buffer = self._view = None
+        self._exports.end(_nothing)
+        # What is held stays mapped until its exports are gone.
+        lib.au_region_close(self._native, not self._exports.held)
+        self._native = None
         self._sink = self._keep = None
         pager = self._pager()
         if pager is not None:
             pager._forget(self)
 
     def __repr__(self) -> str:
-        state = " closed" if self._closed else ""
+        state = " closed" if self.closed else ""
         return f"<Region {self.id}: {self.length} bytes of {self.kind} at {self.address:#x}{state}>"
+
+
+def _nothing() -> None:
+    pass
 
 
 class _Unmapper:
@@ -582,18 +604,6 @@ class _Unmapper:
         if self.pid == getpid():
             lib.au_region_close(native, 1)
             lib.au_region_free(native)
-
-
-class _Keeper:
-    """Keeps the native region alive as long as the memory that views refer to."""
-
-    __slots__ = ("native",)
-
-    def __init__(self, native: Any) -> None:
-        self.native = native
-
-    def __call__(self, _memory: Any) -> None:
-        self.native = None
 
 
 #: So many faults in a row whose handler never waited, and the next is run without a task...
@@ -625,39 +635,20 @@ class HandlerSink:
         self, block: int, address: int = 0, flags: int = 0, thread: int = 0, generation: int = 0
     ) -> None:
         fault = Fault(self._region, block, address, flags, thread, generation)
-        if self._direct < 0 or not self._take_in_hand(fault):
-            self._start(fault, None)
-
-    def _take_in_hand(self, fault: Fault) -> bool:
-        """Make the first step of the handler by hand. False if a task has to begin anew."""
-        try:
-            coroutine = self._handle(fault)
-            future = coroutine.send(None)
-        except StopIteration:
-            return self._is_done(fault)
-        except BaseException as error:
-            # Perhaps for want of a task, so that it is nobody's business yet.
-            self._direct = -DIRECT_SETBACK
-            if not ends_the_program(error):
-                return False
-            self._region.end(fault.block, 1)
-            self._report(fault, error)
-        else:
-            self._direct = -DIRECT_SETBACK
-            self._start(fault, _resume(coroutine, future))
-        return True
-
-    def _handle(self, fault: Fault) -> Any:
-        """Call the handler: a coroutine to be driven. Raises what the handler raises."""
-        answer: Any = self._handler(fault)
-        if type(answer) is types.CoroutineType or isinstance(answer, Coroutine):
-            return answer
-        if inspect.isawaitable(answer):
-            return _await(answer)
-        raise UsageError(
-            f"the handler of {self._region!r} gave {type(answer).__name__}, not a coroutine",
-            hint="define it with `async def`",
-        )
+        if self._direct >= 0:
+            coroutine = self._handler(fault)
+            try:
+                future = coroutine.send(None)
+            except StopIteration:
+                if self._is_done(fault):
+                    return
+            except (Exception, asyncio.CancelledError):
+                self._direct = -DIRECT_SETBACK
+            else:
+                self._direct = -DIRECT_SETBACK
+                self._start(fault, _resume(coroutine, future))
+                return
+        self._start(fault, None)
 
     def hit(self, block: int) -> None:
         """Blocks in flight are not reported for handlers."""
@@ -682,16 +673,11 @@ class HandlerSink:
         coroutine = self._serve(fault, begun)
         loop = asyncio.get_running_loop()
         if _EAGER:
-            try:
-                task: asyncio.Task[None] = asyncio.Task(
-                    coroutine,
-                    loop=loop,
-                    eager_start=True,  # type: ignore[call-arg]
-                )
-            except (KeyboardInterrupt, SystemExit) as error:
-                # Raised by the handler, and to end the loop; not what else we are about to do.
-                self._report(fault, error)
-                return
+            task: asyncio.Task[None] = asyncio.Task(
+                coroutine,
+                loop=loop,
+                eager_start=True,  # type: ignore[call-arg]
+            )
             if task.done():
                 return
         else:
@@ -705,7 +691,7 @@ class HandlerSink:
             self._start(self._waiting.popleft(), None)
 
     async def _call(self, fault: Fault) -> None:
-        coroutine = self._handle(fault)
+        coroutine = self._handler(fault)
         try:
             future = coroutine.send(None)
         except StopIteration:
@@ -716,50 +702,39 @@ class HandlerSink:
 
     async def _serve(self, fault: Fault, begun: Awaitable[None] | None) -> None:
         region = self._region
-        task = asyncio.current_task()
         pause = RETRY_FIRST
         while True:
-            limit = None
             try:
                 attempt = begun or self._call(fault)
                 begun = None
                 if region.deadline is None:
                     await attempt
                 else:
-                    async with asyncio.timeout(region.deadline) as limit:
+                    async with asyncio.timeout(region.deadline):
                         await attempt
                 if self._is_done(fault):
                     return
                 raise UnresolvedError(fault)
-            except BaseException as error:
-                if is_ours(error, task):
-                    if not self._closed and not region._closed:
-                        # Somebody cancelled the task: the toucher asks again.
-                        region.end(fault.block, 1)
-                    raise
-                if region._closed:
-                    return
-                if isinstance(error, TimeoutError) and limit is not None and limit.expired():
+            except asyncio.CancelledError:
+                if not self._closed and not region._closed:
+                    # Somebody cancelled the task: the toucher asks again.
+                    region.end(fault.block, 1)
+                raise
+            except ClosedError:
+                return
+            except Exception as error:
+                if isinstance(error, TimeoutError) and region.deadline is not None:
                     error = SourceTimeoutError(
                         f"no answer for {fault!r} within {region.deadline} seconds"
                     )
                 self._report(fault, error)
             if region._closed or self._is_done(fault):
                 return
-            if region.errors == "soft" and self._poison(fault):
+            if region.errors == "soft":
+                fault.poison()
                 return
             await asyncio.sleep(pause * (0.5 + random.random()))
             pause = min(pause * 2, RETRY_LONGEST)
-
-    def _poison(self, fault: Fault) -> bool:
-        try:
-            fault.poison()
-        except ClosedError:
-            return True
-        except AiouffdError as error:
-            self._report(fault, error)
-            return False
-        return True
 
     def _is_done(self, fault: Fault) -> bool:
         region = self._region
@@ -771,12 +746,13 @@ class HandlerSink:
         region.end(fault.block, 1)
         return True
 
-    def _report(self, fault: Fault, error: BaseException) -> None:
-        tell_loop(
-            asyncio.get_running_loop(),
-            f"the handler of {self._region!r} failed for {fault!r}",
-            error,
-            fault=fault,
+    def _report(self, fault: Fault, error: Exception) -> None:
+        asyncio.get_running_loop().call_exception_handler(
+            {
+                "message": f"the handler of {self._region!r} failed for {fault!r}",
+                "exception": error,
+                "fault": fault,
+            }
         )
 
     def close(self) -> None:
@@ -800,10 +776,6 @@ class UnresolvedError(UsageError):
             f"the handler returned without resolving {fault!r}",
             hint="call fault.copy(), zero(), poison() or continue_() in it",
         )
-
-
-async def _await(awaitable: Awaitable[Any]) -> None:
-    await awaitable
 
 
 @types.coroutine

@@ -271,8 +271,11 @@ class Userfaultfd:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    #: Whether somebody else sees to it that it is closed, and complains if not.
+    _owned = False
+
     def __del__(self) -> None:
-        if self.closed:
+        if self.closed or self._owned:
             return
         try:
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)

@@ -1,0 +1,129 @@
+"""Who holds the memory of a region: counted exports.
+
+An export is what a memoryview, and every slice, array or tensor made of it, keeps alive: a C
+pointer with a destructor, which runs when the last of them is gone. As long as there is one, its
+memory has to be served, whatever else was closed: a touch that nobody serves would end the
+process.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from ._lib import ffi
+from .errors import ClosedError
+
+__all__ = ["Exports"]
+
+_PACKAGE = __name__.partition(".")[0]
+
+
+class Exports:
+    """The exports of one region. Any thread; no locks, because destructors run anywhere."""
+
+    __slots__ = ("_ended", "_held", "_last")
+
+    def __init__(self) -> None:
+        # Each step of a dict is atomic, and the places are kept for messages.
+        self._held: dict[int, str] = {}
+        self._ended = False
+        self._last: list[Callable[[], None]] = []
+
+    @property
+    def held(self) -> bool:
+        """Whether anybody holds the memory."""
+        return bool(self._held)
+
+    @property
+    def places(self) -> list[str]:
+        """Who they are, or where they got hold of it: ``file:line``."""
+        return sorted(set(self._held.copy().values()))
+
+    def add(self, pointer: Any, length: int, keep: Any) -> Any:
+        """A cffi buffer of ``length`` bytes at ``pointer``. ``keep`` is kept alive with it.
+
+        Raises ClosedError after `end`.
+        """
+        number = next(_numbers)
+        self._held[number] = _caller()
+        if self._ended:
+            self.release(number)
+            raise ClosedError("the memory is closed")
+        _kept[number] = (self, keep)
+        return ffi.buffer(ffi.gc(pointer, _Lease(number)), length)
+
+    def hold(self, who: str) -> int:
+        """Hold the memory without a pointer to it, until `release` of the number returned.
+
+        Raises ClosedError after `end`, unless somebody else still holds it.
+        """
+        number = next(_numbers)
+        self._held[number] = who
+        if self._ended and len(self._held) == 1:
+            self.release(number)
+            raise ClosedError("the memory is closed")
+        return number
+
+    def release(self, number: int) -> None:
+        """Undo `hold`. Idempotent."""
+        self._held.pop(number, None)
+        if self._ended:
+            self._tell()
+
+    def end(self, last: Callable[[], None]) -> None:
+        """No more exports. ``last`` is called once, when the last one has gone: at once if there
+        is none, else from any thread, in the middle of whatever it does."""
+        self._last.append(last)
+        self._ended = True
+        self._tell()
+
+    def _tell(self) -> None:
+        if not self._held:
+            try:
+                last = self._last.pop()
+            except IndexError:
+                return
+            last()
+
+
+_numbers = itertools.count()
+#: What serves exported memory, by the number of the export. The export does not refer to it itself:
+#: it may become garbage in a cycle, and what serves it would be part of that and finalized first.
+_kept: dict[int, tuple[Exports, Any]] = {}
+
+
+class _Lease:
+    """The destructor of one export."""
+
+    __slots__ = ("number", "pid")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.pid = os.getpid()
+
+    def __call__(
+        self,
+        _pointer: Any,
+        kept: dict[int, tuple[Exports, Any]] = _kept,
+        getpid: Any = os.getpid,
+        finalizing: Any = sys.is_finalizing,
+    ) -> None:
+        # A forked child does not end what its parent serves; nor does an interpreter that ends.
+        if self.pid == getpid() and not finalizing():
+            exports, _ = kept.pop(self.number)
+            exports.release(self.number)
+
+
+def _caller() -> str:
+    """The first frame outside this package."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        name = frame.f_globals.get("__name__") or ""
+        if name != _PACKAGE and not name.startswith(_PACKAGE + "."):
+            break
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
