@@ -100,12 +100,10 @@ class Service:
         loop.add_reader(lib.au_rescue_fd(), self._on_wanted)
         self._loop = loop
         self._ready.set()
-        while True:
-            # A source that stops the loop it runs on, or exits, must not take it from all others.
-            try:
-                loop.run_forever()
-            except BaseException:
-                log.exception("a callback ended the background loop, which goes on")
+        try:
+            loop.run_forever()
+        finally:
+            loop.close()
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -125,6 +123,11 @@ class Service:
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         """Run ``coroutine`` on the background loop, from any other thread."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+
+    async def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run ``coroutine`` on the background loop and wait for it, from any loop, that one too.
+        It goes on when whoever waits is cancelled."""
+        return await asyncio.shield(asyncio.wrap_future(self.submit(coroutine)))
 
     # ------------------------------------------------------------ the rescue
 
@@ -286,10 +289,32 @@ def _before_threads_are_joined() -> None:
     limit = time.monotonic() + EXIT_PATIENCE
     while _blocked_threads() and time.monotonic() < limit:
         time.sleep(0.02)
+    left: list[threading.Thread] = []
     for thread in _blocked_threads():
         text = f"aiouffd: thread {thread.name!r} still waits for a page at exit; left behind\n"
         os.write(2, text.encode())
         _leave_behind(thread)
+        left.append(thread)
+    while waiting := [thread for thread in _joining(left) if thread not in left]:
+        for thread in waiting:
+            _leave_behind(thread)
+        left += waiting
+
+
+def _joining(others: list[threading.Thread]) -> list[threading.Thread]:
+    """Threads that the interpreter would wait for, and that wait for one of ``others`` to end, as
+    the one that `asyncio.run` starts to shut the default executor down."""
+    frames = sys._current_frames() if others else {}
+    found = []
+    for thread in threading.enumerate():
+        frame = frames.get(thread.ident or 0)
+        while frame is not None and not thread.daemon and thread is not threading.current_thread():
+            if frame.f_code is threading.Thread.join.__code__:
+                if frame.f_locals.get("self") in others:
+                    found.append(thread)
+                break
+            frame = frame.f_back
+    return found
 
 
 _left_behind: list[threading.Thread] = []
