@@ -18,7 +18,7 @@ import aiouffd
 from aiouffd.sources import FunctionSource
 from tests.faulty import HUGE, huge_pages
 from tests.scenarios import fork_serving as scenarios
-from tests.support import Outcome, content, result_of, run, start
+from tests.support import Outcome, content, result_of, run, start, word
 
 KINDS = ["anonymous", "memfd"]
 SIZE = scenarios.SIZE
@@ -182,8 +182,11 @@ def test_closing_while_children_wait(loop_name: str, kind: str, others: bool) ->
 
 
 @kinds
-def test_a_buffer_that_is_collected(loop_name: str, kind: str) -> None:
-    assert result_of(scenarios.collected_while_waiting, loop_name, kind) == ["SourceError"]
+@pytest.mark.parametrize("how", ["closed", "collected"])
+def test_children_hold_the_memory(loop_name: str, kind: str, how: str) -> None:
+    found = result_of(scenarios.closed_while_held, loop_name, kind, how)
+    assert found.pop("answers") == [True, word(5 * scenarios.BLOCK)]
+    assert found == {"held": True, "regions": 0}
 
 
 @kinds

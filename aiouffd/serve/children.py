@@ -10,9 +10,11 @@ this very child included, it is not needed.
 - Shared memory is one for all. What a child misses is brought into the region itself and the
   child is woken; that the region's page table is the only one there is keeps
   installs from overwriting what somebody has written.
-- A closed buffer is an error for who touches it, served by us for as long as the child has others.
-  With the last one we let go of the child, whose own thread gives the errors then, as it does
-  when we die.
+- A child holds the memory as a view does: a buffer that is closed here is served until its last
+  child has ended.
+- A buffer closed by force is an error for who touches it, served by us for as long as the child has
+  others. With the last one we let go of the child, whose own thread gives the errors then, as it
+  does when we die.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import functools
 import logging
 import os
 import struct
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +55,8 @@ _POISON: int = lib.AU_OP_POISON
 _READ = 1 << 16
 #: A child whose socket has ended is about to exit: first and longest pause between looks, seconds.
 PROBE_FIRST, PROBE_LONGEST = 0.005, 2.0
+#: Seconds in which a child that was forked should have come; it is the first thing it does.
+COMING = 1.0
 #: Wakes of one page in a row after which the next ones are this late, in seconds.
 WAKES, WAKE_PAUSE = 8, 0.02
 
@@ -329,13 +334,18 @@ class _Child:
             self.close()  # all of it was closed meanwhile
             return
         for kept in self._kept.values():
-            kept.children += 1
+            kept.arrived()
         self._memory = _ChildMemory(self, areas, self._family.reactor)
         try:
             self._memory.start()
         except OSError as error:
             log.error("%r cannot be served: %s", self, error)
             self.close()
+
+    @property
+    def is_new(self) -> bool:
+        """Whether it has not yet said what it has of us."""
+        return self._memory is None and not self._closed
 
     def _look(self, pause: float) -> None:
         """The socket has ended, with the program that had the other end: is the memory gone?
@@ -351,7 +361,7 @@ class _Child:
         if self._kept.get(kept.start) is not kept:
             return
         del self._kept[kept.start]
-        kept.children -= 1
+        kept.departed()
         if self._memory is not None:
             self._memory.refuse(kept.start, kept.start + kept.length)
         if not self._kept:
@@ -375,9 +385,9 @@ class _Child:
         self._stop_reading()
         if self._timer is not None:
             self._timer.cancel()
-        for kept in self._kept.values():
-            kept.children -= 1
-        self._kept.clear()
+        kept_ones, self._kept = list(self._kept.values()), {}
+        for kept in kept_ones:
+            kept.departed()
         lib.au_children_release(self.uffd, self._socket)
         self._family.forget(self)
 
@@ -395,6 +405,23 @@ class Inheritance:
         self.children = 0
         self._family = family
         self._closed = False
+        # A child holds the memory as a view does.
+        self._exports = region._exports
+        self._hold: int | None = None
+
+    def arrived(self) -> None:
+        """One more child has it."""
+        self.children += 1
+        if self._hold is None:
+            with contextlib.suppress(ClosedError):
+                self._hold = self._exports.hold("forked children")
+
+    def departed(self) -> None:
+        """One child less has it."""
+        self.children -= 1
+        if not self.children and self._hold is not None:
+            hold, self._hold = self._hold, None
+            self._exports.release(hold)
 
     def close(self) -> None:
         """What is missing in children is an error, soon. From any thread. Idempotent."""
@@ -402,6 +429,10 @@ class Inheritance:
             # Too late for that, the interpreter ends; and so do we for the children.
             with contextlib.suppress(RuntimeError):
                 service.loop.call_soon_threadsafe(self._family.disown_soon, self)
+
+    async def settle(self) -> None:
+        """Until all children that were forked are counted. On the background loop."""
+        await self._family.settle()
 
     async def aclose(self) -> None:
         """As `close`, and done with the source. On any loop."""
@@ -427,6 +458,25 @@ class Children:
         self._tasks: set[asyncio.Task[None]] = set()
         self._started = False
         self._number = 0
+        # Forks while there was something to leave, when the last one was, and how many have come.
+        self._forks = self._came = 0
+        self._forked_at = 0.0
+
+    def _forked(self) -> None:
+        """In the parent, after a fork."""
+        if self._kept:
+            self._forks += 1
+            self._forked_at = time.monotonic()
+
+    async def settle(self) -> None:
+        """On the background loop: until all children that were forked have come, or will not."""
+        while self._coming and time.monotonic() < self._forked_at + COMING:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+        self._came = self._forks
+
+    @property
+    def _coming(self) -> bool:
+        return self._came < self._forks or any(child.is_new for child in self._children)
 
     def _after_fork(self) -> None:
         # They go on in the parent. To collect them here might end connections that both share.
@@ -467,6 +517,7 @@ class Children:
             result: int = lib.au_children_receive(native)
             if result > 0:
                 self._number += 1
+                self._came += 1
                 try:
                     self._children.add(_Child(self, native, self._number))
                 except Exception as error:
@@ -474,6 +525,7 @@ class Children:
                     lib.au_children_release(native.uffd, native.socket)
                 continue
             if result == -errno.EMFILE:
+                self._came += 1
                 log.error("no descriptor is free for a forked child; what it misses is an error")
                 continue
             if result:
@@ -504,4 +556,4 @@ class Children:
 
 
 children = Children()
-os.register_at_fork(after_in_child=children._after_fork)
+os.register_at_fork(after_in_parent=children._forked, after_in_child=children._after_fork)

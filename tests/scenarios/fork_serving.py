@@ -29,7 +29,7 @@ from aiouffd.sources import FunctionSource
 from tests.faulty import HUGE
 from tests.scenarios.forking import CHILD, fork, in_child
 from tests.scenarios.gil_yield import TOUCHES, NewLoop, Threads, numpy, on, serving
-from tests.support import Counters, Gate, content, wait_until, word
+from tests.support import Counters, Gate, content, read_counters, wait_until, word
 
 SIZE = 64 * PAGE_SIZE
 BLOCK = 4 * PAGE_SIZE
@@ -76,14 +76,16 @@ async def buffer_of(gate: Gate, **settings: Any) -> aiouffd.LazyBuffer:
 
 
 @contextlib.contextmanager
-def opened(new_loop: NewLoop, gate: Gate, **settings: Any) -> Iterator[aiouffd.LazyBuffer]:
+def opened(
+    new_loop: NewLoop, gate: Gate, force: bool = False, **settings: Any
+) -> Iterator[aiouffd.LazyBuffer]:
     """A buffer on a loop that runs on another thread."""
     with serving(new_loop) as loop:
         buffer = on(loop, buffer_of(gate, **settings))
         try:
             yield buffer
         finally:
-            on(loop, buffer.aclose())
+            on(loop, buffer.aclose(force=force))
 
 
 def descriptors() -> list[str]:
@@ -498,7 +500,7 @@ def dropped(new_loop: NewLoop, kind: str) -> dict[str, Any]:
 
 
 def closed_while_waiting(new_loop: NewLoop, kind: str, others: bool) -> dict[str, Any]:
-    """The parent closes the buffer; children that wait, and later touches, get errors."""
+    """The parent closes the buffer by force; children that wait, and later touches, get errors."""
     gate, open_gate = Gate(content(SIZE), is_open=False), Gate(content(SIZE))
     with serving(new_loop) as loop:
         buffer = on(loop, buffer_of(gate, kind=kind))
@@ -521,7 +523,7 @@ def closed_while_waiting(new_loop: NewLoop, kind: str, others: bool) -> dict[str
         children = [Fork(by_call), Fork(by_touch), Fork(lambda: TOUCHES["memcpy"](view, 7 * BLOCK))]
         wait_until(lambda: buffer.stats.children == 3, "the children to come")
         gate.wait(2)
-        on(loop, buffer.aclose())
+        on(loop, buffer.aclose(force=True))
         answers = [child.answer() for child in children]
         late = Fork(lambda: [raises(lambda: buffer[0]), TOUCHES["struct"](view, 0) == word(0)])
         later = Fork(lambda: TOUCHES["struct"](view, 3 * BLOCK))
@@ -531,17 +533,33 @@ def closed_while_waiting(new_loop: NewLoop, kind: str, others: bool) -> dict[str
     return {"answers": answers}
 
 
-def collected_while_waiting(new_loop: NewLoop, kind: str) -> list[Any]:
-    """The same, but nobody closes it: it is just gone."""
+def closed_while_held(new_loop: NewLoop, kind: str, how: str) -> dict[str, Any]:
+    """The parent closes the buffer, or drops it; children hold its memory, and are served."""
     gate = Gate(content(SIZE), is_open=False)
     with serving(new_loop) as loop:
         holder = [on(loop, buffer_of(gate, kind=kind))]
-        child = Fork(lambda: raises(lambda: holder[0][3 * BLOCK]))
-        gate.wait()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ResourceWarning)
+        children = [
+            Fork(lambda: is_whole(holder[0], gate.data)),
+            Fork(lambda: TOUCHES["struct"](holder[0].view, 5 * BLOCK)),
+        ]
+        mapping = holder[0]._mapping
+        assert mapping is not None
+        ended = asyncio.run_coroutine_threadsafe(mapping.ended(), loop)
+        if how == "collected":
+            gate.wait()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ResourceWarning)
+                holder.clear()
+        else:
+            # They may not even have come by now.
+            on(loop, holder[0].aclose())
             holder.clear()
-        return [child.answer()]
+        held = not ended.done()
+        del mapping
+        gate.open()
+        answers = [child.answer() for child in children]
+        ended.result(10)
+    return {"answers": answers, "held": held, "regions": read_counters()["live_regions"]}
 
 
 def parent_hangs(new_loop: NewLoop, kind: str) -> None:
@@ -735,7 +753,7 @@ def closing_without_poison(new_loop: NewLoop) -> list[str]:
     """Before Linux 6.6, with several threads of two children waiting as the buffer closes."""
     deny(IOCTL, errno.EINVAL, POISON)
     gate = Gate(content(SIZE), is_open=False)
-    with opened(new_loop, gate) as buffer:
+    with opened(new_loop, gate, force=True) as buffer:
 
         def wait() -> None:
             for start in range(0, SIZE, BLOCK):
@@ -894,7 +912,7 @@ def hundreds_of_buffers(new_loop: NewLoop, count: int) -> dict[str, Any]:
         child = Fork(touches)
         wait_until(lambda: all(buffer.stats.children for buffer in buffers), "the child")
         for buffer in buffers[1::2]:
-            on(loop, buffer.aclose())
+            on(loop, buffer.aclose(force=True))
         os.close(writer)
         answer = child.answer()
         os.close(reader)
