@@ -19,12 +19,15 @@ from typing import Any, Literal, TypeAlias
 
 from ._lib import ffi, lib
 from .errors import ClosedError, SourceChangedError, SourceError, UsageError
+from .exporter import Exporter
 from .flights import FlightEvent, Policy
-from .pager import Pager, shared_pagers
+from .mapping import Mapping
+from .once import Once, cancelled_from_outside
+from .pager import shared_pagers
 from .region import Errors, Kind, Region
 from .sink import BufferSink
 from .sources import MemorySource, as_source
-from .sources.base import Source, aclose_source, clone_source, open_source, size_of_source
+from .sources.base import Source, aclose_source, open_source
 from .sources.names import display_name
 from .tally import Tally
 from .workingset import Recording, WorkingSet, observe
@@ -133,7 +136,7 @@ def open(
     )
 
 
-class LazyBuffer:
+class LazyBuffer(Exporter):
     """Memory with the contents of a source, fetched where it is touched. Made by `open`.
 
     Touch `view` from any thread. The coroutines belong to the loop that opened the buffer;
@@ -206,10 +209,10 @@ class LazyBuffer:
         self._trace = trace
         self._expected_version: str | None = None
         self._tally = Tally()
-        self._pager: Pager | None = None
-        self._region: Region | None = None
-        self._sink: BufferSink | None = None
-        self._open = self._closed = False
+        self._mapping: Mapping | None = None
+        self._opening = Once[None]("opening a lazy buffer", abandon=True)
+        self._closing = Once[None]("closing a lazy buffer", keep_failure=True)
+        self._open = self._closed = self._forced = False
         self._size = 0
         self._pid = os.getpid()
 
@@ -218,38 +221,59 @@ class LazyBuffer:
     async def aopen(self) -> LazyBuffer:
         """Open the source and map the memory. Idempotent; what ``async with`` and ``await`` do.
 
-        Raises what the source raises (FileNotFoundError, PermissionError, SourceError, ...),
-        UnsupportedError when userfaultfd cannot be had, or with ``fork="serve"`` when the source
-        cannot be cloned, SourceChangedError when an unpickled buffer finds another version than
-        the pickled one had.
+        One operation for all who ask; cancelling the last of them takes it back, and after a
+        failure it may be asked for again. Raises what the source raises (FileNotFoundError,
+        PermissionError, SourceError, ...), UnsupportedError when userfaultfd cannot be had, or with
+        ``fork="serve"`` when the source cannot be cloned, SourceChangedError when an unpickled
+        buffer finds another version than the pickled one had, ClosedError after `aclose`.
         """
         if self._closed:
             raise ClosedError("the buffer is closed")
         if self._open:
             return self
+        try:
+            await self._opening(self._open_all, self._undo)
+        except asyncio.CancelledError:
+            if self._closed and not cancelled_from_outside():
+                raise ClosedError("the buffer was closed while it was opened") from None
+            raise
+        return self
+
+    async def _open_all(self) -> None:
         await open_source(self._source)
+        mapping = None
         try:
             version = getattr(self._source, "version", None)
             if self._expected_version is not None and version != self._expected_version:
                 raise SourceChangedError(
                     f"the source is at version {version}, not {self._expected_version}"
                 )
-            self._size = size_of_source(self._source)
-            if self._size:
-                self._map()
-            self._open = True
+            self._size = self._source.size
+            mapping = self._map() if self._size else Mapping(self._source, self._name)
+            await mapping.start()
+            self._mapping, self._open = mapping, True
             if self._prefetch is not None:
                 self._start_prefetch(self._prefetch)
             observe(self)
         except BaseException:
-            await aclose_source(self._source)
+            self._mapping, self._open = None, False
+            if mapping is None:
+                await aclose_source(self._source)
+            else:
+                await mapping.finish()
             raise
-        return self
 
-    def _map(self) -> None:
+    async def _undo(self) -> None:
+        """It was opened, but whoever asked was cancelled before they heard of it."""
+        mapping, self._mapping, self._open = self._mapping, None, False
+        if mapping is not None:
+            await mapping.finish()
+
+    def _map(self) -> Mapping:
         native = isinstance(self._source, MemorySource)
-        clone = clone_source(self._source) if self._fork == "serve" else None
+        clone = self._source.clone() if self._fork == "serve" else None
         pager = shared_pagers.acquire(self._user_mode_only, self._strict, native)
+        region = None
         try:
             region = pager._map(
                 self._size,
@@ -259,22 +283,28 @@ class LazyBuffer:
                 report_hits=self._readahead > 0,
                 serve_children=clone is not None,
             )
+            sink = BufferSink(
+                region, self._source, self._policy, self._tally, self._readahead, self._trace
+            )
+            if clone is not None:
+                sink.leave_to_children(clone)
+            if isinstance(self._source, MemorySource):
+                region.serve_from(self._source.data)
         except BaseException:
+            if region is not None:
+                region._shut()
             shared_pagers.release(pager)
             raise
-        sink = BufferSink(
-            region, self._source, self._policy, self._tally, self._readahead, self._trace
-        )
-        if clone is not None:
-            try:
-                sink.leave_to_children(clone)
-            except BaseException:
-                _drop(region, pager)
-                raise
-        self._pager, self._region, self._sink = pager, region, sink
         region._sink = sink
-        if isinstance(self._source, MemorySource):
-            region.serve_from(self._source.data)
+        return Mapping(self._source, self._name, region, pager, sink)
+
+    @property
+    def _region(self) -> Region | None:
+        return None if self._mapping is None else self._mapping.region
+
+    @property
+    def _sink(self) -> BufferSink | None:
+        return None if self._mapping is None else self._mapping.sink
 
     def __await__(self) -> Generator[Any, None, LazyBuffer]:
         return self.aopen().__await__()
@@ -283,6 +313,7 @@ class LazyBuffer:
         return await self.aopen()
 
     async def __aexit__(self, *exc_info: object) -> None:
+        """`aclose`: memory that somebody still holds is served on."""
         await self.aclose()
 
     def _check(self) -> Region:
@@ -298,12 +329,13 @@ class LazyBuffer:
                 else "in a forked child `view`, buf[...] and find() work; for the rest open it"
                 " again in the child",
             )
-        if self._region is None:
+        region = self._region
+        if region is None:
             raise UsageError(
                 "the buffer is empty" if self._open else "the buffer is not open",
                 hint=None if self._open else "async with aiouffd.open(...) as buf",
             )
-        return self._region
+        return region
 
     @property
     def _inherited(self) -> bool:
@@ -324,15 +356,16 @@ class LazyBuffer:
     def view(self) -> memoryview:
         """The memory itself, a memoryview of bytes: hand it to numpy, struct, os.write, ...
 
-        Touching it fetches. While a view, or an array over it, exists after `aclose`, what is
-        resident can be read and the rest raises SIGBUS.
+        Touching it fetches. As long as a view, or a slice, array or tensor made of one, exists, its
+        memory is there and is served, after `aclose` too. (What was made from `address` alone
+        does not count.)
         """
         if self._open and not self._size:
             return memoryview(b"")
         return self._touchable().view
 
-    def __buffer__(self, flags: int) -> memoryview:
-        """PEP 688 (Python 3.12): the buffer itself can be given to numpy and others."""
+    def _export(self) -> memoryview:
+        """The buffer itself can be given to numpy and others, as `view`."""
         return self.view
 
     @property
@@ -363,9 +396,7 @@ class LazyBuffer:
         if self._inherited:
             native = self._touchable().check_touchable()
             return bool(lib.au_region_inherited(native) == lib.AU_INHERITED_USER_MODE)
-        self._check()
-        assert self._pager is not None
-        return self._pager.user_mode_only
+        return self._check().pager.user_mode_only
 
     def __getitem__(self, key: int | slice) -> Any:
         """``buf[i]`` is an int, ``buf[a:b]`` bytes. Waits as any touch; any thread.
@@ -618,24 +649,51 @@ class LazyBuffer:
 
     # ------------------------------------------------------------------- close
 
-    async def aclose(self) -> None:
-        """Stop. Fetches are cancelled; what is missing raises SIGBUS from now on (EFAULT in
-        system calls), for threads that wait as well; never zeros. Idempotent."""
-        if self._closed:
-            return
+    async def aclose(self, *, force: bool = False) -> None:
+        """Done with the methods: coroutines and calls that wait raise ClosedError. Idempotent.
+
+        Ends what nobody needs, and waits for that: fetches are cancelled, the source is closed, the
+        memory is unmapped. Memory that a view or an array still holds goes on being served, by this
+        loop or after it by the rescue loop, and threads that wait get their bytes; then this
+        returns at once, the last one to let go ends the rest, and `drained` waits for it. With
+        ``force`` all ends now: what is missing raises SIGBUS (EFAULT in system calls), for threads
+        that wait as well; never zeros.
+
+        One operation for all who ask, which goes on when they are cancelled. On the loop that
+        opened the buffer, or any if that is closed. Raises what closing the source raises, when
+        everything else is done, and UsageError on a wrong loop.
+        """
+        if self._pid == os.getpid() and self._mapping is not None:
+            self._mapping.check_loop()
         self._closed = True
-        if self._pid != os.getpid() or not self._open:
+        self._forced = self._forced or force
+        if self._pid != os.getpid():
             return
-        sink, region, pager = self._sink, self._region, self._pager
-        if sink is not None and region is not None and pager is not None:
-            await sink.stop()
-            region.close()
-            shared_pagers.release(pager)
-        await aclose_source(self._source)
+        await self._closing(self._close)
+        if force and self._mapping is not None:
+            await self._mapping.finish()
+
+    async def _close(self) -> None:
+        await self._opening.stop()
+        mapping = self._mapping
+        if mapping is None:
+            return
+        if not self._forced and mapping.sink is not None:
+            await mapping.sink.settle()
+        if self._forced or not mapping.held:
+            await mapping.finish()
+        else:
+            mapping.close()
+            mapping.dismiss()
+
+    async def drained(self) -> None:
+        """Wait until the buffer was closed and nobody holds its memory any more. Any loop."""
+        if self._mapping is not None:
+            await self._mapping.ended()
 
     def __del__(self) -> None:
-        region = getattr(self, "_region", None)
-        if region is None or self._closed or self._pid != os.getpid():
+        mapping = getattr(self, "_mapping", None)
+        if mapping is None or self._closed or self._pid != os.getpid():
             return
         warnings.warn(
             f"unclosed {self!r}; use `async with` or `await buf.aclose()`",
@@ -644,15 +702,7 @@ class LazyBuffer:
             stacklevel=1,
         )
         self._closed = True
-        pager = self._pager
-        assert pager is not None
-        if not pager._loop.is_closed():
-            try:
-                pager._loop.call_soon_threadsafe(_drop, region, pager)
-                return
-            except RuntimeError:
-                pass
-        _drop(region, pager)
+        mapping.close()
 
     def __reduce__(self) -> Any:
         """Pickles as URL or path and settings; the copy is opened anew: same version, or error."""
@@ -666,11 +716,6 @@ class LazyBuffer:
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open" if self._region is not None else "not open"
         return f"<LazyBuffer {self._name} {self._size} bytes, {state}>"
-
-
-def _drop(region: Region, pager: Pager) -> None:
-    region.close()
-    shared_pagers.release(pager)
 
 
 def _reopen(given: Any, settings: dict[str, Any], version: str | None) -> LazyBuffer:

@@ -12,11 +12,11 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from .errors import AiouffdError, ClosedError, SourceChangedError, UsageError
-from .flights import Fetcher, FlightCancelledError, FlightEvent, Policy
+from .flights import Fetcher, FlightEvent, Policy
 from .readahead import Readahead
 from .region import Region
 from .rescue import service
-from .sources.base import Source, aclose_source, clone_source, open_source
+from .sources.base import Source, aclose_source, open_source
 from .tally import Tally
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ class BufferSink:
         self._window = readahead // region.block_size
         self._trace = trace
         self._closed = False
+        # Whether the rescue loop alone serves, because the loop of the buffer ends.
+        self._moved = False
         self.fetcher = self._fetcher(source)
         self._prefetching: asyncio.Task[bool] | None = None
         self._recording: dict[int, None] | None = None
@@ -70,6 +72,8 @@ class BufferSink:
         self._rescue_error: Exception | None = None
         self._rescue_end: asyncio.Task[None] | None = None
         self._clone: Source | None = None
+        # A clone that nobody has needed yet.
+        self._spare: Source | None = None
         #: What children are served from.
         self.inheritance: Inheritance | None = None
 
@@ -119,17 +123,11 @@ class BufferSink:
             raise ClosedError("the buffer is closed")
         if self._rescuer is None:
             raise self._rescue_error or ClosedError("the buffer is closed")
-        again = True
-        while again:
-            again = False
-            self._region.begin(block, 1)
-            self._rescuer.miss(block)
-            flight = self._rescuer.under_way(block)
-            if flight is not None:
-                try:
-                    await flight.wait()
-                except FlightCancelledError:
-                    again = True
+        self._region.begin(block, 1)
+        self._rescuer.miss(block)
+        flight = self._rescuer.under_way(block)
+        if flight is not None:
+            await flight.wait()
 
     def prefetch(self, runs: Iterable[tuple[int, int]]) -> None:
         """In the background, until all is there or the buffer closes."""
@@ -152,10 +150,43 @@ class BufferSink:
             self._rescuer.recording = blocks
 
     def miss(self, block: int, *_message: int) -> None:
-        self.fetcher.miss(block)
+        if self._moved:
+            service.loop.call_soon_threadsafe(self.rescue, block)
+        else:
+            self.fetcher.miss(block)
 
     def hit(self, block: int) -> None:
-        self.fetcher.hit(block)
+        if not self._moved:
+            self.fetcher.hit(block)
+
+    @property
+    def last_error(self) -> str | None:
+        """What the source answered last, if that was an error."""
+        return self._tally.last_error
+
+    async def settle(self) -> None:
+        """Wait for what was forked and has not come to be served yet."""
+        if self.inheritance is not None:
+            await service.run(self.inheritance.settle())
+
+    def dismiss(self) -> None:
+        """The coroutines of the buffer are over: those that wait get ClosedError, and nothing is
+        prefetched any more. Threads are served as before. On the buffer's loop."""
+        if self._prefetching is not None:
+            self._prefetching.cancel()
+        self.fetcher.dismiss()
+
+    async def move(self) -> None:
+        """The buffer's loop ends: leave everything to the rescue loop and a clone. Raises what
+        cloning raises, and then nothing has changed."""
+        if self._clone is None and self._spare is None:
+            self._spare = self._source.clone()
+        self._moved = True
+        tasks = [*self.fetcher.cancel(give_back=True)]
+        if self._prefetching is not None:
+            self._prefetching.cancel()
+            tasks.append(self._prefetching)  # type: ignore[arg-type]
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def rescue(self, block: int) -> bool:
         if self._closed:
@@ -175,11 +206,11 @@ class BufferSink:
         return True
 
     def _begin_rescue(self) -> None:
-        clone = clone_source(self._source)
+        clone, self._spare = self._spare or self._source.clone(), None
         self._rescue_start = asyncio.get_running_loop().create_task(self._start_rescuer(clone))
 
     def late(self, block: int) -> None:
-        self.fetcher.miss(block)  # which knows what is under way
+        self.miss(block)  # the fetcher knows what is under way
 
     async def _start_rescuer(self, clone: Source) -> None:
         pause = 0.05
@@ -214,33 +245,45 @@ class BufferSink:
                 return
 
     async def stop(self) -> None:
-        """Cancel what is under way, on both loops, and wait for it. Idempotent."""
+        """Cancel what is under way, on both loops, and wait for it. Idempotent. On the buffer's
+        loop, or the rescue loop if that is gone."""
         self._closed = True
-        tasks: list[asyncio.Task[Any]] = [*self.fetcher.cancel()]
-        if self._prefetching is not None:
-            self._prefetching.cancel()
-            tasks.append(self._prefetching)
-        if tasks:
-            await asyncio.gather(*tasks, return_exceptions=True)
-        if self.inheritance is not None:
-            await self.inheritance.aclose()
-        if self._rescue_start is not None:
-            await asyncio.wrap_future(service.submit(self._stop_rescuer()))
+        try:
+            if not self.fetcher.orphaned:
+                tasks: list[asyncio.Task[Any]] = [*self.fetcher.cancel()]
+                if self._prefetching is not None:
+                    self._prefetching.cancel()
+                    tasks.append(self._prefetching)
+                await asyncio.gather(*tasks, return_exceptions=True)
+        finally:
+            try:
+                if self.inheritance is not None:
+                    await self.inheritance.aclose()
+            finally:
+                if self._rescue_start is not None:
+                    await service.run(self._stop_rescuer())
 
     async def _stop_rescuer(self) -> None:
-        if self._rescue_start is not None:
-            self._rescue_start.cancel()
-            await asyncio.gather(self._rescue_start, return_exceptions=True)
-        if self._rescuer is not None:
-            await asyncio.gather(*self._rescuer.cancel(), return_exceptions=True)
-        if self._clone is not None:
-            await aclose_source(self._clone)
+        try:
+            if self._rescue_start is not None:
+                self._rescue_start.cancel()
+                await asyncio.gather(self._rescue_start, return_exceptions=True)
+            if self._rescuer is not None:
+                await asyncio.gather(*self._rescuer.cancel(), return_exceptions=True)
+        finally:
+            clone, self._clone = self._clone, None
+            if clone is not None:
+                try:
+                    await aclose_source(clone)
+                except Exception as error:
+                    log.warning("closing a clone of the source failed: %r", error)
 
     def close(self) -> None:
         """The region closes without `stop` having run (collected, or the loop is gone)."""
         if not self._closed:
             self._closed = True
-            self.fetcher.cancel()
+            if not self.fetcher.orphaned:
+                self.fetcher.cancel()
             if self.inheritance is not None:
                 self.inheritance.close()
             if self._rescue_start is not None:

@@ -71,6 +71,10 @@ class Counters:
         """Poll until a counter moved by ``least``: nothing tells when a thread has yielded."""
         wait_until(lambda: self[name] >= least, f"{name} to move by {least}", timeout)
 
+    def wait_for_end(self, name: str, timeout: float = 10.0) -> None:
+        """Poll until a counter of what lives is back: the last one to let go does not wait."""
+        wait_until(lambda: self[name] <= 0, f"{name} to be back", timeout)
+
 
 def wait_until(condition: Callable[[], bool], what: str, timeout: float = 10.0) -> None:
     """Poll ``condition``. Only for what has no event to wait for."""

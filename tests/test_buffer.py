@@ -173,7 +173,6 @@ class TestLife:
             await fetch
         assert counters["live_regions"] == 0
 
-    @pytest.mark.skipif(sys.version_info < (3, 12), reason="PEP 688 came with Python 3.12")
     async def test_the_buffer_itself_is_a_buffer(self, source: PlainSource) -> None:
         async with aiouffd.open(source) as buf:
             await buf.fetch()
@@ -518,8 +517,7 @@ class TestCollecting:
             del buf
             gc.collect()
         assert gone() is None
-        await asyncio.sleep(0)
-        assert counters["live_regions"] == 0
+        await asyncio.to_thread(counters.wait_for_end, "live_regions")
 
     async def test_never_opened_is_nothing_to_close(self) -> None:
         buf = aiouffd.open(PlainSource(some()))

@@ -48,9 +48,12 @@ def pipe() -> Iterator[tuple[int, int]]:
 
 
 @contextlib.asynccontextmanager
-async def opened(source: Any, **settings: Any) -> AsyncIterator[aiouffd.LazyBuffer]:
+async def opened(
+    source: Any, force: bool = False, **settings: Any
+) -> AsyncIterator[aiouffd.LazyBuffer]:
     async with aiouffd.open(source, **{"readahead": 0, **settings}) as buf:
         yield buf
+        await buf.aclose(force=force)
 
 
 async def touch(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -182,8 +185,8 @@ class TestHard:
         """The loop stalls for a moment, then a slow source is waited for as ever."""
         gate = Gate(DATA, is_open=False)
         async with opened(gate.read, size=SIZE) as buf:
-            assert buf._pager is not None
-            buf._pager.rescue_deadline = 0.2
+            assert buf._region is not None
+            buf._region.pager.rescue_deadline = 0.2
             waits = asyncio.ensure_future(touch(buf.__getitem__, 5))
             await asyncio.to_thread(counters.wait, "misses", 1)
             # Two stalls: one before the fault is known, one while it is in hand.
@@ -557,7 +560,7 @@ class TestClosing:
 
     async def test_touchers_in_the_kernel(self, pipe: tuple[int, int], counters: Counters) -> None:
         gate = Gate(DATA, is_open=False)
-        async with opened(gate.read, size=SIZE) as buf:
+        async with opened(gate.read, size=SIZE, force=True) as buf:
             if buf.user_mode_only:
                 pytest.skip("needs a userfaultfd that sees faults of kernel mode")
             write = asyncio.ensure_future(touch(os.write, pipe[1], buf.view[:10]))

@@ -71,8 +71,8 @@ async def opened(source: Beginner, **settings: Any) -> aiouffd.LazyBuffer:
     """A buffer whose loop counts as alive however busy the machine is: a rescue would go to a clone
     of the source, that nobody here knows."""
     buf = await aiouffd.open(source, block_size=PAGE, readahead=0, **settings)
-    assert buf._pager is not None
-    lib.au_engine_set_times(buf._pager._engine, 50_000, 10**11, 10**11)
+    assert buf._region is not None
+    lib.au_engine_set_times(buf._region.pager._engine, 50_000, 10**11, 10**11)
     return buf
 
 

@@ -26,7 +26,7 @@ from types import TracebackType
 from typing import Any, Self, TypeAlias, cast
 
 from ..errors import AiouffdError, ClosedError, UsageError
-from ..sources.base import Source, check_length, holes_in_source, own_method, size_of_source
+from ..sources.base import Source, check_length, holes_in_source, own_method
 from . import wire
 from .server_core import (
     OPTION_MAX,
@@ -298,10 +298,9 @@ def _offer(source: Source, writable: bool) -> Offer:
         flags |= wire.FLAG_SEND_FLUSH | wire.FLAG_SEND_FUA | wire.FLAG_SEND_WRITE_ZEROES
     else:
         flags |= wire.FLAG_READ_ONLY
-    size = size_of_source(source)
-    if size > SIZE_MAX:
-        raise UsageError(f"NBD cannot serve {size} bytes")
-    return Offer(size, flags)
+    if not 0 <= source.size <= SIZE_MAX:
+        raise UsageError(f"NBD cannot serve {source.size} bytes")
+    return Offer(source.size, flags)
 
 
 def _check_name(name: str) -> None:

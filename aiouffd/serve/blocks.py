@@ -24,11 +24,9 @@ from ..sources.base import (
     Source,
     aclose_source,
     as_source_error,
-    check_holes,
     check_length,
     open_source,
     own_method,
-    size_of_source,
 )
 from ..sources.memory import MemorySource
 from ..tally import Tally
@@ -121,7 +119,7 @@ class BlockStore:
     async def open(self) -> None:
         """Open the source. Raises what it raises."""
         await open_source(self.source)
-        self._size = size_of_source(self.source)
+        self._size = self.source.size
 
     @property
     def size(self) -> int:
@@ -334,7 +332,7 @@ class BlockStore:
         size = self.block_size
         start, end = flight.first * size, min((flight.first + flight.count) * size, self._size)
         if self._holes is not None:
-            holes = check_holes(await self._holes(start, end - start), start, end - start)
+            holes = await self._holes(start, end - start)
             if any(offset <= start and offset + length >= end for offset, length in holes):
                 return [(block, None) for block in _blocks(flight)]
         length = end - start

@@ -17,7 +17,7 @@ from typing import Any
 import aiouffd
 from aiouffd._lib import PAGE_SIZE
 from tests.faulty import FullSource, PlainSource, final
-from tests.support import Gate, content, read_counters
+from tests.support import Gate, content, read_counters, wait_until
 
 NewLoop = Callable[[], asyncio.AbstractEventLoop]
 BLOCK = 65536
@@ -31,17 +31,19 @@ def say(text: str) -> None:
 
 
 async def view_after_close(what: str) -> None:
-    """What is resident can be read after `aclose`; the first page that is not ends it all."""
+    """What is resident can be read when it was closed by force; the first page that is not ends it
+    all."""
     data = content(8 * BLOCK)
-    async with aiouffd.open(PlainSource(data), readahead=0) as buf:
-        view: Any = buf.view
-        if what == "numpy":
-            view = importlib.import_module("numpy").frombuffer(buf.view, dtype="u1")
-        elif what == "slice":
-            view = buf.view[:]
-        elif what == "cast":
-            view = buf.view.cast("B", (8, BLOCK))
-        await buf.fetch(BLOCK, BLOCK)
+    buf = await aiouffd.open(PlainSource(data), readahead=0)
+    view: Any = buf.view
+    if what == "numpy":
+        view = importlib.import_module("numpy").frombuffer(buf.view, dtype="u1")
+    elif what == "slice":
+        view = buf.view[:]
+    elif what == "cast":
+        view = buf.view.cast("B", (8, BLOCK))
+    await buf.fetch(BLOCK, BLOCK)
+    await buf.aclose(force=True)
     del buf
     gc.collect()
     if what == "cast":
@@ -59,15 +61,18 @@ async def view_released_after_close() -> dict[str, int]:
     async with aiouffd.open(PlainSource(content(BLOCK))) as buf:
         view = buf.view[1000:2000]
         await buf.fetch()
-    del buf
-    gc.collect()
     while_viewed = read_counters()["live_regions"] - before["live_regions"]
     del view
-    gc.collect()
+    await buf.drained()
     return {
         "viewed": while_viewed,
         "after": read_counters()["live_regions"] - before["live_regions"],
     }
+
+
+def wait_for_no_regions() -> None:
+    """The last one to let go of memory does not wait for its end."""
+    wait_until(lambda: not read_counters()["live_regions"], "the end of all regions")
 
 
 # ------------------------------------------------------------------- not closed
@@ -87,7 +92,7 @@ async def collected_with_views() -> dict[str, Any]:
         await asyncio.sleep(0)
     assert bytes(view[:BLOCK]) == data[:BLOCK]
     view.release()
-    gc.collect()
+    await asyncio.to_thread(wait_for_no_regions)
     names = [warning.category.__name__ for warning in seen]
     del seen  # the warning holds the buffer that it is about
     gc.collect()
@@ -119,6 +124,7 @@ def collected_after_its_loop(new_loop: NewLoop) -> dict[str, Any]:
     assert bytes(view[:BLOCK]) == data[:BLOCK]
     view.release()
     del loop
+    wait_for_no_regions()
     gc.collect()
     return {
         "warnings": [warning.category.__name__ for warning in seen],
@@ -270,7 +276,7 @@ async def raw_touch_of_failed_page(way: str) -> None:
 
 
 async def raw_touch_while_closing(way: str) -> None:
-    """A thread waits in a raw touch when the buffer is closed."""
+    """A thread waits in a raw touch when the buffer is closed by force."""
     gate = Gate(content(4 * BLOCK), is_open=False)
     buf = await aiouffd.open(gate.read, size=len(gate.data), portable=True)
     view = buf.view
@@ -278,7 +284,7 @@ async def raw_touch_while_closing(way: str) -> None:
     threading.Thread(target=touch, daemon=True).start()
     await asyncio.to_thread(gate.wait)
     say("begins")
-    await buf.aclose()
+    await buf.aclose(force=True)
     await asyncio.sleep(5)
     say("not reached")
 
