@@ -10,7 +10,6 @@ import os
 import pickle
 import random
 import struct
-import sys
 import threading
 import weakref
 import zlib
