@@ -38,6 +38,7 @@ from .errors import SourceError as SourceError
 from .errors import SourceTimeoutError as SourceTimeoutError
 from .errors import StalledError as StalledError
 from .errors import UnsupportedError as UnsupportedError
+from .errors import UnversionedSourceWarning as UnversionedSourceWarning
 from .errors import UsageError as UsageError
 from .flights import FlightEvent as FlightEvent
 from .pager import Pager as Pager

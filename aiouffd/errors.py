@@ -42,6 +42,7 @@ __all__ = [
     "SourceTimeoutError",
     "StalledError",
     "UnsupportedError",
+    "UnversionedSourceWarning",
     "UsageError",
 ]
 
@@ -175,3 +176,9 @@ class BlockingTouchWarning(RuntimeWarning):
     The touch was served by the rescue loop and is correct, but it stalled the
     loop as any blocking read would. Use ``await buf.fetch(...)`` before.
     """
+
+
+class UnversionedSourceWarning(RuntimeWarning):
+    """Nothing tells one version of an opened object from another, so that bytes of two could be
+    mixed without anybody noticing. Shown once for each object; a source's ``unversioned``
+    argument makes it an error, or silences it."""

@@ -3,12 +3,14 @@
 - A coroutine test runs on asyncio's loop and on uvloop's.
 - After each test the native counters of live engines, regions and slots are back where they were.
 - A call of a test loop's exception handler fails the test, unless it asks for ``loop_errors``.
+- No test asks its own servers through a proxy that the environment names.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,6 +25,10 @@ LIVE = ("live_engines", "live_regions", "live_slots")
 SETTLE = 2.0
 
 _errors: list[dict[str, Any]] = []
+
+for _name in [*os.environ]:
+    if _name.lower() in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        del os.environ[_name]
 
 
 def _watched(factory: Callable[[], asyncio.AbstractEventLoop]) -> Callable[[], Any]:

@@ -1050,7 +1050,7 @@ class TestOverHttp:
             assert await asyncio.to_thread(lambda: buf.view[len(data) - 1]) == data[-1]
             assert await asyncio.to_thread(bytes, buf.view) == data
             assert await buf.read() == data
-            assert server.counts.bytes == len(data) + 1  # one byte to ask for the size
+            assert server.counts.bytes == len(data) + 2  # two bytes to ask for the size
 
     async def test_a_missing_object(self) -> None:
         async with watched_server(b"x") as server:

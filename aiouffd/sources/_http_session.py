@@ -1,4 +1,4 @@
-"""The part of the HTTP source that is about aiohttp: sessions, name resolution, its exceptions.
+"""The part of the HTTP source that is about aiohttp: the session, name resolution, its exceptions.
 
 The only module that imports aiohttp; loaded when an HTTP source is opened.
 """
@@ -13,6 +13,7 @@ import ssl
 from concurrent.futures import ThreadPoolExecutor
 
 import aiohttp
+import yarl
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 from ..errors import AiouffdError, ShortReadError, SourceError, SourceTimeoutError, UsageError
@@ -59,45 +60,65 @@ class _Resolver(AbstractResolver):
         except TimeoutError as exc:
             raise OSError(errno.ETIMEDOUT, f"looking up {host} took too long") from exc
 
-    async def close(self) -> None:
+    def shut_down(self) -> None:
+        """Its threads end when they have found what they look for."""
         self._executor.shutdown(wait=False)
 
+    async def close(self) -> None:
+        self.shut_down()
 
-def make_session(
-    *,
-    timeout: float | None,
-    connect_timeout: float | None,
-    total_timeout: float | None,
-    max_connections: int,
-    keepalive: float,
-    read_buffer: int,
-    ssl: ssl.SSLContext | bool,
-    proxy: str | None,
-) -> aiohttp.ClientSession:
-    """Create a session for the running loop: no cookies, no decompression, own resolver.
+
+class Session:
+    """aiohttp's session, for the running loop: no cookies, no decompression, own resolver.
 
     Times in seconds, ``read_buffer`` in bytes.
     """
-    connector = aiohttp.TCPConnector(
-        limit=max_connections,
-        keepalive_timeout=keepalive,
-        ssl=ssl,
-        resolver=_Resolver(connect_timeout),
-        ttl_dns_cache=60,
-    )
-    return aiohttp.ClientSession(
-        connector=connector,
-        cookie_jar=aiohttp.DummyCookieJar(),
-        timeout=aiohttp.ClientTimeout(
-            total=total_timeout,
-            sock_connect=connect_timeout,
-            sock_read=timeout,
-        ),
-        auto_decompress=False,
-        read_bufsize=read_buffer,
-        proxy=proxy,
-        skip_auto_headers=("Accept",),
-    )
+
+    def __init__(
+        self,
+        *,
+        timeout: float | None,
+        connect_timeout: float | None,
+        total_timeout: float | None,
+        max_connections: int,
+        keepalive: float,
+        read_buffer: int,
+        ssl: ssl.SSLContext | bool,
+    ) -> None:
+        self._resolver = _Resolver(connect_timeout)
+        connector = aiohttp.TCPConnector(
+            limit=max_connections,
+            keepalive_timeout=keepalive,
+            ssl=ssl,
+            resolver=self._resolver,
+            ttl_dns_cache=60,
+        )
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(
+                total=total_timeout,
+                sock_connect=connect_timeout,
+                sock_read=timeout,
+            ),
+            auto_decompress=False,
+            read_bufsize=read_buffer,
+            skip_auto_headers=("Accept",),
+        )
+
+    async def request(
+        self, method: str, url: yarl.URL, headers: dict[str, str], proxy: str | None
+    ) -> aiohttp.ClientResponse:
+        """Send a request and return the reply with its body unread."""
+        return await self._session.request(
+            method, url, headers=headers, proxy=proxy, allow_redirects=False
+        )
+
+    async def aclose(self) -> None:
+        """Close all connections. They are closed when this first waits, which is only for the
+        sockets to go."""
+        self._resolver.shut_down()
+        await self._session.close()
 
 
 def translate(name: str, exc: Exception) -> AiouffdError:
@@ -128,6 +149,13 @@ def translate(name: str, exc: Exception) -> AiouffdError:
     if isinstance(exc, aiohttp.ClientResponseError):
         reason = exc.message.partition("\n")[0].rstrip(":")
         return SourceError(f"{name}: the server's reply is not valid HTTP ({reason})")
+    if isinstance(exc, aiohttp.ClientProxyConnectionError):
+        return SourceError(
+            f"{name}: its proxy {exc.host}:{exc.port} cannot be reached:"
+            f" {os.strerror(exc.errno or 0) if exc.errno in errno.errorcode else exc.strerror}",
+            errno=exc.errno,
+            hint="the environment (http_proxy, https_proxy) or proxy= names it",
+        )
     if isinstance(exc, OSError):
         # asyncio's own texts repeat the address; gaierror's numbers are no errno.
         known = exc.errno in errno.errorcode

@@ -4,17 +4,21 @@ Every request names the version that was opened (If-Match, or If-Unmodified-Sinc
 server has no strong ETag) and every reply is checked before its body is used, so that a changed
 object is an error and never a mix of two versions. A body is never drained: a reply that
 is not wanted costs its connection.
+
+A server may send less than was asked for, or a small object whole. What came is used then.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import errno
+import logging
 import re
 import ssl as ssl_module
 import warnings
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -29,13 +33,20 @@ from ..errors import (
     UnsupportedError,
     UsageError,
 )
+from ..once import Once, cancelled_from_outside
+from ._http_proxy import checked_proxy, proxy_for
 from ._http_reply import (
+    WHOLE,
+    Part,
     Validator,
     check_encoding,
     check_range_reply,
+    content_length,
     parse_content_range,
     status_error,
+    usable_range,
 )
+from ._versions import Unversioned, check_version, check_word
 from .base import BaseSource, Buffer, check_range
 from .names import identity, with_user
 
@@ -43,8 +54,15 @@ if TYPE_CHECKING:
     import aiohttp
     import yarl
 
+    from ._http_session import Session
+
 __all__ = ["HttpSource"]
 
+log = logging.getLogger("aiouffd")
+
+# What is asked for to find out about an object: not its first byte alone, for bytes=0-0 is the
+# range that servers get wrong most (those that test whether the last position is true).
+_FIRST = "bytes=0-1"
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MAX_REDIRECTS = 10
 # What a remembered redirect answers once its signature or its target has expired.
@@ -78,7 +96,20 @@ class HttpSource(BaseSource):
         read_buffer: bytes buffered for a reply before the socket is paused.
         ssl: an ``ssl.SSLContext``, True (verify with the system's authorities) or False (do
             not verify: only for tests).
-        proxy: URL of an HTTP proxy. Environment variables are not looked at.
+        proxy: URL of an HTTP proxy, with ``user:password@`` if it wants that. None takes what the
+            environment says for the URL (http_proxy, https_proxy, all_proxy, no_proxy), when it is
+            asked; "" uses none.
+        unversioned: what to do when the server sends neither ETag nor Last-Modified, so that a
+            change would go unnoticed: "warn" (UnversionedSourceWarning), "accept" or "refuse".
+        ignore_dates: do not look at Last-Modified where there is a strong ETag. For copies on
+            several machines that agree on that and the bytes, but not on the date.
+
+    The version is pinned by ETag and Last-Modified, of which all that the server sends must stay
+    as it was. Where If-Match is answered with 412 although the ETag is the same, as some gateways
+    do, it is no longer sent, and the ETag of each reply alone is compared.
+
+    An object of at most 64 KiB that the server sends whole, or cannot send in parts, is kept from
+    when it was opened. Its later fate is not looked at.
 
     Errors, besides those of `Source`: SourcePermissionError (401, 403, 407); SourceError, not
     transient, for 404 and 410 after opening and for replies that make no sense; transient, with
@@ -103,6 +134,8 @@ class HttpSource(BaseSource):
         read_buffer: int = 1 << 18,
         ssl: ssl_module.SSLContext | bool = True,
         proxy: str | None = None,
+        unversioned: Unversioned = "warn",
+        ignore_dates: bool = False,
     ) -> None:
         parts = _split(url)
         if max_connections < 1:
@@ -131,15 +164,23 @@ class HttpSource(BaseSource):
             "keepalive": keepalive,
             "read_buffer": read_buffer,
             "ssl": ssl,
-            "proxy": proxy,
         }
+        self._proxy = checked_proxy(proxy) if proxy else proxy
+        self._unversioned = check_word(unversioned)
+        self._ignore_dates = ignore_dates
         self._pin: Validator | None = None
+        # The bytes, if they came when it was opened.
+        self._whole: bytes | None = None
+        # Whether requests say which version they are for.
+        self._conditional = True
         # Where redirects led, as long as that works.
         self._resolved = self._url
         self._headers_cache: tuple[str, dict[str, str]] | None = None
         self._active: set[aiohttp.ClientResponse] = set()
-        self._session: aiohttp.ClientSession | None = None
+        self._session: Session | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._opening: Once[None] = Once(f"opening {self._name}", abandon=True)
+        self._closing: Once[None] = Once(f"closing {self._name}", keep_failure=True)
         self._closed = False
 
     def __repr__(self) -> str:
@@ -175,117 +216,169 @@ class HttpSource(BaseSource):
         return self._pin.size
 
     async def open(self) -> None:
-        """Find size, version and range support, with one request.
+        """Find size, version and range support: with one request, unless the server cannot send
+        the first two bytes of the object, or does not tell its size with them.
 
         A clone of an opened source knows all this and makes no request; its first read finds out
         whether the object has changed.
 
         Raises FileNotFoundError (404, 410), RangeNotSupportedError, UnsupportedError when aiohttp
-        is missing, UsageError when the server does not tell the size, and otherwise what
-        the class describes. May be called again after a failure.
+        is missing or the environment names a proxy that cannot be used, and otherwise what the
+        class describes. May be called again after a failure, and by several tasks at a time; when
+        all of them are cancelled it is not open.
         """
         if self._closed:
             raise ClosedError(f"{self!r} is closed")
-        if self._session is not None:
-            return
-        self._session = session = _make_session(self._options)
+        try:
+            await self._opening(self._open, self._disconnect)
+        except asyncio.CancelledError:
+            if self._closed and not cancelled_from_outside():
+                raise ClosedError(f"{self!r} was closed while it was opened") from None
+            raise
+
+    async def _open(self) -> None:
+        self._session = _make_session(self._options)
         self._loop = asyncio.get_running_loop()
         try:
             if self._pin is None:
-                self._pin = await self._probe()
+                pin, whole = await self._probe()
+                if whole is None:
+                    check_version(self._name, pin.version, self._unversioned)
+                self._pin = pin.without_date() if self._ignore_dates else pin
+                self._whole = whole
             self.version = self._pin.version
         except BaseException:
-            self._session = None
             self._resolved = self._url
-            await session.close()
+            await self._disconnect()
             raise
 
     async def aclose(self) -> None:
-        """Close all connections. Reads in flight raise ClosedError. Idempotent."""
+        """Close all connections. Reads in flight, and ``open()``, raise ClosedError.
+
+        Happens once, and to its end although who asks for it is cancelled; later calls return when
+        it is over.
+        """
         self._closed = True
+        await self._closing(self._close)
+
+    async def _close(self) -> None:
+        try:
+            await self._opening.stop()
+        finally:
+            await self._disconnect()
+
+    async def _disconnect(self) -> None:
         session, self._session = self._session, None
         if session is not None:
             for response in list(self._active):
                 response.close()  # wakes whoever waits for its body
             self._active.clear()
-            await session.close()
+            await session.aclose()
 
     async def read(self, offset: int, length: int) -> Buffer:
         """Return ``length`` bytes at byte ``offset``; errors as the class describes."""
-        chunks: list[bytes] = []
-        response = await self._begin(offset, length)
-        try:
-            left = length
-            while left:
-                chunk = await self._chunk(response, left)
-                chunks.append(chunk)
-                left -= len(chunk)
-            await self._end(response)
-        finally:
-            self._done(response)
+        async with contextlib.aclosing(self.stream(offset, length)) as stream:
+            chunks = [chunk async for chunk in stream]
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         """Read ``len(buffer)`` bytes at byte ``offset`` into ``buffer``, chunk by chunk."""
-        length = len(buffer)
-        response = await self._begin(offset, length)
-        try:
-            done = 0
-            while done < length:
-                chunk = await self._chunk(response, length - done)
+        done = 0
+        async with contextlib.aclosing(self.stream(offset, len(buffer))) as stream:
+            async for chunk in stream:
                 end = done + len(chunk)
                 buffer[done:end] = chunk
                 done = end
-            await self._end(response)
-        finally:
-            self._done(response)
 
     async def stream(self, offset: int, length: int) -> AsyncGenerator[Buffer, None]:
         """Yield the range as it arrives, in the chunks of the network (up to 256 KiB).
 
         Closing it early closes the connection.
         """
-        response = await self._begin(offset, length)
-        try:
-            left = length
-            while left:
-                chunk = await self._chunk(response, left)
-                left -= len(chunk)
-                if not left:
-                    await self._end(response)
-                yield chunk
-        finally:
-            self._done(response)
+        self._checked(offset, length)
+        end = offset + length
+        if length and self._whole is not None:
+            yield self._whole if length == self.size else self._whole[offset:end]
+            return
+        while offset < end:
+            response, part = await self._begin(offset, end - offset)
+            try:
+                skip, left, rest = part.skip, part.length, part.rest
+                offset += left
+                while left:
+                    chunk = await self._chunk(response, skip + left + rest)
+                    if skip:
+                        chunk, skip = chunk[skip:], max(0, skip - len(chunk))
+                    if len(chunk) > left:
+                        chunk, rest = chunk[:left], rest - (len(chunk) - left)
+                    left -= len(chunk)
+                    if not left and not rest:
+                        await self._end(response)
+                    if chunk:
+                        yield chunk
+            finally:
+                self._done(response)
 
     def clone(self) -> HttpSource:
         """Return an unopened source over the same URL and options, pinned to this version."""
-        other = HttpSource(self._url, headers=self._headers)
+        other = HttpSource(
+            self._url,
+            headers=self._headers,
+            proxy=self._proxy,
+            unversioned=self._unversioned,
+            ignore_dates=self._ignore_dates,
+        )
         other._options = self._options
         other._pin = self._pin
+        other._whole = self._whole
+        other._conditional = self._conditional
         other._resolved = self._resolved
         other.version = self.version
         return other
 
     # One range.
 
-    async def _begin(self, offset: int, length: int) -> aiohttp.ClientResponse | None:
-        """Ask for a range; return a reply whose headers are right, or None for zero bytes."""
+    async def _begin(self, offset: int, length: int) -> tuple[aiohttp.ClientResponse, Part]:
+        """Ask for a range; return a reply of the right version, and where in it the bytes are."""
         pin = self._checked(offset, length)
-        if not length:
-            return None
-        extra = pin.conditions()
-        extra["Range"] = f"bytes={offset}-{offset + length - 1}"
-        response = await self._send("GET", extra)
+        # Never the first byte alone; see _FIRST.
+        last = max(offset + length, min(2, pin.size)) - 1
+        wanted = {"Range": f"bytes={offset}-{last}"}
+        conditions = pin.conditions() if self._conditional else {}
+        response = await self._send("GET", {**conditions, **wanted})
         try:
-            check_range_reply(self._name, response.status, response.headers, offset, length, pin)
+            refused = response.status == 412 and bool(conditions)
+            if refused:
+                # It has changed, or the server's comparison is broken: its ETag will tell.
+                self._done(response)
+                response = await self._send("GET", wanted)
+            part = check_range_reply(
+                self._name, response.status, response.headers, offset, last + 1 - offset, pin
+            )
+            if refused:
+                self._conditional = False
+                log.info(
+                    "%s: the server refuses %s though the object is the same; it is not sent again",
+                    self._name,
+                    next(iter(conditions)),
+                )
         except BaseException:
             self._done(response)
             raise
-        return response
+        more = part.length - length
+        return response, Part(part.skip, length, part.rest + more) if more > 0 else part
 
-    async def _chunk(self, response: aiohttp.ClientResponse | None, left: int) -> bytes:
+    async def _chunk(self, response: aiohttp.ClientResponse, left: int) -> bytes:
         """Return the next bytes of a body, at most the ``left`` that are still to come."""
-        assert response is not None
+        chunk = await self._more(response)
+        if not chunk:
+            raise ShortReadError(f"{self._name}: the reply ended {left} bytes early")
+        if len(chunk) > left:
+            raise ShortReadError(f"{self._name}: the reply is longer than what was asked for")
+        return chunk
+
+    async def _more(self, response: aiohttp.ClientResponse) -> bytes:
+        """The next bytes of a body; none at its end."""
         try:
             # Unlike read() and readany() this never joins what the socket delivered.
             chunk, _ = await response.content.readchunk()
@@ -293,15 +386,11 @@ class HttpSource(BaseSource):
                 chunk, _ = await response.content.readchunk()
         except Exception as exc:
             raise self._translated(exc) from exc
-        if not chunk:
-            raise ShortReadError(f"{self._name}: the reply ended {left} bytes early")
-        if len(chunk) > left:
-            raise ShortReadError(f"{self._name}: the reply is longer than what was asked for")
         return chunk
 
-    async def _end(self, response: aiohttp.ClientResponse | None) -> None:
+    async def _end(self, response: aiohttp.ClientResponse) -> None:
         """See that the body ends here, which also gives its connection back to the pool."""
-        if response is None or response.content.at_eof():
+        if response.content.at_eof():
             return
         try:
             chunk = await response.content.readany()
@@ -310,62 +399,110 @@ class HttpSource(BaseSource):
         if chunk:
             raise ShortReadError(f"{self._name}: the reply is longer than what was asked for")
 
-    def _done(self, response: aiohttp.ClientResponse | None) -> None:
+    def _done(self, response: aiohttp.ClientResponse) -> None:
         """Close the connection, unless the body came to its end and it is in the pool again."""
-        if response is not None:
-            self._active.discard(response)
-            response.close()
+        self._active.discard(response)
+        response.close()
 
     # Requests.
 
-    async def _probe(self) -> Validator:
-        """Find out size and validators with a request for the first byte."""
-        response = await self._send("GET", {"Range": "bytes=0-0"})
-        try:
+    async def _probe(self) -> tuple[Validator, bytes | None]:
+        """Find out size and validators, and the bytes if they come whole."""
+        async with self._asked("GET", {"Range": _FIRST}) as response:
             status, headers = response.status, response.headers
             got = parse_content_range(headers.get("Content-Range"))
             if status in (404, 410):
                 raise FileNotFoundError(errno.ENOENT, f"no such object (HTTP {status})", self._name)
             if status == 416 and got is not None and got.total == 0:
-                return Validator.of(0, headers)
-            if status == 200 and headers.get("Content-Length") == "0":
-                return Validator.of(0, headers)
-            if status == 416:
-                raise SourceError(
-                    f"{self._name}: the server refused to send byte 0 (HTTP 416)", transient=False
-                )
-            if status != 206:
+                return Validator.of(0, headers), b""
+            if status == 200:
+                return await self._small(response)
+            if status == 206:
+                first, size = await self._first_bytes(response)
+                validator = Validator.of(0 if size is None else size, headers)
+            elif status != 416:
                 raise status_error(self._name, status, headers)
-            check_encoding(self._name, headers)
-            if got is None or got.first != 0 or got.last != 0:
-                raise RangeNotSupportedError(
-                    f"{self._name}: asked for bytes 0-0, the server sent Content-Range"
-                    f" {headers.get('Content-Range')!r}"
-                )
-            size = got.total
-            validator = Validator.of(0 if size is None else size, headers)
-            # Take the byte, so that the connection can serve the first read.
-            if len(await self._chunk(response, 1)) == 1:
-                await self._end(response)
-        finally:
-            self._done(response)
+        if status == 416:
+            return await self._probe_without_range()
         if size is None:
-            size = await self._head_size(validator)
+            size = await self._size(validator)
             validator = replace(validator, size=size)
-        return validator
+        return validator, first if len(first) == size else None
 
-    async def _head_size(self, validator: Validator) -> int:
-        """Ask with HEAD for a size that the range reply did not tell."""
-        response = await self._send("HEAD", validator.conditions())
+    async def _first_bytes(self, response: aiohttp.ClientResponse) -> tuple[bytes, int | None]:
+        """The first bytes of the object, one or two, from a partial reply, and its size."""
+        check_encoding(self._name, response.headers)
+        text = response.headers.get("Content-Range")
         try:
-            length = response.headers.get("Content-Length", "")
-            if response.status != 200 or not length.isdigit():
+            got = usable_range(self._name, response.headers)
+        except SourceError as exc:
+            raise RangeNotSupportedError(exc.message) from None
+        size = got.total
+        if got.first != 0 or got.last > 1 or (size is not None and size <= got.last):
+            raise RangeNotSupportedError(
+                f"{self._name}: asked for bytes 0-1, the server sent Content-Range {text!r}"
+            )
+        declared = content_length(response.headers)
+        if declared is not None and declared > got.last + 1:
+            raise ShortReadError(f"{self._name}: the reply is longer than what was asked for")
+        # Taken, so that the connection can serve the first read.
+        first = b""
+        while len(first) <= got.last:
+            first += await self._chunk(response, got.last + 1 - len(first))
+        await self._end(response)
+        return first, size
+
+    async def _probe_without_range(self) -> tuple[Validator, bytes]:
+        """An object of which the first bytes cannot be had (416): most likely it has none."""
+        async with self._asked("GET", {}) as response:
+            try:
+                return await self._small(response)
+            except SourceError as exc:
                 raise SourceError(
-                    f"{self._name}: the server does not tell the size of the object",
-                    transient=False,
-                )
-            check_encoding(self._name, response.headers)
-            return int(length)
+                    f"{self._name}: the server refused to send bytes 0-1 (HTTP 416)",
+                    transient=exc.transient,
+                ) from exc
+
+    async def _small(self, response: aiohttp.ClientResponse) -> tuple[Validator, bytes]:
+        """An object that is sent whole, if it is small. Raises what `status_error` gives if not."""
+        status, headers = response.status, response.headers
+        declared = content_length(headers)
+        chunked = "chunked" in headers.get("Transfer-Encoding", "").lower()
+        # Without either, nothing would tell an object from the first part of one.
+        if status == 200 and (chunked if declared is None else declared <= WHOLE):
+            check_encoding(self._name, headers)
+            data = bytearray()
+            most = WHOLE if declared is None else declared
+            while len(data) <= most and (chunk := await self._more(response)):
+                data += chunk
+            if declared is not None and len(data) != declared:
+                raise ShortReadError(f"{self._name}: the reply is not as long as it announces")
+            if len(data) <= WHOLE:
+                return Validator.of(len(data), headers), bytes(data)
+        raise status_error(self._name, status, headers)
+
+    async def _size(self, validator: Validator) -> int:
+        """Ask for a size that the partial reply did not tell."""
+        for method in ("HEAD", "GET"):
+            # Signed URLs are good for GET alone.
+            async with self._asked(method, {}) as response:
+                size = content_length(response.headers)
+                if response.status == 200 and size is not None:
+                    check_encoding(self._name, response.headers)
+                    validator.check(self._name, response.headers)
+                    return size
+        raise SourceError(
+            f"{self._name}: the server does not tell the size of the object", transient=False
+        )
+
+    @contextlib.asynccontextmanager
+    async def _asked(
+        self, method: str, extra: dict[str, str]
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The reply to a request, whose connection is closed unless all of it was taken."""
+        response = await self._send(method, extra)
+        try:
+            yield response
         finally:
             self._done(response)
 
@@ -382,8 +519,7 @@ class HttpSource(BaseSource):
                 response, url = await self._follow(method, self._url, extra)
         except asyncio.CancelledError:
             # Closing the pool cancels those who wait for a connection, but not their tasks.
-            task = asyncio.current_task()
-            if self._closed and task is not None and not task.cancelling():
+            if self._closed and not cancelled_from_outside():
                 raise ClosedError(f"{self!r} was closed during a request") from None
             raise
         except Exception as exc:
@@ -402,8 +538,8 @@ class HttpSource(BaseSource):
             response = await session.request(
                 method,
                 _encoded(url),
-                headers={**self._headers_for(url), **extra},
-                allow_redirects=False,
+                {**self._headers_for(url), **extra},
+                proxy_for(url) if self._proxy is None else self._proxy or None,
             )
             self._active.add(response)
             location = response.headers.get("Location")
@@ -463,14 +599,14 @@ class HttpSource(BaseSource):
         return translate(self._name, exc)
 
 
-def _make_session(options: dict[str, Any]) -> aiohttp.ClientSession:
+def _make_session(options: dict[str, Any]) -> Session:
     try:
-        from ._http_session import make_session
+        from ._http_session import Session
     except ModuleNotFoundError as exc:
         raise UnsupportedError(
             f"reading over HTTP needs {exc.name}", hint="pip install aiouffd[http]"
         ) from exc
-    return make_session(**options)
+    return Session(**options)
 
 
 def _split(url: str) -> SplitResult:

@@ -28,7 +28,7 @@ def server_weather(seed: int) -> Any:
     chance = random.Random(seed)
 
     def fault(request: Request) -> Fault | None:
-        if request.range == (0, 0) or chance.random() > 0.33:
+        if request.range == (0, 1) or chance.random() > 0.33:
             return None
         return chance.choice(
             [

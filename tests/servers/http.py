@@ -73,6 +73,7 @@ class Fault:
     garbage: bytes | None = None  # send this and close
     short_by: int = 0  # a shorter body, with headers that agree on it
     extra: bytes = b""  # a longer body, with a Content-Length that agrees
+    most: int | None = None  # send at most so much of the range, and say so
     ignore_range: bool = False
     redirect: str | None = None
     gzip: bool = False  # compress the range
@@ -398,6 +399,8 @@ class _Connection(asyncio.Protocol):
         if first > last:
             headers["Content-Range"] = f"bytes */{size}"
             return 416, headers, nothing
+        if fault.most is not None:
+            last = min(last, first + fault.most - 1)
         headers["Content-Range"] = f"bytes {first}-{last}/{size}"
         return 206, headers, entry.data[first : last + 1]
 
