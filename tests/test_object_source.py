@@ -24,12 +24,13 @@ from aiouffd.errors import (
     SourceChangedError,
     SourceError,
     SourceTimeoutError,
+    UnversionedSourceWarning,
     UsageError,
 )
 from aiouffd.sources import SourcePermissionError, as_source
 from aiouffd.sources.coalesce import Coalescer
 from tests.scenarios import torture
-from tests.servers.http import Entry, Fault, RangeServer, pattern
+from tests.servers.http import MODIFIED, Entry, Fault, RangeServer, Request, pattern
 from tests.servers.s3 import KEYS, S3Server, s3_server
 from tests.support import ROOT, environment, result_of
 
@@ -240,7 +241,6 @@ async def test_other_stores(server: RangeServer, tmp_path: Any) -> None:
         (Fault(status=403), SourcePermissionError, False),
         (Fault(status=401), SourcePermissionError, False),
         (Fault(status=404), SourceError, False),
-        (Fault(status=412), SourceChangedError, False),
         (Fault(status=416), SourceChangedError, False),
         (Fault(headers={"ETag": '"v2"'}), SourceChangedError, False),
         (Fault(ignore_range=True), RangeNotSupportedError, False),
@@ -271,16 +271,21 @@ async def test_failures(
 
 
 async def test_failures_to_open(server: RangeServer) -> None:
-    for fault, error in (
-        (Fault(status=404), FileNotFoundError),
-        (Fault(status=403), PermissionError),
-        (Fault(status=503), SourceError),
-        (Fault(ignore_range=True), RangeNotSupportedError),
+    for faults, error, transient in (
+        ([Fault(status=404)], FileNotFoundError, None),
+        ([Fault(status=403)], PermissionError, False),
+        ([Fault(status=503)], SourceError, True),
+        ([Fault(ignore_range=True)], RangeNotSupportedError, False),
+        ([Fault(status=416)], SourceError, False),
+        ([Fault(status=416), Fault(status=503)], SourceError, True),
+        ([Fault(status=416), Fault(status=403)], SourceError, False),
+        ([Fault(no_reply=True)], SourceError, True),
     ):
         source = ObjectSource.from_url(URL, **to(server))
-        server.faults.append(fault)
-        with pytest.raises(error):
+        server.faults.extend(faults)
+        with pytest.raises(error) as caught:
             await source.open()
+        assert getattr(caught.value, "transient", None) == transient
         await source.open()
         assert bytes(await source.read(0, 1)) == DATA[:1]
         await source.aclose()
@@ -312,6 +317,174 @@ async def test_changed_without_etags(server: RangeServer) -> None:
         server.objects["/bucket/a"] = Entry(memoryview(DATA[::-1]), None, 1_800_000_000.0)
         with pytest.raises(SourceChangedError):
             await source.read(0, 10)
+
+
+@pytest.mark.parametrize("how", ["read", "read_into"])
+@pytest.mark.parametrize("scheme", ["s3", "obstore+http"])
+@pytest.mark.parametrize("etag", ['"v1"', 'W/"v1"', None])
+async def test_a_condition_that_never_holds_is_given_up(
+    server: RangeServer, how: str, scheme: str, etag: str | None
+) -> None:
+    def refusing(request: Request) -> Fault | None:
+        conditions = {"if-match", "if-unmodified-since"} & set(request.headers)
+        return Fault(status=412, headers={"ETag": '"other"'}) if conditions else None
+
+    server.objects["/bucket/a"].etag = etag
+    server.fault = refusing
+    options = to(server) if scheme == "s3" else {}
+    async with opened(URL if scheme == "s3" else web(server), **options) as source:
+        assert bytes(await READERS[how](source, 10, 1000)) == DATA[10:1010]
+        assert server.counts.requests == 3
+        clone = source.clone()
+        await clone.open()
+        for one in (source, clone):
+            assert bytes(await READERS[how](one, 10, 1000)) == DATA[10:1010]
+        assert server.counts.requests == 5, "it was not sent again"
+        # The replies' own validators are compared, and have to be there.
+        server.objects["/bucket/a"] = Entry(memoryview(DATA[::-1]), '"v2"', MODIFIED + 1)
+        for one in (source, clone):
+            with pytest.raises(SourceChangedError):
+                await READERS[how](one, 10, 1000)
+        server.objects["/bucket/a"] = Entry(memoryview(DATA[::-1]), None, None)
+        with pytest.raises(SourceChangedError):
+            await READERS[how](source, 10, 1000)
+        await clone.aclose()
+
+
+def web(server: RangeServer, name: str = "a") -> str:
+    return "obstore+" + server.url(f"/bucket/{name}")
+
+
+@pytest.mark.parametrize("how", ["read", "read_into"])
+async def test_the_rest_of_a_shorter_reply_is_asked_for(server: RangeServer, how: str) -> None:
+    async with opened(URL, **to(server)) as source:
+        server.fault = lambda request: Fault(most=1000)
+        assert bytes(await READERS[how](source, 10, 3500)) == DATA[10:3510]
+        server.faults.append(Fault(most=1000))
+        server.faults.append(Fault(headers={"ETag": '"v2"'}))
+        with pytest.raises(SourceChangedError):
+            await READERS[how](source, 10, 3500)
+        # A server that has a limit is asked for no more at a time, once that is known.
+        server.fault = lambda request: Fault(most=50_000)
+        assert bytes(await READERS[how](source, 10, 500_000)) == DATA[10:500_010]
+        before = server.counts.requests
+        for one in (source, source.clone()):
+            await one.open()
+            assert bytes(await READERS[how](one, 10, 500_000)) == DATA[10:500_010]
+            await one.aclose()
+        assert server.counts.requests == before + 20
+    server.fault = lambda request: Fault(most=1)
+    async with opened(URL, **to(server)) as source:
+        assert source.size == SIZE
+        assert bytes(await READERS[how](source, 0, 3)) == DATA[:3]
+
+
+@pytest.mark.parametrize(
+    "wrong", [f"bytes 9-1008/{SIZE}", f"bytes 11-1010/{SIZE}", "bytes x", None]
+)
+async def test_another_place_than_was_asked_for(server: RangeServer, wrong: str | None) -> None:
+    async with opened(URL, **to(server)) as source:
+        server.faults.append(Fault(headers={"Content-Range": wrong}))
+        with pytest.raises(SourceError) as caught:
+            await source.read(10, 1000)
+        assert not caught.value.transient
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 5000, 65536])
+@pytest.mark.parametrize("scheme", ["s3", "obstore+http"])
+async def test_a_small_object_may_come_whole(server: RangeServer, size: int, scheme: str) -> None:
+    server.objects["/bucket/small"] = Entry(memoryview(DATA[:size]), None, None)
+    server.fault = lambda request: Fault(ignore_range=True)
+    options = to(server) if scheme == "s3" else {}
+    url = "s3://bucket/small" if scheme == "s3" else web(server, "small")
+    # Nothing can change beneath it, so that a version is not missed.
+    async with opened(url, unversioned="refuse", **options) as source:
+        before = server.counts.requests
+        clone = source.clone()
+        await clone.open()
+        for one in (source, clone):
+            assert one.size == size
+            for offset, length in ((0, size), (size // 2, size // 3), (size, 0)):
+                assert bytes(await one.read(offset, length)) == DATA[offset : offset + length]
+                assert await into_ours(one, offset, length) == DATA[offset : offset + length]
+        assert server.counts.requests == before
+        await clone.aclose()
+    server.objects["/bucket/small"] = Entry(memoryview(DATA[:65537]))
+    with pytest.raises(RangeNotSupportedError):
+        await ObjectSource.from_url(url, **options).open()
+
+
+async def test_a_whole_object_instead_of_a_range(server: RangeServer) -> None:
+    server.objects["/bucket/small"] = Entry(memoryview(DATA[:50_000]))
+    for name, size in (("small", 50_000), ("a", SIZE)):
+        async with opened(f"s3://bucket/{name}", **to(server)) as source:
+            server.fault = lambda request: Fault(ignore_range=True)
+            assert bytes(await source.read(0, size)) == DATA[:size]
+            if name == "small":
+                for offset, length in ((0, 1), (49_999, 1), (3, 30_000)):
+                    found = await source.read(offset, length)
+                    assert bytes(found) == DATA[offset : offset + length]
+                server.objects["/bucket/small"].etag = '"v2"'
+            else:
+                with pytest.raises(RangeNotSupportedError):
+                    await source.read(0, size - 1)
+                server.objects["/bucket/a"].etag = '"v2"'
+            with pytest.raises(SourceChangedError):
+                await source.read(0, size)
+        server.fault = None
+
+
+async def test_empty_objects_of_which_no_byte_can_be_sent(server: RangeServer) -> None:
+    for url, options in (("s3://bucket/empty", to(server)), (web(server, "empty"), {})):
+        for fault in (None, Fault(status=416), Fault(ignore_range=True)):
+            server.faults.append(fault)
+            async with opened(url, **options) as source:
+                assert source.size == 0
+                assert bytes(await source.read(0, 0)) == b""
+
+
+async def test_a_compressed_part_is_refused(server: RangeServer) -> None:
+    async with opened(web(server)) as source:
+        server.faults.append(Fault(gzip=True))
+        with pytest.raises(SourceError, match="Content-Encoding") as caught:
+            await source.read(0, 1000)
+        assert not caught.value.transient
+    # What a store keeps compressed are its bytes.
+    kept = Fault(headers={"Content-Encoding": "gzip"})
+    async with opened(URL, **to(server)) as source:
+        server.faults.append(kept)
+        assert bytes(await source.read(0, 1000)) == DATA[:1000]
+
+
+async def test_one_validator_that_contradicts_another_is_a_change(server: RangeServer) -> None:
+    async with (
+        opened(URL, **to(server)) as source,
+        opened(URL, **to(server), ignore_dates=True) as trusting,
+    ):
+        server.objects["/bucket/a"].modified = MODIFIED + 1
+        with pytest.raises(SourceChangedError, match="though its ETag stayed"):
+            await source.read(0, 10)
+        for one in (trusting, trusting.clone()):
+            await one.open()
+            assert bytes(await one.read(0, 10)) == DATA[:10]
+            await one.aclose()
+
+
+async def test_no_version_at_all(server: RangeServer) -> None:
+    server.objects["/bucket/a"] = Entry(memoryview(DATA), None, None)
+    source = ObjectSource.from_url(URL, **to(server))
+    with pytest.warns(UnversionedSourceWarning, match="neither an ETag nor"):
+        await source.open()
+    assert source.weak
+    clone = source.clone()
+    await clone.open()  # said already
+    await clone.aclose()
+    await source.aclose()
+    with pytest.raises(SourceError, match="no version") as caught:
+        await ObjectSource.from_url(URL, **to(server), unversioned="refuse").open()
+    assert not caught.value.transient
+    async with opened(URL, **to(server), unversioned="accept") as source:
+        assert source.version is None
 
 
 async def test_cancelled_and_closed(server: RangeServer) -> None:

@@ -15,6 +15,7 @@ from obstore import exceptions as obstore_errors
 from ..errors import (
     AiouffdError,
     RangeNotSupportedError,
+    ShortReadError,
     SourceChangedError,
     SourceError,
     SourceTimeoutError,
@@ -22,9 +23,10 @@ from ..errors import (
 )
 from .base import SourcePermissionError
 
-__all__ = ["redacted", "status_of", "translate"]
+__all__ = ["ignores_range", "is_refused", "redacted", "status_of", "translate", "unexpected_range"]
 
 _STATUS = re.compile(r"status code: (\d{3})")
+_RANGES = re.compile(r"Requested (\d+)\.\.(\d+), got (\d+)\.\.(\d+)")
 _PASSWORD = re.compile(r"(?<=://)[^\s/@]*@")
 _QUERY = re.compile(r"(://[^\s?]*)\?\S*")
 _LONGEST = 300
@@ -50,6 +52,22 @@ def status_of(exc: BaseException) -> int | None:
     return int(match[1]) if match else None
 
 
+def is_refused(exc: BaseException) -> bool:
+    """Whether the server says that a condition is not met (412)."""
+    return isinstance(exc, obstore_errors.PreconditionError) or status_of(exc) == 412
+
+
+def ignores_range(exc: BaseException) -> bool:
+    """Whether a whole object came where a part of it was asked for."""
+    return isinstance(exc, obstore_errors.NotSupportedError) or "non-partial response" in str(exc)
+
+
+def unexpected_range(exc: BaseException) -> tuple[int, int] | None:
+    """The first byte and the end of a partial reply that was not what was asked for, or None."""
+    match = _RANGES.search(str(exc))
+    return (int(match[3]), int(match[4])) if match else None
+
+
 def translate(name: str, exc: Exception) -> Exception:
     """The error to raise for ``exc``; ``name`` is what people call the object.
 
@@ -59,8 +77,8 @@ def translate(name: str, exc: Exception) -> Exception:
         return exc
     text, status = str(exc), status_of(exc)
     error: Exception
-    if isinstance(exc, obstore_errors.PreconditionError) or status in (412, 416):
-        error = SourceChangedError(f"{name} has changed")
+    if is_refused(exc) or status == 416:
+        error = SourceChangedError(f"{name} has changed: the server answered {status or 412}")
     elif isinstance(exc, FileNotFoundError) or status == 410:
         error = SourceError(f"{name} is gone", transient=False, errno=errno.ENOENT)
     elif isinstance(
@@ -73,7 +91,7 @@ def translate(name: str, exc: Exception) -> Exception:
             hint="check the credentials in the environment, or give config= or"
             " credential_provider=; for public objects config={'skip_signature': 'true'}",
         )
-    elif isinstance(exc, obstore_errors.NotSupportedError) or "non-partial response" in text:
+    elif ignores_range(exc):
         error = RangeNotSupportedError(
             f"{name}: the server ignored the Range header and sent the whole object",
             hint="a server with range support is needed; download the object, or use a mirror",
@@ -98,6 +116,12 @@ def translate(name: str, exc: Exception) -> Exception:
         )
     elif _BROKEN.search(text):
         error = SourceError(f"{name}: {redacted(text)}", errno=errno.ECONNRESET)
+    elif (match := _RANGES.search(text)) is not None:
+        asked, got = tuple(match.groups()[:2]), tuple(match.groups()[2:])
+        message = f"{name}: asked for bytes {'-'.join(asked)}, the server sent {'-'.join(got)}"
+        # More than that may be a fault of the moment; another place is one of the server.
+        error = ShortReadError(message) if asked[0] == got[0] else SourceError(message)
+        error.transient = asked[0] == got[0]
     elif isinstance(exc, ValueError | obstore_errors.InvalidPathError):
         error = UsageError(f"{name}: {redacted(text)}")
     else:

@@ -46,6 +46,9 @@ async def answer(request: Awaitable[Any], mine: set[asyncio.Future[Any]] | None 
             mine.discard(future)
         if not future.done():  # the coroutine was thrown away, perhaps with its loop
             _give_up(future)
+        # Cancelled when the answer has come, it would live on with the traceback: a reply, and its
+        # connection.
+        del future, request
 
 
 def check_process() -> None:

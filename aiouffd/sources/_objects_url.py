@@ -184,16 +184,19 @@ def environment(location: Location) -> dict[str, str]:
 
 
 def cache_key(
-    location: Location, store: Any, settings: Settings, environment: Mapping[str, str]
+    location: Location,
+    config: Mapping[str, Any],
+    settings: Settings,
+    environment: Mapping[str, str],
 ) -> str | None:
     """What names the object for a cache: everything that chooses it. None if that is more than
-    can be written down. ``store`` is what `make_store` made of it."""
+    can be written down. ``config`` is that of the store that `make_store` made of it."""
     client = dict(settings.client_options or {})
     headers = client.pop("default_headers", None)
     chosen: dict[str, Any] = {}
     name = location.name
     if location.scheme in _BUCKETS:
-        chosen = {**_of_environment(location, environment), **_config(store)}
+        chosen = {**_of_environment(location, environment), **_config(config)}
         # Buckets of AWS are one name space, which other stores may divide by account.
         if location.scheme == "s3" and not any("endpoint" in key for key in chosen):
             if "session_token" in chosen:
@@ -207,13 +210,9 @@ def cache_key(
     return identity(name, {**chosen, "default_headers": headers or None}, _SECRETS)
 
 
-def _config(store: Any) -> dict[str, Any]:
+def _config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A store's settings by obstore's own names for them, but for what the URL says."""
-    return {
-        key: value
-        for key, value in dict(store.config or {}).items()
-        if key not in ("bucket", "container_name")
-    }
+    return {key: value for key, value in config.items() if key not in ("bucket", "container_name")}
 
 
 def _of_environment(location: Location, environment: Mapping[str, str]) -> dict[str, Any]:
