@@ -348,20 +348,16 @@ class FileSource(BaseSource):
 
     def _submit(self, file: _SharedFile, func: Callable[[], T]) -> asyncio.Future[T]:
         """Run ``func`` on an own thread, with the file held open."""
-
-        def job() -> T:
-            try:
-                return func()
-            finally:
-                file.release()
-
         assert self._executor is not None
         file.acquire()
         try:
-            return asyncio.get_running_loop().run_in_executor(self._executor, job)
+            running = self._executor.submit(func)
         except BaseException:
             file.release()
             raise
+        # Also if it is cancelled before a thread has come to it.
+        running.add_done_callback(lambda _: file.release())
+        return asyncio.wrap_future(running)
 
     def _read_cached(self, file: _SharedFile, buffer: memoryview, offset: int) -> bool:
         """Fill ``buffer`` from the page cache if all of it is there, without blocking."""
