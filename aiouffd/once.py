@@ -65,6 +65,12 @@ class Once(Generic[T]):
         task = self._task
         return task is not None and task.done() and not _failed(task)
 
+    @property
+    def lost(self) -> bool:
+        """Whether its task was cancelled before its first step, so that nothing was done."""
+        task = self._task
+        return task is not None and task.done() and not self._began
+
     async def __call__(
         self,
         operation: Callable[[], Coroutine[Any, Any, T]],

@@ -8,15 +8,19 @@ of the read it was called for: not an order to our task, and never the loop's.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Executor
 from functools import partial
 from typing import Any, TypeVar
 
 from ..errors import ClosedError
 from ..once import Once, cancelled_from_outside
+from .base import Source, aclose_source, as_source_error
 
-__all__ = ["Life", "is_failure", "run_in_thread"]
+__all__ = ["Life", "contained", "give_back", "is_failure", "run_in_thread"]
+
+log = logging.getLogger("aiouffd")
 
 T = TypeVar("T")
 Operation = Callable[[], Coroutine[Any, Any, None]]
@@ -69,7 +73,9 @@ class Life:
         try:
             await self._closing(partial(self._close, operation))
         except asyncio.CancelledError:
-            # Or its task was, with all others at the end of the loop, which is an end too.
+            # At the end of a loop all tasks are cancelled, those that have not begun yet too.
+            if self._closing.lost:
+                await self._closing(partial(self._close, operation))
             if cancelled_from_outside():
                 raise
 
@@ -77,7 +83,7 @@ class Life:
         try:
             await self._opening.stop()
         finally:
-            await operation()
+            await _in_any_case(operation)
 
 
 def is_failure(error: BaseException) -> bool:
@@ -86,6 +92,38 @@ def is_failure(error: BaseException) -> bool:
     if isinstance(error, asyncio.CancelledError):
         return not cancelled_from_outside()
     return not isinstance(error, KeyboardInterrupt | GeneratorExit)
+
+
+async def _in_any_case(operation: Operation) -> None:
+    """Run what may be run twice. Cancelled it runs once more, for with us all tasks may have been
+    cancelled (at the end of a loop), and what it waited for may not even have begun."""
+    try:
+        await operation()
+    except asyncio.CancelledError:
+        await operation()
+        raise
+
+
+async def contained(function: Callable[..., Awaitable[T]], *arguments: Any, **options: Any) -> T:
+    """Call and await others' code. What is no Exception, and a failure all the same, comes out as a
+    SourceError. (Not given a coroutine: nobody would await that if we are cancelled at once.)"""
+    try:
+        return await function(*arguments, **options)
+    except Exception:
+        raise
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        raise as_source_error(error) from error
+
+
+async def give_back(source: Source) -> None:
+    """Close a source because something else failed, which is what is to be raised: an error of
+    closing goes to the log."""
+    try:
+        await _in_any_case(partial(contained, aclose_source, source))
+    except Exception as error:
+        log.warning("%r could not be closed: %r", source, error)
 
 
 async def run_in_thread(executor: Executor, function: Callable[..., T], *arguments: Any) -> T:

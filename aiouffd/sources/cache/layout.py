@@ -46,6 +46,8 @@ LATEST, LOCK = "latest", "lock"
 DATA = ".seg"
 _TAG = b"Signature: 8a477f597d28d172789f06886806bc55\n# Bytes that aiouffd can fetch again.\n"
 _RECORD_SEAL = 8
+#: Longest file of what was seen last, in bytes.
+_LATEST_MAX = 1 << 16
 _PAGE = 4096
 #: Blocks in a segment file.
 PER_SEGMENT = 256
@@ -240,13 +242,16 @@ def read_latest(directory: Path) -> Latest | None:
         with open(fd, "rb") as file:
             if not own_file(os.fstat(fd)):
                 return None
-            seal, _, body = file.read(1 << 20).rstrip(b"\n").partition(b"\n")
+            seal, _, body = file.read(_LATEST_MAX).rstrip(b"\n").partition(b"\n")
         if _seal_latest(directory, body) != seal:
             return None
         found = json.loads(body)
-        return Latest(str(found["name"]), str(found["version"]), int(found["size"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        name, version, size = found["name"], found["version"], found["size"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+    if not isinstance(name, str) or not isinstance(version, str) or type(size) is not int:
+        return None
+    return Latest(name, version, size) if 0 <= size < 1 << 63 else None
 
 
 def forget_older(directory: Path, current: str) -> None:

@@ -12,10 +12,12 @@ import warnings
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ...errors import ClosedError, SourceChangedError, SourceError, UsageError
+from ...once import cancelled_from_outside
 from .. import as_source
 from ..base import (
     BaseSource,
@@ -30,8 +32,9 @@ from ..base import (
 )
 from ..compose.checksum import digest_function
 from ..compose.concat import together
-from ..compose.wrapper import close_again
+from ..compose.wrapper import fresh
 from ..file import _settle
+from ..lifecycle import Life, contained, give_back
 from ..names import display_name, identity, with_user
 from . import layout
 from .entry import TRIES, Entry
@@ -144,7 +147,7 @@ class CachedSource(BaseSource):
         self._reached = False
         self._reaching: asyncio.Lock | None = None
         self._changed: SourceChangedError | None = None
-        self._opened = self._closed = False
+        self._life = Life(f"the cache of {self._inner!r}")
         self._entry: Entry | None = None
         self._writer: Writer | None = None
         self._executor: ThreadPoolExecutor | None = None
@@ -155,7 +158,8 @@ class CachedSource(BaseSource):
         return f"<CachedSource of {self._inner!r}>"
 
     def __del__(self) -> None:
-        if getattr(self, "_opened", False) and not self._closed:
+        life = getattr(self, "_life", None)
+        if life is not None and life.opened:
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
             self._let_go()
 
@@ -179,7 +183,7 @@ class CachedSource(BaseSource):
     @property
     def offline(self) -> bool:
         """Whether it was opened without the source, which has not been reached since."""
-        return self._opened and not self._reached
+        return self._life.opened and not self._reached
 
     @property
     def stats(self) -> CacheStats:
@@ -195,17 +199,17 @@ class CachedSource(BaseSource):
     # --------------------------------------------------------- open and close
 
     async def open(self) -> None:
-        """Open the source, and what is cached of its version.
+        """Open the source, and what is cached of its version. Shared by all who call it at a time.
 
         Raises what opening the source raises, unless ``stale_ok`` and it cannot be reached;
         SourceChangedError if a clone finds another version.
         """
-        if self._closed:
-            raise ClosedError(f"{self!r} is closed")
-        if self._opened:
-            return
-        executor = ThreadPoolExecutor(4, "aiouffd-cache")
-        pin, lasting = self._pin, self._lasting
+        pin = self._pin, self._lasting
+        await self._life.open(partial(self._open, pin), partial(self._take_back, pin))
+
+    async def _open(self, before: tuple[tuple[int, str | None] | None, bool]) -> None:
+        executor = self._executor = ThreadPoolExecutor(4, "aiouffd-cache")
+        pin = self._pin
         try:
             try:
                 await self._reach()
@@ -216,15 +220,18 @@ class CachedSource(BaseSource):
             # What a clone is pinned to may no longer be the last.
             await self._open_cache(executor, news=pin is None and self._reached)
         except BaseException:
-            executor.shutdown(wait=False)
-            self._let_go()
-            self._pin, self._lasting = pin, lasting
-            if self._reached:
-                self._reached = False
-                self._inner = await close_again(self._inner)
+            await self._take_back(before)
             raise
-        self._executor = executor
-        self._opened = True
+
+    async def _take_back(self, before: tuple[tuple[int, str | None] | None, bool]) -> None:
+        """As it was before it was opened, so that it can be opened again."""
+        self._let_go()
+        self._writer = None
+        self._pin, self._lasting = before
+        if self._reached:
+            self._reached = False
+            inner, self._inner = self._inner, fresh(self._inner)
+            await give_back(inner)
 
     async def _reach(self) -> None:
         """Open the inner source, if it is not, and see that it is the version we have."""
@@ -237,22 +244,22 @@ class CachedSource(BaseSource):
         async with self._reaching:
             if self._reached:
                 return
-            await open_source(self._inner)
+            await contained(open_source, self._inner)
             version = getattr(self._inner, "version", None)
             lasting = layout.lasting_version(self._inner) is not None
             if not lasting and self._given is not None:
                 version, lasting = self._given, True
             found = (self._inner.size, version)
             if self._pin is not None and self._pin != found:
-                await aclose_source(self._inner)
                 self._changed = SourceChangedError(
                     f"{self!r} was {self._pin[0]} bytes of version {self._pin[1]}"
                     f" and is {found[0]} bytes of version {found[1]}"
                 )
+                await give_back(self._inner)
                 raise self._changed
-            if self._closed:
-                await aclose_source(self._inner)
-                raise ClosedError(f"{self!r} is closed")
+            if self._life.closed:
+                await give_back(self._inner)
+                self._life.check()
             self._pin, self._lasting = found, lasting
             self.version = version
             self._reached = True
@@ -294,10 +301,10 @@ class CachedSource(BaseSource):
 
     async def aclose(self) -> None:
         """Close the source, once what waits is written or ``close_timeout`` has passed. Reads in
-        flight finish or raise ClosedError. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
+        flight finish or raise ClosedError. Idempotent, and shared by all who call it at a time."""
+        await self._life.close(self._close)
+
+    async def _close(self) -> None:
         try:
             edges = [*self._edges.values()]
             for task in edges:
@@ -308,7 +315,7 @@ class CachedSource(BaseSource):
         finally:
             self._let_go()
             if self._reached:
-                await aclose_source(self._inner)
+                await contained(aclose_source, self._inner)
 
     def _let_go(self) -> None:
         entry, self._entry = self._entry, None
@@ -347,7 +354,7 @@ class CachedSource(BaseSource):
         self._check(offset, length)
         if self._entry is None:
             await self._reach()
-            return await self._inner.read(offset, length)
+            return await contained(self._inner.read, offset, length)
         data = bytearray(length)
         await self.read_into(offset, memoryview(data))
         return data
@@ -357,7 +364,7 @@ class CachedSource(BaseSource):
         self._check(offset, len(buffer))
         if self._entry is None:
             await self._reach()
-            await read_into_source(self._inner, offset, buffer)
+            await contained(read_into_source, self._inner, offset, buffer)
             return
         calls = list(self._calls(offset, buffer))
         if len(calls) == 1:
@@ -366,9 +373,8 @@ class CachedSource(BaseSource):
             await together(calls)
 
     def _check(self, offset: int, length: int) -> None:
-        if self._closed:
-            raise ClosedError(f"{self!r} is closed")
-        if not self._opened:
+        self._life.check()
+        if not self._life.opened:
             raise UsageError(f"{self!r} is not open", hint="await open() first")
         check_range(offset, length, self.size)
 
@@ -443,9 +449,9 @@ class CachedSource(BaseSource):
     async def _fetch(self, first: int, view: memoryview) -> None:
         """Fill ``view`` with whole blocks from the source, and have them stored."""
         await self._reach()
-        await read_into_source(self._inner, first * self._block_size, view)
+        await contained(read_into_source, self._inner, first * self._block_size, view)
         self._fetched += len(view)
-        if self._writer is not None and not self._closed and self._writer.has_room(len(view)):
+        if self._writer is not None and not self._life.closed and self._writer.has_room(len(view)):
             # A copy: the buffer is the caller's again in a moment.
             self._writer.put(first, bytes(view))
 
@@ -461,9 +467,8 @@ class CachedSource(BaseSource):
             # It goes on if we are cancelled, for the others.
             data = await asyncio.shield(task)
         except asyncio.CancelledError:
-            ours = asyncio.current_task()
-            if self._closed and task.cancelled() and ours is not None and not ours.cancelling():
-                raise ClosedError(f"{self!r} is closed") from None
+            if not cancelled_from_outside():
+                self._life.check()
             raise
         part[:] = data[start : start + len(part)]
 
@@ -503,11 +508,11 @@ class CachedSource(BaseSource):
         if not ask:
             return zeros
         for start, count in asked:
-            found = await holes_in_source(self._inner, start, count)
+            found = await contained(holes_in_source, self._inner, start, count)
             zeros += found
             for hole, extent in found:
                 first, last = -(-hole // step), (hole + extent) // step
-                if self._writer is not None and not self._closed and first < last:
+                if self._writer is not None and not self._life.closed and first < last:
                     self._writer.put_zeros(first, last - first)
         zeros.sort()
         return zeros

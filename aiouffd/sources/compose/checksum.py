@@ -25,7 +25,8 @@ from typing import Any
 from ...errors import SourceChangedError, SourceError, UnsupportedError, UsageError
 from .. import as_source
 from ..base import Buffer, aclose_source, check_length, check_range, open_source
-from .wrapper import Wrapper, close_again
+from ..lifecycle import run_in_thread
+from .wrapper import Wrapper
 
 __all__ = ["ALGORITHMS", "ChecksumError", "ChecksumSource", "Manifest", "digest_function"]
 
@@ -34,6 +35,9 @@ MAGIC = b"aiouffd-manifest 1\n"
 ALGORITHMS = {"crc32": 4, "crc32c": 4, "blake3": 32, "blake2b": 32, "sha256": 32}
 #: Bytes from which on hashing leaves the loop's thread.
 INLINE = 128 * 1024
+#: Longest header, file, and block, in bytes: manifests come from strangers too, and a block is
+#: fetched whole. (A file of this length has the digests of 64 GiB in blocks of 4 KiB.)
+_HEAD_MAX, _FILE_MAX, _BLOCK_MAX = 64 * 1024, 512 << 20, 64 << 20
 
 Digest = Callable[[Any], bytes]
 
@@ -86,6 +90,11 @@ class Manifest:
             raise UsageError(f"unknown checksum {self.algorithm!r}")
         if self.size < 0 or self.block_size < 1:
             raise UsageError("a manifest needs a size and a block size")
+        if self.block_size > _BLOCK_MAX and self.size > _BLOCK_MAX:
+            raise UsageError(
+                f"blocks of {self.block_size} bytes are too long to be fetched for one of them",
+                hint=f"make the manifest with a block size of at most {_BLOCK_MAX}",
+            )
         if len(self.digests) != self.blocks * ALGORITHMS[self.algorithm]:
             raise UsageError("a manifest needs one checksum for each block")
 
@@ -145,7 +154,9 @@ class Manifest:
         body, seal = data[:-32], data[-32:]
         if hashlib.sha256(body).digest() != seal:
             raise UsageError("the manifest is damaged")
-        line, _, digests = body[len(MAGIC) :].partition(b"\n")
+        line, end, digests = body[len(MAGIC) :].partition(b"\n")
+        if not end or len(line) > _HEAD_MAX:
+            raise UsageError("the manifest's header is too long")
         try:
             header = json.loads(line)
             size, block_size = header["size"], header["block_size"]
@@ -170,7 +181,9 @@ class Manifest:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Manifest:
         """Read a file that `save` wrote."""
-        return cls.from_bytes(Path(path).read_bytes())
+        with open(path, "rb") as file:
+            data = file.read(_FILE_MAX + 1)
+        return cls.from_bytes(_check_length(data, len(data)))
 
     @classmethod
     async def fetch(cls, source: Any, **options: Any) -> Manifest:
@@ -178,9 +191,20 @@ class Manifest:
         given = as_source(source, **options)
         await open_source(given)
         try:
-            return cls.from_bytes(bytes(await given.read(0, given.size)))
+            _check_length(b"", given.size)
+            data = bytes(await given.read(0, given.size))
+            if len(data) <= INLINE:
+                return cls.from_bytes(data)
+            with ThreadPoolExecutor(1, "aiouffd-hash") as executor:
+                return await run_in_thread(executor, cls.from_bytes, data)
         finally:
             await aclose_source(given)
+
+
+def _check_length(data: bytes, size: int) -> bytes:
+    if size > _FILE_MAX:
+        raise UsageError(f"a manifest has at most {_FILE_MAX} bytes, and this is longer")
+    return data
 
 
 class ChecksumSource(Wrapper):
@@ -230,11 +254,9 @@ class ChecksumSource(Wrapper):
         """False: the manifest would no longer fit."""
         return False
 
-    async def open(self) -> None:
+    async def _open(self) -> None:
         """Open what is inside, and see that it is what the manifest is of."""
-        if self._executor is not None:
-            return
-        await super().open()
+        await super()._open()
         version = getattr(self._inner, "version", None)
         wanted = self._manifest.version
         if self._inner.size != self._manifest.size:
@@ -244,15 +266,21 @@ class ChecksumSource(Wrapper):
         else:
             self._executor = ThreadPoolExecutor(2, "aiouffd-hash")
             return
-        self._inner = await close_again(self._inner)
+        await self._take_back()
         raise SourceChangedError(f"the object {problem}, as its manifest says")
 
-    async def aclose(self) -> None:
-        """Close what is inside. Idempotent."""
-        if self._executor is not None:
-            self._executor.shutdown(wait=False)
-            self._executor = None
-        await super().aclose()
+    async def _close(self) -> None:
+        self._let_go()
+        await super()._close()
+
+    async def _take_back(self) -> None:
+        self._let_go()
+        await super()._take_back()
+
+    def _let_go(self) -> None:
+        executor, self._executor = self._executor, None
+        if executor is not None:
+            executor.shutdown(wait=False)
 
     def clone(self) -> ChecksumSource:
         """The same around a clone."""

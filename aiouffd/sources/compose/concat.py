@@ -24,14 +24,16 @@ from ..base import (
     own_method,
     read_into_source,
 )
-from .wrapper import close_again
+from ..lifecycle import Life, contained, give_back
+from .wrapper import fresh
 
 __all__ = ["ConcatSource", "together"]
 
 
 async def together(calls: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
     """Await all; when one fails, cancel the others, wait for their end, and raise its error."""
-    tasks = [asyncio.ensure_future(call) for call in calls]
+    coroutines = list(calls)
+    tasks = [asyncio.ensure_future(contained(_given, call)) for call in coroutines]
     try:
         return list(await asyncio.gather(*tasks))
     except BaseException:
@@ -39,6 +41,13 @@ async def together(calls: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         raise
+    finally:
+        for call in coroutines:
+            call.close()  # of a task that was cancelled before its first step
+
+
+async def _given(call: Coroutine[Any, Any, Any]) -> Any:
+    return await call
 
 
 class ConcatSource(BaseSource):
@@ -53,6 +62,7 @@ class ConcatSource(BaseSource):
         if not self._parts:
             raise UsageError("a concatenation needs at least one source")
         self._starts: list[int] | None = None
+        self._life = Life(f"the {type(self).__name__}")
 
     def __repr__(self) -> str:
         return f"<ConcatSource of {len(self._parts)} sources>"
@@ -80,18 +90,20 @@ class ConcatSource(BaseSource):
         return all(getattr(part, "writable", False) for part in self._parts)
 
     async def open(self) -> None:
-        """Open all parts at a time; if one fails, close the others and raise its error."""
+        """Open all parts at a time; if one fails, close the others and raise its error. Shared by
+        all who call it at a time."""
+        await self._life.open(self._open, self._take_back)
+
+    async def _open(self) -> None:
         self._starts = None
-        tasks = [asyncio.ensure_future(open_source(part)) for part in self._parts]
+        tasks = [asyncio.ensure_future(contained(open_source, part)) for part in self._parts]
         try:
             await asyncio.gather(*tasks)
         except BaseException:
             for task in tasks:
                 task.cancel()
             ends = await asyncio.gather(*tasks, return_exceptions=True)
-            for number, end in enumerate(ends):
-                if end is None:
-                    self._parts[number] = await close_again(self._parts[number])
+            await self._take_back([number for number, end in enumerate(ends) if end is None])
             raise
         versions = [getattr(part, "version", None) for part in self._parts]
         if None not in versions:
@@ -100,10 +112,22 @@ class ConcatSource(BaseSource):
             text = json.dumps([*zip(sizes, versions, strict=True)])
             self.version = hashlib.sha256(text.encode()).hexdigest()[:32]
 
+    async def _take_back(self, numbers: Iterable[int] | None = None) -> None:
+        """Close those parts (all), so that they can be opened again."""
+        opened: list[Source] = []
+        for number in range(len(self._parts)) if numbers is None else numbers:
+            opened.append(self._parts[number])
+            self._parts[number] = fresh(self._parts[number])
+        await asyncio.gather(*map(give_back, opened))
+
     async def aclose(self) -> None:
-        """Close all parts, also when closing one of them fails; then raises that error."""
-        ends = await asyncio.gather(*map(aclose_source, self._parts), return_exceptions=True)
-        for end in ends:
+        """Close all parts, also when closing one of them fails; then raises that error. Shared by
+        all who call it at a time."""
+        await self._life.close(self._close)
+
+    async def _close(self) -> None:
+        closing = (contained(aclose_source, part) for part in self._parts)
+        for end in await asyncio.gather(*closing, return_exceptions=True):
             if end is not None:
                 raise end
 

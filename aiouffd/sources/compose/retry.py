@@ -75,9 +75,8 @@ class RetrySource(Wrapper):
             reserve=self._reserve,
         )
 
-    async def open(self) -> None:
-        """Open what is inside; tried again too."""
-        await self._again(super().open)
+    async def _open(self) -> None:
+        await self._again(super()._open)
 
     async def read(self, offset: int, length: int) -> Buffer:
         """Return ``length`` bytes at byte ``offset``."""

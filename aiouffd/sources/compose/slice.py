@@ -6,7 +6,7 @@ from typing import Any
 
 from ...errors import UsageError
 from ..base import Buffer, check_range
-from .wrapper import Wrapper, close_again
+from .wrapper import Wrapper
 
 __all__ = ["SliceSource"]
 
@@ -44,13 +44,12 @@ class SliceSource(Wrapper):
         """That of the whole."""
         return getattr(self._inner, "version", None)
 
-    async def open(self) -> None:
-        """Open what is inside. Raises UsageError if it is too short."""
-        await super().open()
+    async def _open(self) -> None:
+        await super()._open()
         length = 0 if self._length is None else self._length
         if self._offset + length > self._inner.size:
             size = self._inner.size
-            self._inner = await close_again(self._inner)
+            await self._take_back()
             raise UsageError(f"a slice of {length} bytes at {self._offset} is not within {size}")
 
     def clone(self) -> SliceSource:

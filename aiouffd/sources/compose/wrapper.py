@@ -7,19 +7,18 @@ from typing import Any
 from ...errors import UnsupportedError
 from .. import as_source
 from ..base import Buffer, Source, aclose_source, check_length, open_source, own_method
+from ..lifecycle import Life, contained, give_back
 
-__all__ = ["Wrapper", "close_again"]
+__all__ = ["Wrapper", "fresh"]
 
 
-async def close_again(source: Source) -> Source:
-    """Close an open source because something else failed, so that all may be opened again, which
-    a closed one cannot be. Returns what is to be opened then: a clone, if there can be one."""
+def fresh(source: Source) -> Source:
+    """What is to be opened after ``source`` was closed, which cannot be opened again: a clone, if
+    there can be one."""
     try:
         return source.clone()
     except UnsupportedError:
         return source
-    finally:
-        await aclose_source(source)
 
 
 class Wrapper:
@@ -32,6 +31,7 @@ class Wrapper:
 
     def __init__(self, source: Any, **options: Any) -> None:
         self._inner: Source = as_source(source, **options)
+        self._life = Life(f"the {type(self).__name__}")
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self._inner!r}>"
@@ -57,16 +57,28 @@ class Wrapper:
         return bool(getattr(self._inner, "writable", False))
 
     async def open(self) -> None:
-        """Open what is inside. Raises what that raises."""
-        await open_source(self._inner)
+        """Open what is inside. Raises what that raises; shared by all who call it at a time."""
+        await self._life.open(self._open, self._take_back)
 
     async def aclose(self) -> None:
-        """Close what is inside. Idempotent."""
-        await aclose_source(self._inner)
+        """Close what is inside. Idempotent, and shared by all who call it at a time."""
+        await self._life.close(self._close)
+
+    async def _open(self) -> None:
+        await contained(open_source, self._inner)
+
+    async def _close(self) -> None:
+        await contained(aclose_source, self._inner)
+
+    async def _take_back(self) -> None:
+        """Close what was opened, so that all can be opened again."""
+        inner, self._inner = self._inner, fresh(self._inner)
+        await give_back(inner)
 
     async def read(self, offset: int, length: int) -> Buffer:
         """Return ``length`` bytes at byte ``offset``."""
-        return check_length(await self._inner.read(offset, length), length, offset=offset)
+        data = await contained(self._inner.read, offset, length)
+        return check_length(data, length, offset=offset)
 
     def clone(self) -> Source:
         """The same around a clone of what is inside."""
@@ -108,19 +120,19 @@ class Wrapper:
         return self._if_inside("write_zeros")
 
     async def _read_into(self, offset: int, buffer: memoryview) -> None:
-        await own_method(self._inner, "read_into")(offset, buffer)
+        await contained(own_method(self._inner, "read_into"), offset, buffer)
 
     def _stream(self, offset: int, length: int) -> Any:
         return own_method(self._inner, "stream")(offset, length)
 
     async def _holes(self, offset: int, length: int) -> Any:
-        return await own_method(self._inner, "holes")(offset, length)
+        return await contained(own_method(self._inner, "holes"), offset, length)
 
     async def _write(self, offset: int, data: Buffer) -> None:
-        await own_method(self._inner, "write")(offset, data)
+        await contained(own_method(self._inner, "write"), offset, data)
 
     async def _flush(self) -> None:
-        await own_method(self._inner, "flush")()
+        await contained(own_method(self._inner, "flush"))
 
     async def _write_zeros(self, offset: int, length: int, *, hole: bool) -> None:
-        await own_method(self._inner, "write_zeros")(offset, length, hole=hole)
+        await contained(own_method(self._inner, "write_zeros"), offset, length, hole=hole)
