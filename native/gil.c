@@ -140,10 +140,11 @@ void au_gil_exit(void)
 
 /* `_export` returns a memoryview, and it is that memoryview that users of the buffer hold on to.
  *
- * PEP 688's `__buffer__` would do from Python 3.12 on, but not well enough: its buffer belongs to a
- * wrapper that lets go of the memory with the Py_buffer, whereas torch.frombuffer() releases that at
- * once and keeps `view.obj`. And NumPy keeps the object that it was given, unless its type has a
- * bf_releasebuffer: then it makes a memoryview of it. */
+ * PEP 688's `__buffer__` would do from Python 3.12 on, but not well enough. torch.frombuffer() gives the
+ * Py_buffer back at once and keeps `view.obj`: a memoryview here, there a wrapper that lets go of
+ * the memory with the Py_buffer. And NumPy keeps the object that it was given, unless its type has a
+ * bf_releasebuffer: then it makes a memoryview of it. See findings/pep688_frombuffer.sh.
+ */
 static int export_buffer(PyObject *self, Py_buffer *view, int flags)
 {
 	PyObject *memory = PyObject_CallMethod(self, "_export", NULL);
