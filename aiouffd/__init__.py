@@ -28,6 +28,7 @@ from .buffer import open as open
 from .errors import AiouffdError as AiouffdError
 from .errors import BlockingTouchWarning as BlockingTouchWarning
 from .errors import ClosedError as ClosedError
+from .errors import FlushError as FlushError
 from .errors import InternalError as InternalError
 from .errors import KernelError as KernelError
 from .errors import PeerError as PeerError

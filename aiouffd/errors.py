@@ -11,6 +11,7 @@
      │   ├─ SourceChangedError              the object is not the one that was opened
      │   ├─ RangeNotSupportedError          the server cannot send parts of the object
      │   ├─ ShortReadError                  fewer or more bytes than asked for
+     │   ├─ FlushError                      writes that were acknowledged may be lost
      │   └─ SourceTimeoutError (also TimeoutError)   the deadline passed
      ├─ PeerError                           a process that we serve broke the protocol
      ├─ StalledError (also TimeoutError)    nothing moved; the toucher was released with an error
@@ -27,11 +28,13 @@ from __future__ import annotations
 
 import errno as _errno
 import os as _os
+from collections.abc import Sequence
 
 __all__ = [
     "AiouffdError",
     "BlockingTouchWarning",
     "ClosedError",
+    "FlushError",
     "InternalError",
     "KernelError",
     "PeerError",
@@ -146,6 +149,32 @@ class RangeNotSupportedError(SourceError):
 
 class ShortReadError(SourceError):
     """A source gave fewer or more bytes than it was asked for."""
+
+
+class FlushError(SourceError):
+    """Writes that were acknowledged are not durable, and may be lost.
+
+    ``ranges`` has their offsets and lengths in bytes; empty if they are not known. Never transient:
+    a flush that failed once says nothing by succeeding later, because what it was to make durable
+    may have been dropped by then (see fsync(2), EIO). So later flushes fail too, until these ranges
+    were written again.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        ranges: Sequence[tuple[int, int]] = (),
+        errno: int | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(
+            message,
+            transient=False,
+            errno=errno,
+            hint=hint or "write these ranges again, then flush",
+        )
+        self.ranges = list(ranges)
 
 
 class SourceTimeoutError(SourceError, TimeoutError):

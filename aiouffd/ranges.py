@@ -45,6 +45,15 @@ class Ranges:
         self._starts[first:last] = [piece[0] for piece in kept]
         self._ends[first:last] = [piece[1] for piece in kept]
 
+    def pairs(self) -> list[tuple[int, int]]:
+        """All of it, as pairs of offset and length."""
+        return [(start, end - start) for start, end in zip(self._starts, self._ends, strict=True)]
+
+    def update(self, other: Ranges) -> None:
+        """Put all of ``other`` in."""
+        for start, end in zip(other._starts, other._ends, strict=True):
+            self.add(start, end)
+
     def within(self, start: int, end: int) -> list[tuple[int, int]]:
         """The parts of ``start`` to ``end`` that are in, as pairs of offset and length."""
         first = bisect_right(self._ends, start)

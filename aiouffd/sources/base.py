@@ -102,11 +102,19 @@ class Source(Protocol):
     ``read_now(offset, length) -> Buffer | None``
         As ``read`` if the bytes are at hand, None if they would have to be waited for.
     ``async write(offset, data) -> None`` and ``async flush() -> None``
-        For write-back: ``write`` takes a copy or finishes with ``data`` before it returns;
-        after ``flush`` everything written is as durable as the source can make it.
+        For write-back: ``write`` takes a copy or finishes with ``data`` before it returns. One
+        that was cancelled never lands after a newer one to the same place.
+        ``flush``: what was written and acknowledged before the call is as durable as the source
+        can make it, or FlushError. A flush that failed is never tried again into success, nor is
+        one believed whose server is not the one that acknowledged: later flushes fail too, until
+        what is in doubt was written again (`aiouffd.sources.durability` keeps the account).
         ``writable``, if there is such an attribute, says whether it was opened for that.
     ``async write_zeros(offset, length, *, hole) -> None``
         As ``write`` of zeros; with ``hole`` the space may be given back.
+    ``async trim(offset, length) -> None``
+        What is read there is undefined from now on, and the space may be given back.
+    ``minimum_block: int``
+        Bytes, a power of two: writes of whole blocks are one step for other writers too.
     """
 
     @property

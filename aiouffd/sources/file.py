@@ -16,7 +16,7 @@ import warnings
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 from ..errors import (
     ClosedError,
@@ -25,10 +25,12 @@ from ..errors import (
     UnsupportedError,
     UsageError,
 )
+from ..once import Once
 from ._fallocate import fallocate_zeros
 from .base import BaseSource, Buffer, check_range
+from .durability import Promises
 
-__all__ = ["FileSource"]
+__all__ = ["FileSource", "path_of_url"]
 
 T = TypeVar("T")
 
@@ -76,6 +78,9 @@ class _SharedFile:
         self.weak = False
         # Whether SEEK_HOLE may find anything.
         self.sparse = False
+        # One account for all users: fsync(2) tells each descriptor once that a write was lost.
+        self.promises = Promises(path)
+        self._flushing = threading.Lock()
         self._users = 1
         self._lock = threading.Lock()
 
@@ -93,6 +98,18 @@ class _SharedFile:
             if not self._users:
                 os.close(self.fd)
                 self.fd = -1
+
+    def flush(self) -> None:
+        """fdatasync(2). Raises FlushError, and again until what was lost was written again."""
+        with self._flushing:
+            self.promises.begin()
+            try:
+                os.fdatasync(self.fd)
+            except OSError as error:
+                self.promises.broken()
+                self.promises.check(error)
+            self.promises.kept()
+        self.promises.check()
 
     def identity(self) -> _Identity:
         return _Identity.of(os.fstat(self.fd), timed=not self.writable)
@@ -133,17 +150,13 @@ class FileSource(BaseSource):
         self._parent: _SharedFile | None = None
         self._executor: ThreadPoolExecutor | None = None
         self._closed = False
+        self._opening = Once[None](f"opening {self._path}", abandon=True)
+        self._closing = Once[None](f"closing {self._path}", keep_failure=True)
 
     @classmethod
     def from_url(cls, url: str, **options: Any) -> FileSource:
         """The source for a ``file://`` URL, which may be percent-encoded."""
-        parts = urlsplit(url)
-        if parts.netloc not in ("", "localhost") or not parts.path:
-            raise UsageError(
-                f"{url!r} does not name a file of this machine",
-                hint="write file:///absolute/path",
-            )
-        return cls(unquote(parts.path), **options)
+        return cls(path_of_url(url), **options)
 
     def __repr__(self) -> str:
         return f"<FileSource {self._path!r}>"
@@ -175,12 +188,14 @@ class FileSource(BaseSource):
         """Open the file and pin its version.
 
         Raises the OSError of open(2), SourceChangedError if a clone finds another version than
-        the original had, and UsageError for what has no size (a pipe, a terminal).
+        the original had, and UsageError for what has no size (a pipe, a terminal, a file of /proc).
         """
         if self._closed:
             raise ClosedError(f"{self!r} is closed")
-        if self._file is not None:
-            return
+        if self._file is None:
+            await self._opening(self._open, self._undo)
+
+    async def _open(self) -> None:
         executor = ThreadPoolExecutor(self._max_threads, "aiouffd-file")
         # Not a method: its thread must not be what keeps this object alive.
         opening = asyncio.get_running_loop().run_in_executor(
@@ -206,6 +221,18 @@ class FileSource(BaseSource):
     async def aclose(self) -> None:
         """Close the file. Reads in flight still finish, and the last closes it. Idempotent."""
         self._closed = True
+        if self._opening.running:
+            await self._closing(self._stop_opening)
+        else:
+            self._close()
+
+    async def _stop_opening(self) -> None:
+        try:
+            await self._opening.stop()
+        finally:
+            self._close()
+
+    async def _undo(self) -> None:
         self._close()
 
     def _close(self) -> None:
@@ -290,17 +317,41 @@ class FileSource(BaseSource):
         """
         view = memoryview(data).cast("B")
         file = self._checked_to_write(offset, view.nbytes)
-        await _settle(self._submit(file, lambda: self._put(file, offset, view)))
+
+        def put() -> None:
+            self._put(file, offset, view)
+            file.promises.wrote(offset, view.nbytes)
+
+        await _settle(self._submit(file, put))
 
     async def write_zeros(self, offset: int, length: int, *, hole: bool) -> None:
         """Have zeros there (fallocate(2)): with ``hole`` without any space for them."""
         file = self._checked_to_write(offset, length)
-        await _settle(self._submit(file, lambda: self._put_zeros(file, offset, length, hole)))
+
+        def put() -> None:
+            self._put_zeros(file, offset, length, hole)
+            file.promises.wrote(offset, length)
+
+        await _settle(self._submit(file, put))
+
+    async def trim(self, offset: int, length: int) -> None:
+        """Give the space back, if the file system can; zeros are read there then."""
+        file = self._checked_to_write(offset, length)
+
+        def punch() -> None:
+            if fallocate_zeros(file.fd, offset, length, hole=True):
+                file.promises.wrote(offset, length)
+
+        await _settle(self._submit(file, punch))
 
     async def flush(self) -> None:
-        """Have what was written survive a crash of the machine (fdatasync(2))."""
+        """Have what was written survive a crash of the machine (fdatasync(2)).
+
+        Raises FlushError when that fails, by this source or one of its clones; from then on until
+        the ranges were written again, since the kernel reports a write that it lost once only.
+        """
         file = self._checked_to_write(0, 0)
-        await _settle(self._submit(file, lambda: os.fdatasync(file.fd)))
+        await _settle(self._submit(file, file.flush))
 
     def clone(self) -> FileSource:
         """Return an unopened source over the same file, pinned to the version of this one.
@@ -382,7 +433,7 @@ class FileSource(BaseSource):
             while len(data) < length:
                 more = os.pread(file.fd, length - len(data), offset + len(data))
                 if not more:
-                    raise self._truncated(offset + len(data))
+                    raise self._truncated(file, offset + len(data))
                 data += more
         except OSError as exc:
             raise self._failed(exc, offset) from exc
@@ -397,7 +448,7 @@ class FileSource(BaseSource):
             while done < len(buffer) and not stop.is_set():
                 count = os.preadv(file.fd, [buffer[done : done + _PIECE]], offset + done)
                 if not count:
-                    raise self._truncated(offset + done)
+                    raise self._truncated(file, offset + done)
                 done += count
         except OSError as exc:
             raise self._failed(exc, offset + done) from exc
@@ -408,7 +459,13 @@ class FileSource(BaseSource):
         if file.identity() != self._identity:
             raise SourceChangedError(f"{self._path} was written to after it was opened")
 
-    def _truncated(self, offset: int) -> SourceError:
+    def _truncated(self, file: _SharedFile, offset: int) -> SourceError:
+        if os.fstat(file.fd).st_size == self._size:
+            return SourceError(
+                f"{self._path} gives no more than {offset} bytes, though its size is {self._size}",
+                transient=False,
+                hint="it is none of a file system's files (of sysfs?): cat it to one, and use that",
+            )
         return SourceChangedError(f"{self._path} ends at byte {offset}: it was truncated")
 
     def _failed(self, exc: OSError, offset: int, what: str = "reading") -> SourceError:
@@ -434,17 +491,53 @@ def _open(
         file.weak = _may_stay(st)
         if expected is not None and identity != expected:
             raise SourceChangedError(f"{path} is not the file that was opened")
-        if stat.S_ISREG(st.st_mode):
-            file.sparse = writable or st.st_blocks * 512 < st.st_size
-            return file, identity, st.st_size
-        try:
-            # Only seeking tells the size of a block device; a pipe fails here.
-            return file, identity, os.lseek(file.fd, 0, os.SEEK_END)
-        except OSError as exc:
-            raise UsageError(f"{path} cannot be read at an offset") from exc
+        return file, identity, _size_of(path, file, st)
     except BaseException:
         file.release()
         raise
+
+
+def _size_of(path: str, file: _SharedFile, st: os.stat_result) -> int:
+    """Length in bytes. Raises UsageError for what has none."""
+    hint = "copy what it gives to a file, and use that"
+    if stat.S_ISREG(st.st_mode):
+        file.sparse = file.writable or st.st_blocks * 512 < st.st_size
+        if st.st_size:
+            return st.st_size
+        # Files of /proc are empty, says stat(2), and have contents all the same.
+        try:
+            empty = not os.pread(file.fd, 1, 0)
+        except OSError:
+            empty = False
+        if empty:
+            return 0
+        raise UsageError(f"{path} has no size: it is made up while it is read", hint=hint)
+    try:
+        # Only seeking tells the size of a block device; a pipe fails here.
+        size = os.lseek(file.fd, 0, os.SEEK_END)
+    except OSError as exc:
+        raise UsageError(f"{path} cannot be read at an offset", hint=hint) from exc
+    if not size and stat.S_ISCHR(st.st_mode):
+        raise UsageError(f"{path} is a device without a size", hint=hint)
+    return size
+
+
+def path_of_url(url: str) -> str:
+    """The path that a ``file://`` URL names, percent-decoded (RFC 8089). Raises UsageError."""
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost") or not parts.path:
+        raise UsageError(
+            f"{url!r} does not name a file of this machine", hint="write file:///absolute/path"
+        )
+    if "?" in url or "#" in url:
+        raise UsageError(
+            f"{url!r} has a query or a fragment, and files have none",
+            hint="a ? in a file's name is written %3F, and a # %23",
+        )
+    path = unquote_to_bytes(parts.path)
+    if b"\0" in path:
+        raise UsageError(f"{url!r} has a zero byte in it")
+    return os.fsdecode(path)
 
 
 def _next_data(fd: int, hole: int) -> int:

@@ -243,6 +243,7 @@ class ChecksumSource(Wrapper):
     write: Any = None
     flush: Any = None
     write_zeros: Any = None
+    trim: Any = None
 
     @property
     def manifest(self) -> Manifest:

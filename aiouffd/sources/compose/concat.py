@@ -10,7 +10,7 @@ from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
-from ...errors import UnsupportedError, UsageError
+from ...errors import FlushError, UnsupportedError, UsageError
 from .. import as_source
 from ..base import (
     BaseSource,
@@ -25,9 +25,13 @@ from ..base import (
     read_into_source,
 )
 from ..lifecycle import Life, contained, give_back
+from .slice import moved
 from .wrapper import fresh
 
 __all__ = ["ConcatSource", "together"]
+
+#: Zeros are written in pieces of so many bytes where a part knows no better.
+ZEROS = 1 << 20
 
 
 async def together(calls: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
@@ -202,7 +206,52 @@ class ConcatSource(BaseSource):
             at += count
         await together(calls)
 
+    async def write_zeros(self, offset: int, length: int, *, hole: bool) -> None:
+        """Have zeros in the parts; written out where a part knows no better."""
+        pieces = list(self._pieces(offset, length))
+        if not all(own_method(part, "write") for part, *_ in pieces):
+            raise UnsupportedError("not all parts can be written to")
+        await together(_zeros(part, start, count, hole) for part, start, count, _ in pieces)
+
+    async def trim(self, offset: int, length: int) -> None:
+        """Trim the parts that can be."""
+        calls = []
+        for part, start, count, _ in self._pieces(offset, length):
+            method = own_method(part, "trim")
+            if method is not None:
+                calls.append(method(start, count))
+        await together(calls)
+
     async def flush(self) -> None:
-        """Flush the parts that have a flush."""
+        """Flush the parts that have a flush; all of them, also when one fails.
+
+        Raises FlushError with all ranges that are in doubt, or the first error of another kind.
+        """
         methods = [own_method(part, "flush") for part in self._parts]
-        await together(method() for method in methods if method is not None)
+        ends = await asyncio.gather(
+            *(method() for method in methods if method is not None), return_exceptions=True
+        )
+        with_flush = [number for number, method in enumerate(methods) if method is not None]
+        errors: list[FlushError] = []
+        for number, end in zip(with_flush, ends, strict=True):
+            if isinstance(end, FlushError):
+                errors.append(end)
+                end.ranges = moved(end.ranges, self.starts[number], self.size)
+            elif end is not None:
+                raise end
+        if len(errors) == 1:
+            raise errors[0]
+        if errors:
+            ranges = [pair for error in errors for pair in error.ranges]
+            message = "; ".join(error.message for error in errors)
+            raise FlushError(message, ranges=ranges, errno=errors[0].errno) from errors[0]
+
+
+async def _zeros(part: Source, offset: int, length: int, hole: bool) -> None:
+    own = own_method(part, "write_zeros")
+    if own is not None:
+        await own(offset, length, hole=hole)
+        return
+    zeros = memoryview(bytes(min(length, ZEROS)))
+    for at in range(0, length, ZEROS):
+        await own_method(part, "write")(offset + at, zeros[: length - at])

@@ -41,7 +41,8 @@ class RetrySource(Wrapper):
 
     A try that has begun is not cut short: how long it may take is the source's own timeout. A
     stream that made progress starts its budget anew, and counts as a success. ``retries`` counts
-    them.
+    them. A flush is never tried again: the next one would succeed without having made anything
+    durable (see `aiouffd.sources.durability`).
     """
 
     def __init__(
@@ -91,11 +92,11 @@ class RetrySource(Wrapper):
     async def _write(self, offset: int, data: Buffer) -> None:
         await self._again(super()._write, offset, data)
 
-    async def _flush(self) -> None:
-        await self._again(super()._flush)
-
     async def _write_zeros(self, offset: int, length: int, *, hole: bool) -> None:
         await self._again(partial(super()._write_zeros, hole=hole), offset, length)
+
+    async def _trim(self, offset: int, length: int) -> None:
+        await self._again(super()._trim, offset, length)
 
     @property
     def read_now(self) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...errors import UsageError
+from ...errors import FlushError, UsageError
 from ..base import Buffer, check_range
 from .wrapper import Wrapper
 
@@ -81,3 +81,31 @@ class SliceSource(Wrapper):
     async def _write_zeros(self, offset: int, length: int, *, hole: bool) -> None:
         check_range(offset, length, self.size)
         await super()._write_zeros(self._offset + offset, length, hole=hole)
+
+    async def _trim(self, offset: int, length: int) -> None:
+        check_range(offset, length, self.size)
+        await super()._trim(self._offset + offset, length)
+
+    async def _flush(self) -> None:
+        """Flush all of what is inside. Of what is in doubt this names what lies in the part."""
+        try:
+            await super()._flush()
+        except FlushError as error:
+            error.ranges = moved(error.ranges, -self._offset, self.size)
+            raise
+
+    @property
+    def minimum_block(self) -> int:
+        """That inside, if the part begins at such a block."""
+        unit = super().minimum_block
+        return 1 if self._offset % unit else unit
+
+
+def moved(ranges: list[tuple[int, int]], by: int, size: int) -> list[tuple[int, int]]:
+    """Offsets and lengths, ``by`` bytes further on, as far as they lie within ``size``."""
+    found = []
+    for at, count in ranges:
+        start, end = max(at + by, 0), min(at + by + count, size)
+        if start < end:
+            found.append((start, end - start))
+    return found

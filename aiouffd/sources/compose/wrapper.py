@@ -119,6 +119,16 @@ class Wrapper:
         """``async (offset, length, *, hole)``, or None."""
         return self._if_inside("write_zeros")
 
+    @property
+    def trim(self) -> Any:
+        """``async (offset, length)``, or None."""
+        return self._if_inside("trim")
+
+    @property
+    def minimum_block(self) -> int:
+        """That inside, 1 if it has none."""
+        return int(getattr(self._inner, "minimum_block", 1))
+
     async def _read_into(self, offset: int, buffer: memoryview) -> None:
         await contained(own_method(self._inner, "read_into"), offset, buffer)
 
@@ -136,3 +146,6 @@ class Wrapper:
 
     async def _write_zeros(self, offset: int, length: int, *, hole: bool) -> None:
         await contained(own_method(self._inner, "write_zeros"), offset, length, hole=hole)
+
+    async def _trim(self, offset: int, length: int) -> None:
+        await contained(own_method(self._inner, "trim"), offset, length)
