@@ -12,8 +12,8 @@ import os
 import socket
 import ssl as ssl_module
 import time
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, cast
 
 from ..errors import AiouffdError, SourceError, SourceTimeoutError
 from . import wire
@@ -21,6 +21,8 @@ from .client_core import Export, Handshake, Replies, Request
 from .uri import NbdAddress
 
 __all__ = ["Connection", "connect"]
+
+OnLost: TypeAlias = "Callable[[Connection, list[Request], Exception | None], None]"
 
 #: Bytes asked of the kernel for the socket's buffers: a large read arrives in few receives.
 SOCKET_BUFFER = 4 << 20
@@ -32,18 +34,22 @@ async def connect(
     tls: ssl_module.SSLContext | None,
     connect_timeout: float,
     silence: float,
-    on_lost: Callable[[Connection, list[Request], Exception | None], None],
+    on_lost: OnLost,
+    identify: bool = False,
+    ended: Sequence[str] = (),
 ) -> Connection:
     """Connect and negotiate. Times in seconds: for all of that, and for silence of the server
     while it owes answers. ``on_lost`` gets the connection, the requests that were not answered,
-    and the protocol's error if that was the reason.
+    and the protocol's error if that was the reason. ``identify`` and ``ended`` are those of
+    `Handshake`.
 
     Raises FileNotFoundError (no such export or socket), SourceError and its kin.
     """
     connection = Connection(silence, on_lost)
+    handshake = Handshake(address.export, tls=tls is not None, identify=identify, ended=ended)
     try:
         async with asyncio.timeout(connect_timeout):
-            await connection._connect(address, tls)
+            await connection._connect(address, tls, handshake)
     except BaseException as error:
         connection.abort()
         if connection._created:
@@ -77,15 +83,22 @@ def _translated(address: NbdAddress, error: BaseException) -> BaseException:
     return SourceError(f"{address}: cannot connect: {error}", transient=False)
 
 
+def _nobody(_connection: Connection, _requests: list[Request], _error: Exception | None) -> None:
+    """There is nobody any more to be told."""
+
+
 class Connection(asyncio.BufferedProtocol):
     """Made by `connect`. Belongs to one loop."""
 
     export: Export
+    #: What the server calls this connection; those that it said have ended (`aiouffd.nbd.fence`).
+    token: str | None = None
+    laid: Sequence[str] = ()
 
     def __init__(
         self,
         timeout: float,
-        on_lost: Callable[[Connection, list[Request], Exception | None], None],
+        on_lost: OnLost,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._timeout = timeout
@@ -110,11 +123,15 @@ class Connection(asyncio.BufferedProtocol):
         self._created = False
 
     async def wait_closed(self) -> None:
-        """Until the connection has ended."""
+        """Until the connection has ended, and its descriptor is closed."""
         await self._ended.wait()
+        # On both loops the socket is closed after the protocol was told.
+        await asyncio.sleep(0)
 
-    async def _connect(self, address: NbdAddress, tls: ssl_module.SSLContext | None) -> None:
-        self._handshake = handshake = Handshake(address.export, tls=tls is not None)
+    async def _connect(
+        self, address: NbdAddress, tls: ssl_module.SSLContext | None, handshake: Handshake
+    ) -> None:
+        self._handshake = handshake
         if address.socket is not None:
             await self._loop.create_unix_connection(lambda: self, address.socket)
         else:
@@ -140,6 +157,8 @@ class Connection(asyncio.BufferedProtocol):
             handshake.tls_started()
             self._send_handshake()
         await self._ready
+        self.token, self.laid = handshake.token, handshake.laid
+        self._handshake = None
 
     # ---- the protocol's callbacks ----
 
@@ -189,7 +208,9 @@ class Connection(asyncio.BufferedProtocol):
                 requests.append(under_way)
             self._replies.requests.clear()
         self._out.clear()
-        self._on_lost(self, requests, self._error)
+        # Whoever made us is told once, and not kept alive by what may keep us.
+        on_lost, self._on_lost = self._on_lost, _nobody
+        on_lost(self, requests, self._error)
         self._ended.set()
 
     def _negotiate(self, data: bytes) -> None:

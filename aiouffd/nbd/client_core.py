@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from ..errors import SourceError, UnsupportedError
 from ..sources.base import SourcePermissionError
 from . import wire
+from .fence import CONNECTION, ENDED
 from .wire import NbdProtocolError
 
 __all__ = ["Export", "Handshake", "Replies", "Request"]
@@ -58,11 +59,20 @@ class Handshake:
     `feed` what the server sends; send what `take` gives. When `wants_tls` turns true: send what
     there is, upgrade the connection, and call `tls_started`. At the end `export` is set. Raises
     NbdProtocolError, FileNotFoundError (no such export), SourcePermissionError, UnsupportedError.
+    ``identify`` and ``ended`` (tokens) are for clients that write: see `aiouffd.nbd.fence`.
     """
 
-    def __init__(self, name: str, *, tls: bool = False) -> None:
+    def __init__(
+        self, name: str, *, tls: bool = False, identify: bool = False, ended: Sequence[str] = ()
+    ) -> None:
         self._name = name
         self._tls = tls
+        #: Metadata contexts to ask for beside base:allocation.
+        self._asks = [CONNECTION] if identify else []
+        self._asks += [ENDED + token for token in ended]
+        #: What the server calls this connection, if it does; and which of ``ended`` have ended.
+        self.token: str | None = None
+        self.laid: list[str] = []
         self._out = bytearray()
         self._in = bytearray()
         self._steps = self._run()
@@ -174,7 +184,9 @@ class Handshake:
         return (yield from self._reply(option))
 
     def _meta_context(self) -> Generator[int, bytes, int | None]:
-        payload = wire.string(self._name) + wire.U32.pack(1) + wire.string(wire.BASE_ALLOCATION)
+        queries = [wire.BASE_ALLOCATION, *self._asks]
+        payload = wire.string(self._name) + wire.U32.pack(len(queries))
+        payload += b"".join(map(wire.string, queries))
         kind, data = yield from self._ask(wire.OPT_SET_META_CONTEXT, payload)
         found = None
         while kind == wire.REP_META_CONTEXT:
@@ -182,8 +194,16 @@ class Handshake:
                 raise NbdProtocolError("the server's metadata context is too short")
             if data[4:] == wire.BASE_ALLOCATION.encode():
                 found = int(wire.U32.unpack_from(data)[0])
+            else:
+                self._identity(data[4:].decode("utf-8", "replace"))
             kind, data = yield from self._reply(wire.OPT_SET_META_CONTEXT)
         return found if kind == wire.REP_ACK else None
+
+    def _identity(self, name: str) -> None:
+        if self._asks and name.startswith(CONNECTION + "/"):
+            self.token = name.removeprefix(CONNECTION + "/")
+        elif name in self._asks and name.startswith(ENDED):
+            self.laid.append(name.removeprefix(ENDED))
 
     def _go(
         self, mine: int, structured: bool, allocation: int | None
@@ -261,11 +281,13 @@ class Request:
     if it was cancelled.
 
     ``target`` is where a read's bytes go; after `cancel` nothing is written there any more.
-    ``extents`` are what BLOCK_STATUS found: length and flags, in order.
+    ``extents`` are what BLOCK_STATUS found: length and flags, in order. One that is ``pinned`` is
+    not sent again when its connection is lost.
     """
 
-    __slots__ = ("_carrier", "cancelled", "command", "data", "done", "error", "extents", "flags",
-                 "got", "length", "lost", "offset", "spans", "target")  # fmt: skip
+    __slots__ = ("_carrier", "answered_by", "cancelled", "command", "data", "done", "error",
+                 "extents", "flags", "got", "length", "lost", "offset", "pinned", "spans",
+                 "target")  # fmt: skip
 
     def __init__(
         self,
@@ -277,6 +299,7 @@ class Request:
         target: memoryview | None = None,
         data: Any = None,
         flags: int = 0,
+        pinned: bool = False,
     ) -> None:
         self.command = command
         self.offset = offset
@@ -286,8 +309,12 @@ class Request:
         self.data = data
         self.flags = flags
         self.cancelled = False
+        #: Whether the answer of another connection would be worth nothing.
+        self.pinned = pinned
         #: How many connections ended while they owed it an answer.
         self.lost = 0
+        #: Whose answer it got.
+        self.answered_by: Any = None
         self._carrier: Carrier | None = None
         self.got = 0
         self.error: SourceError | None = None
@@ -308,15 +335,22 @@ class Request:
     def carried_by(self, carrier: Carrier) -> None:
         """Count for ``carrier`` until it is answered."""
         self._carrier = carrier
-        carrier.outstanding += self.length + 4096
+        carrier.outstanding += self._weight
+
+    @property
+    def _weight(self) -> int:
+        # The length of other commands is not what is sent.
+        payload = self.command in (wire.CMD_READ, wire.CMD_WRITE)
+        return (self.length if payload else 0) + 4096
 
     def _put_down(self) -> None:
         carrier, self._carrier = self._carrier, None
         if carrier is not None:
-            carrier.outstanding -= self.length + 4096
+            carrier.outstanding -= self._weight
 
     def finish(self, error: BaseException | None) -> None:
         """It has been answered, or never will be."""
+        self.answered_by = self._carrier
         self._put_down()
         if not self.cancelled:
             self.done(error)

@@ -1,4 +1,4 @@
-"""Which parts of an export are known, and which of these read as zeros."""
+"""Which parts of an export are known, and which of these read as zeros when that was asked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ __all__ = ["ZeroMap"]
 
 
 class ZeroMap:
-    """What a server said of its extents."""
+    """What a server said of its extents.
+
+    Of data it may be believed later: that is at worst slow. Of zeros it says where to ask again.
+    """
 
     __slots__ = ("_known", "_zeros")
 
@@ -35,10 +38,15 @@ class ZeroMap:
         self._zeros.remove(start, end)
         self._known.add(start, end)
 
+    def forget(self, start: int, end: int) -> None:
+        """It has to be asked about again."""
+        self._zeros.remove(start, end)
+        self._known.remove(start, end)
+
     def knows(self, start: int, end: int) -> bool:
         """Whether nothing has to be asked about ``start`` to ``end``."""
         return self._known.covers(start, end)
 
     def zeros(self, start: int, end: int) -> list[tuple[int, int]]:
-        """Offset and length of what is known to be zeros."""
+        """Offset and length of what was zeros."""
         return self._zeros.within(start, end)

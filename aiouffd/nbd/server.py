@@ -25,9 +25,13 @@ from struct import Struct
 from types import TracebackType
 from typing import Any, Self, TypeAlias, cast
 
-from ..errors import AiouffdError, ClosedError, UsageError
+from ..errors import AiouffdError, ClosedError, FlushError, UsageError
+from ..once import Once
 from ..sources.base import Source, check_length, holes_in_source, own_method
+from ..sources.durability import Flusher, Promises
 from . import wire
+from .fence import Fences
+from .order import Order
 from .server_core import (
     OPTION_MAX,
     Negotiation,
@@ -56,6 +60,8 @@ JOINED = 16 * 1024
 ZEROS = bytes(1 << 20)
 #: Seconds between two lines in the log about a source that fails.
 COMPLAINTS = 10.0
+#: Block size that clients are told to prefer, in bytes.
+PREFERRED = 65536
 #: What a request costs beside its bytes.
 OVERHEAD = 512
 #: Bytes per second that a client has to send or to take, when it is its turn, in order to stay.
@@ -128,6 +134,11 @@ class NbdServer:
         for name in exports:
             _check_name(name)
         self._sources = dict(exports)
+        # One for each source, under however many names.
+        of = {id(source): _Writing(source) for source in exports.values()}
+        self._writing = {name: of[id(source)] for name, source in exports.items()}
+        self._fences = Fences(self._supersede)
+        self._numbers = 0
         self._offers = {name: _offer(source, writable) for name, source in exports.items()}
         self._tls = tls
         self._tls_required = tls_required
@@ -143,6 +154,10 @@ class NbdServer:
         self._starved: dict[_Client, None] = {}
         self._watch: asyncio.TimerHandle | None = None
         self._closing = False
+        self._closes = Once[None]("closing the NBD server", keep_failure=True)
+        #: When closing stops waiting for clients, on the loop's clock, and what does it then.
+        self._deadline = float("inf")
+        self._hurry: asyncio.TimerHandle | None = None
         self._complained = -COMPLAINTS
         self._idle = asyncio.Event()
         self._idle.set()
@@ -167,9 +182,12 @@ class NbdServer:
         self._check_open()
         if not 0 <= port <= 65535:
             raise UsageError(f"{port} is no TCP port")
-        listener = await self._loop.create_server(lambda: _Client(self), host, port)
-        self._listeners.append(listener)
+        # Begun by hand: cancelled in between, asyncio would forget a listener that listens.
+        listener = await self._loop.create_server(
+            lambda: _Client(self), host, port, start_serving=False
+        )
         number = listener.sockets[0].getsockname()[1]
+        await self._listens(listener)
         name = next(iter(self._sources))
         return str(NbdAddress(name, host, number, None, self._tls_required))
 
@@ -183,44 +201,81 @@ class NbdServer:
         name = _absolute(path)
         sock, identity = _bound(name, mode)
         try:
-            listener = await self._loop.create_unix_server(lambda: _Client(self), sock=sock)
+            listener = await self._loop.create_unix_server(
+                lambda: _Client(self), sock=sock, start_serving=False
+            )
+            await self._listens(listener)
         except BaseException:
             sock.close()
             _unlink(name, identity)
             raise
         self._paths.append((name, identity))
-        self._listeners.append(listener)
         export = next(iter(self._sources))
         return str(NbdAddress(export, socket=name, tls=self._tls_required))
+
+    async def _listens(self, listener: asyncio.Server) -> None:
+        try:
+            await listener.start_serving()
+            self._check_open()  # it may have been closed meanwhile
+        except BaseException:
+            listener.close()
+            raise
+        self._listeners.append(listener)
 
     async def aclose(self, drain: float = 10.0) -> None:
         """Stop: nobody new gets in, requests under way are answered, then clients are closed.
 
         After ``drain`` seconds what is left is dropped; a second call may shorten that. Returns
-        when the last call of a source has ended. Idempotent.
+        when the last call of a source has ended. Idempotent; when cancelled it goes on, and a
+        second call waits for its end.
         """
         self._closing = True
-        for listener in self._listeners:
-            listener.close()
-        self._listeners.clear()
-        for name, identity in self._paths:
-            _unlink(name, identity)
-        self._paths.clear()
-        for client in list(self._clients):
-            client.drain()
+        deadline = self._loop.time() + max(drain, 0)
+        if deadline < self._deadline:
+            self._deadline = deadline
+            if self._hurry is not None:
+                self._hurry.cancel()
+                self._hurry = self._loop.call_at(deadline, self._give_up)
+        await self._closes(self._close)
+
+    async def _close(self) -> None:
         try:
-            async with asyncio.timeout(drain):
-                await self._idle.wait()
-        except TimeoutError:
-            if self._clients:
-                log.warning("NBD: %d clients did not finish in time", len(self._clients))
-        finally:
+            for listener in self._listeners:
+                listener.close()
+            self._listeners.clear()
+            for name, identity in self._paths:
+                _unlink(name, identity)
+            self._paths.clear()
+            self._hurry = self._loop.call_at(self._deadline, self._give_up)
             for client in list(self._clients):
+                client.drain()
+            await self._idle.wait()
+            for writing in self._writing.values():
+                await writing.flusher.settled()
+        finally:
+            self._abort()
+            for handle in (self._watch, self._hurry):
+                if handle is not None:
+                    handle.cancel()
+            self._watch = self._hurry = None
+
+    def _give_up(self) -> None:
+        """The time for answering what was under way is over."""
+        if self._clients:
+            log.warning("NBD: %d clients did not finish in time", len(self._clients))
+        self._abort()
+
+    def _abort(self) -> None:
+        for client in list(self._clients):
+            client.abort(writes_too=True)
+        for writing in self._writing.values():
+            writing.flusher.cancel()
+
+    def _supersede(self, number: int) -> None:
+        """A client says that its connection ``number`` is lost: see `aiouffd.nbd.fence`."""
+        for client in list(self._clients):
+            if client.number == number:
                 client.abort()
-            if self._watch is not None:
-                self._watch.cancel()
-                self._watch = None
-        await self._idle.wait()
 
     def _check_open(self) -> None:
         if self._closing:
@@ -233,6 +288,8 @@ class NbdServer:
             self.stats.refused += 1
             return False
         self._clients.add(client)
+        self._numbers += 1
+        client.number = self._numbers
         self._idle.clear()
         self.stats.clients = len(self._clients)
         self.stats.clients_total += 1
@@ -296,11 +353,34 @@ def _offer(source: Source, writable: bool) -> Offer:
         if own_method(source, "write") is None or not getattr(source, "writable", True):
             raise UsageError(f"{source!r} cannot be written to")
         flags |= wire.FLAG_SEND_FLUSH | wire.FLAG_SEND_FUA | wire.FLAG_SEND_WRITE_ZEROES
+        if own_method(source, "trim") or own_method(source, "write_zeros"):
+            flags |= wire.FLAG_SEND_TRIM
     else:
         flags |= wire.FLAG_READ_ONLY
-    if not 0 <= source.size <= SIZE_MAX:
-        raise UsageError(f"NBD cannot serve {source.size} bytes")
-    return Offer(source.size, flags)
+    size = source.size
+    if not 0 <= size <= SIZE_MAX:
+        raise UsageError(f"NBD cannot serve {size} bytes")
+    return Offer(size, flags, *_block_sizes(source, size))
+
+
+def _block_sizes(source: Source, size: int) -> tuple[int, int]:
+    """Smallest and preferred block. What a client asks for in smaller blocks is done too, by the
+    source; but for the client that is not one step (it is read, completed, and written)."""
+    minimum = int(getattr(source, "minimum_block", 1))
+    # As the protocol wants it: a power of two up to 64 KiB, which the size is a multiple of.
+    if not 0 < minimum <= 65536 or minimum & (minimum - 1) or size % minimum:
+        minimum = 1
+    return minimum, max(PREFERRED, minimum)
+
+
+class _Writing:
+    """What is known of the writes to a source, by all its clients."""
+
+    def __init__(self, source: Source) -> None:
+        # A client that is gone may have left a write behind, and come back with a newer one.
+        self.order = Order()
+        self.promises = Promises(f"NBD export of {source!r}")
+        self.flusher = Flusher(self.promises)
 
 
 def _check_name(name: str) -> None:
@@ -376,8 +456,15 @@ class _Client(asyncio.BufferedProtocol):
         #: Below TLS, if there is any.
         self._wire: asyncio.Transport | None = None
         self._negotiation: Negotiation | None = Negotiation(
-            server._offers, tls=server._tls is not None, tls_required=server._tls_required
+            server._offers,
+            tls=server._tls is not None,
+            tls_required=server._tls_required,
+            name=self._token,
+            ended=server._fences.ended,
         )
+        #: Among all clients there ever were; 0 before it is one.
+        self.number = 0
+        self._account: _Writing | None = None
         self._scratch = memoryview(bytearray(4096))
         self._requests: Requests | None = None
         self._source: Source | None = None
@@ -486,6 +573,9 @@ class _Client(asyncio.BufferedProtocol):
 
     # ---- negotiation ----
 
+    def _token(self) -> str:
+        return self._server._fences.token(self.number)
+
     def _options(self, data: bytes) -> None:
         """The client goes on with the handshake."""
         if self._upgrade is not None:
@@ -522,6 +612,7 @@ class _Client(asyncio.BufferedProtocol):
             # Only now, and above TLS if there is any: what waits shall not wait twice.
             transport.set_write_buffer_limits(high=SOCKET_BUFFER)
             self._source = source = self._server._sources[negotiation.chosen]
+            self._account = self._server._writing[negotiation.chosen]
             self._offer = self._server._offers[negotiation.chosen]
             self._structured = negotiation.structured
             self._has_holes = own_method(source, "holes") is not None
@@ -703,19 +794,46 @@ class _Client(asyncio.BufferedProtocol):
             reply = status_reply(request, await holes_in_source(source, offset, length))
             self._send(reply)
             return
-        if command == wire.CMD_WRITE:
-            assert request.data is not None
-            await source.write(offset, request.data)  # type: ignore[attr-defined]
-            self._stats.bytes_written += length
-        elif command == wire.CMD_WRITE_ZEROES:
-            await _write_zeros(source, request)
-            self._stats.bytes_written += length
+        if command in CHANGING:
+            await self._change(source, request)
         if command == wire.CMD_FLUSH or request.flags & wire.CMD_FLAG_FUA:
-            flush = own_method(source, "flush")
-            # Where nothing can be written there is nothing to flush, though some ask.
-            if flush is not None and not self._offer.flags & wire.FLAG_READ_ONLY:
-                await flush()
+            await self._flush(source, request)
         self._send(error_reply(request, 0, "", structured=self._structured))
+
+    async def _change(self, source: Source, request: Request) -> None:
+        """A write, after all that came before it for the same place."""
+        assert self._account is not None
+        offset, length = request.offset, request.length
+        turn = await self._account.order.turn(offset, length)
+        try:
+            if request.command == wire.CMD_WRITE:
+                assert request.data is not None
+                await source.write(offset, request.data)  # type: ignore[attr-defined]
+            elif request.command == wire.CMD_WRITE_ZEROES:
+                await _write_zeros(source, request)
+            else:
+                await _trim(source, request)
+        finally:
+            turn.end()
+        self._account.promises.wrote(offset, length)
+        if request.command != wire.CMD_TRIM:
+            self._stats.bytes_written += length
+
+    async def _flush(self, source: Source, request: Request) -> None:
+        """Have what was answered made durable, or for FUA at least this."""
+        flush = own_method(source, "flush")
+        # Where nothing can be written there is nothing to flush, though some ask.
+        if flush is None or self._offer.flags & wire.FLAG_READ_ONLY:
+            return
+        assert self._account is not None
+        try:
+            await self._account.flusher(flush)
+        except FlushError as error:
+            end = request.offset + request.length
+            if request.command == wire.CMD_FLUSH or not error.ranges:
+                raise
+            if any(at < end and request.offset < at + count for at, count in error.ranges):
+                raise
 
     async def _serve_read(self, source: Source, request: Request) -> None:
         offset, length = request.offset, request.length
@@ -826,15 +944,17 @@ class _Client(asyncio.BufferedProtocol):
         log.info("NBD: dropped a client: %s", error)
         self.abort()
 
-    def abort(self) -> None:
-        """Close at once."""
+    def abort(self, *, writes_too: bool = False) -> None:
+        """Close at once. What is being written is written, unless it has to end too."""
         self._dropped = True
-        for task in self._tasks:
-            task.cancel()
+        for task, request in list(self._tasks.items()):
+            if writes_too or request.command in _READING:
+                task.cancel()
         if self._transport is not None:
             self._transport.abort()
 
 
+CHANGING = (wire.CMD_WRITE, wire.CMD_WRITE_ZEROES, wire.CMD_TRIM)
 _READING = (wire.CMD_READ, wire.CMD_BLOCK_STATUS)
 
 
@@ -864,3 +984,13 @@ async def _write_zeros(source: Source, request: Request) -> None:
         count = min(len(ZEROS), end - offset)
         await source.write(offset, memoryview(ZEROS)[:count])  # type: ignore[attr-defined]
         offset += count
+
+
+async def _trim(source: Source, request: Request) -> None:
+    """What is read there afterwards is undefined: nothing has to be done."""
+    trim = own_method(source, "trim")
+    zeros = own_method(source, "write_zeros")
+    if trim is not None:
+        await trim(request.offset, request.length)
+    elif zeros is not None:
+        await zeros(request.offset, request.length, hole=True)

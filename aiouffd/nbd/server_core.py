@@ -10,13 +10,14 @@ from __future__ import annotations
 import errno
 import mmap
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
 from ..errors import UsageError
 from . import wire
+from .fence import CONNECTION, ENDED
 from .wire import NbdProtocolError
 
 __all__ = ["Negotiation", "Offer", "Request", "Requests", "wire_error"]
@@ -34,6 +35,8 @@ DIRECT = 4096
 LAZY = 4 << 20
 #: Our id of the context base:allocation.
 ALLOCATION_ID = 1
+#: That of contexts without extents.
+FENCE_ID = 2
 #: Extents of one answer. What lies behind them the client asks for again.
 EXTENTS_MAX = 4096
 
@@ -62,6 +65,9 @@ class Negotiation:
     to be sent: then `feed` nothing, and go on. When `wants_tls` turns true: send what there is,
     upgrade the connection, and call `tls_started`. It ends with `chosen` set, or with `aborted`
     (send what `take` gives, then close). Raises NbdProtocolError.
+
+    ``name`` gives this connection a token, and ``ended`` ends that of another one: see
+    `aiouffd.nbd.fence`.
     """
 
     def __init__(
@@ -70,8 +76,12 @@ class Negotiation:
         *,
         tls: bool = False,
         tls_required: bool = False,
+        name: Callable[[], str] | None = None,
+        ended: Callable[[str], bool] | None = None,
     ) -> None:
         self._offers = offers
+        self._name = name
+        self._ended_before = ended
         self._tls = tls
         self._tls_required = tls_required
         self._encrypted = False
@@ -287,7 +297,22 @@ class Negotiation:
             number = 0 if listing else ALLOCATION_ID
             context = wire.U32.pack(number) + wire.BASE_ALLOCATION.encode()
             self._reply(option, wire.REP_META_CONTEXT, context)
+        if not listing and not self._offers[name].flags & wire.FLAG_READ_ONLY:
+            self._fence(option, queries)
         self._reply(option, wire.REP_ACK)
+
+    def _fence(self, option: int, queries: Sequence[str]) -> None:
+        """What a client that writes asks about its connections, this one and lost ones."""
+        for query in queries:
+            said = None
+            if query == CONNECTION and self._name is not None:
+                said = f"{CONNECTION}/{self._name()}"
+            elif query.startswith(ENDED) and self._ended_before is not None:
+                said = query if self._ended_before(query.removeprefix(ENDED)) else None
+            if said is not None:
+                # Their numbers are in no answer.
+                context = wire.U32.pack(FENCE_ID) + said.encode()
+                self._reply(option, wire.REP_META_CONTEXT, context)
 
 
 def _text(data: bytes) -> str:
@@ -500,6 +525,7 @@ _FLAGS_OF = {
     wire.CMD_WRITE: wire.CMD_FLAG_FUA,
     wire.CMD_FLUSH: 0,
     wire.CMD_WRITE_ZEROES: wire.CMD_FLAG_FUA | wire.CMD_FLAG_NO_HOLE,
+    wire.CMD_TRIM: wire.CMD_FLAG_FUA,
     wire.CMD_BLOCK_STATUS: wire.CMD_FLAG_REQ_ONE,
 }
 
@@ -510,7 +536,7 @@ def refusal(request: Request, offer: Offer, *, structured: bool, allocation: boo
     if command in _CHANGING and offer.flags & wire.FLAG_READ_ONLY:
         return wire.EPERM
     allowed = _FLAGS_OF.get(command)
-    if allowed is None:
+    if allowed is None or (command == wire.CMD_TRIM and not offer.flags & wire.FLAG_SEND_TRIM):
         return wire.EINVAL
     if offer.flags & wire.FLAG_SEND_FUA:
         # With every command, though it means nothing for most.

@@ -2,41 +2,42 @@
 
 Reads go straight into the caller's buffer, over as many connections as the server allows. What a
 lost connection had under way is sent again on another one, so a server's restart is a pause.
-Extents that the server knows to be zeros are learnt once per gigabyte and not read at all.
+Extents that the server knows to be zeros are not read at all.
+
+What is remembered is only what stays true. That there are data in a place is learnt once per
+gigabyte; at worst zeros are read there later. That there are zeros is asked for at every read,
+because somebody may have written meanwhile: we, our clone, or any other client.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import random
 import ssl as ssl_module
-import time
 import warnings
-from collections import deque
+from collections.abc import Hashable
 from typing import Any
 
-from ..errors import ClosedError, SourceChangedError, SourceError, UnsupportedError, UsageError
+from ..errors import SourceError, UnsupportedError, UsageError
 from ..nbd import wire
-from ..nbd.client import Connection, connect
+from ..nbd.client import Connection
 from ..nbd.client_core import Export, Request
 from ..nbd.extents import ZeroMap
+from ..nbd.order import Turn
+from ..nbd.pool import Pool
 from ..nbd.uri import NbdAddress, parse
-from ..waiting import Done, countdown, retrieve
+from ..nbd.writes import Content, Writes
+from ..waiting import Done, countdown
 from .base import BaseSource, Buffer, check_range
+from .durability import Flusher
 
 __all__ = ["NbdSource"]
 
-log = logging.getLogger("aiouffd")
-
 #: Bytes whose extents are asked for at a time, and how often for one such area.
 AREA, ASKS = 1 << 30, 64
-#: Bytes up to which a request is small, and how many connections such ones use.
-SMALL, FEW = 16 * 1024, 2
-#: Connections that one request may lose before it has failed (transient).
-LOSSES = 4
-#: First and longest pause between two tries to connect, in seconds.
-PAUSE_FIRST, PAUSE_LONGEST = 0.02, 1.0
+#: How often one range of zeros is asked for, where the server answers in parts.
+PARTS = 16
+#: Longest requests of those that carry no bytes: so much a server may have to do at a time.
+STATUS_MOST, ZEROS_MOST = 1 << 30, 128 << 20
 
 
 class NbdSource(BaseSource):
@@ -54,11 +55,17 @@ class NbdSource(BaseSource):
             given up.
         reconnect: seconds for which a lost connection is tried again before what was under way
             fails (transient).
-        writable: allow `write` and `flush`, if the server does.
+        writable: allow `write`, `write_zeros`, `trim` and `flush`, if the server does.
         holes: ask which parts are zeros.
 
     NBD has no versions: ``version`` is None, and a change of the export's contents cannot
     be seen. If size or block sizes are others after a reconnect, reads raise SourceChangedError.
+
+    **Writes.** Those to the same place are made one after the other. One that loses its
+    connection is sent again; what that means for later ones is in `aiouffd.nbd.writes`. `flush`
+    speaks for the connections that acknowledged: what one of them had acknowledged and not
+    flushed when it was lost is in doubt, and `flush` raises FlushError until it was written
+    again.
 
     ``open()`` raises FileNotFoundError when there is no such export or socket,
     SourcePermissionError when the server refuses (or wants TLS), SourceError otherwise.
@@ -83,27 +90,32 @@ class NbdSource(BaseSource):
             raise UsageError("timeouts are positive numbers of seconds")
         if tls is not None and not self._address.tls:
             raise UsageError("tls goes with an nbds:// URI")
-        self._most = connections
-        self._tls = tls
-        self._connect_timeout = connect_timeout
-        self._timeout = timeout
-        self._reconnect = reconnect
+        self._options: dict[str, Any] = {
+            "connections": connections,
+            "tls": tls,
+            "connect_timeout": connect_timeout,
+            "timeout": timeout,
+            "reconnect": reconnect,
+            "writable": writable,
+            "holes": holes,
+        }
         self._writable = writable
         self._ask_holes = holes
-        self._export: Export | None = None
-        self._expected: Export | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._live: list[Connection] = []
-        self._orphans: deque[Request] = deque()
-        self._connecting: asyncio.Task[None] | None = None
-        self._growing: asyncio.Task[None] | None = None
-        self._changed: SourceChangedError | None = None
-        self._closed = False
+        self._writes = Writes(str(self._address))
+        self._flusher = Flusher(self._writes.promises)
+        self._pool = Pool(
+            self._address,
+            self._writes,
+            most=connections,
+            tls=tls,
+            connect_timeout=connect_timeout,
+            silence=timeout,
+            reconnect=reconnect,
+            writable=writable,
+        )
         self._map = ZeroMap()
-        self._asking: dict[int, asyncio.Future[None]] = {}
+        self._asking: dict[int, asyncio.Task[None]] = {}
         self._asked: dict[int, int] = {}
-        #: Connections that were made, and requests that were sent again.
-        self.connected = self.replayed = 0
 
     @classmethod
     def from_url(cls, url: str, **options: Any) -> NbdSource:
@@ -114,16 +126,16 @@ class NbdSource(BaseSource):
         return f"<NbdSource {self._address}>"
 
     def __del__(self) -> None:
-        if getattr(self, "_live", None):
+        pool: Pool | None = getattr(self, "_pool", None)
+        if pool is not None and pool.live:
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
-            for connection in self._live:
-                if self._loop is not None and not self._loop.is_closed():
-                    self._loop.call_soon_threadsafe(connection.abort)
+        if pool is not None:
+            pool.abandon()
 
     @property
     def size(self) -> int:
         """Length of the export in bytes. Raises UsageError before ``open()``."""
-        export = self._export or self._expected
+        export = self._pool.export or self._pool.expected
         if export is None:
             raise UsageError(f"the size of {self!r} is not known yet", hint="await open() first")
         return export.size
@@ -139,233 +151,80 @@ class NbdSource(BaseSource):
         return self._writable
 
     @property
+    def minimum_block(self) -> int:
+        """The server's smallest block, in bytes; 1 where it does not divide the size."""
+        export = self._pool.export or self._pool.expected
+        if export is None or export.size % export.minimum:
+            return 1
+        return export.minimum
+
+    @property
     def export(self) -> Export:
         """What the server said of the export. Raises UsageError before ``open()``."""
-        if self._export is None:
+        if self._pool.export is None:
             raise UsageError(f"{self!r} is not open", hint="await open() first")
-        return self._export
+        return self._pool.export
 
-    # ------------------------------------------------------------- connections
+    @property
+    def _live(self) -> list[Connection]:
+        return self._pool.live
+
+    @property
+    def connected(self) -> int:
+        """Connections that were made after the first one."""
+        return self._pool.connected
+
+    @property
+    def replayed(self) -> int:
+        """Requests that were sent again, because their connection was lost."""
+        return self._pool.replayed
 
     async def open(self) -> None:
         """Connect and negotiate."""
-        if self._closed:
-            raise ClosedError(f"{self!r} is closed")
-        if self._export is not None:
-            return
-        self._loop = asyncio.get_running_loop()
-        connection = await self._connect_one()
-        export = connection.export
-        if self._expected is not None and export != self._expected:
-            connection.abort()
-            raise SourceChangedError(f"{self._address} is not the export that was opened")
-        if self._writable and export.has(wire.FLAG_READ_ONLY):
-            connection.abort()
-            raise UnsupportedError(f"{self._address} cannot be written to")
-        self._export = export
-        self._live.append(connection)
-        if export.has(wire.FLAG_CAN_MULTI_CONN) and self._most > 1:
-            self._growing = self._loop.create_task(self._grow(self._most - 1))
-
-    async def _connect_one(self) -> Connection:
-        tls = self._tls
-        if self._address.tls and tls is None:
-            tls = ssl_module.create_default_context()
-        return await connect(
-            self._address,
-            tls=tls,
-            connect_timeout=self._connect_timeout,
-            silence=self._timeout,
-            on_lost=self._lost,
-        )
-
-    async def _grow(self, more: int) -> None:
-        """More connections, in the background; whoever refuses them is left with what there is."""
-        for _ in range(more):
-            try:
-                connection = await self._connect_one()
-            except (SourceError, OSError):
-                return
-            if self._closed or connection.export != self._export:
-                connection.abort()
-                return
-            self.connected += 1
-            self._live.append(connection)
-
-    def _lost(
-        self, connection: Connection, requests: list[Request], error: Exception | None
-    ) -> None:
-        if connection not in self._live:
-            return  # never got so far
-        self._live.remove(connection)
-        if self._closed:
-            for request in requests:
-                request.finish(ClosedError(f"{self!r} was closed during a request"))
-            return
-        if error is not None:
-            log.warning("%s: %s", self._address, error)
-            for request in requests:
-                request.finish(error)
-            return
-        for request in requests:
-            request.reset()
-            request.lost += 1
-            if request.lost > LOSSES:
-                # It may be the reason. Whoever asks again does so after a pause.
-                request.finish(
-                    SourceError(f"{self._address}: connections end instead of an answer")
-                )
-            else:
-                self._orphans.append(request)
-        log.info("%s: lost a connection, %d requests under way", self._address, len(requests))
-        if self._live:
-            self._adopt()
-        elif self._orphans:
-            self._connect_again()
-
-    def _adopt(self) -> None:
-        """Send what lost its connection on another one."""
-        while self._orphans and self._live:
-            self.replayed += 1
-            self._submit(self._orphans.popleft())
-
-    def _connect_again(self) -> asyncio.Task[None]:
-        assert self._loop is not None
-        if self._connecting is None:
-            self._connecting = self._loop.create_task(self._come_back())
-            # Its failure reaches the requests; nobody else may be waiting for the task.
-            self._connecting.add_done_callback(retrieve)
-        return self._connecting
-
-    async def _come_back(self) -> None:
-        """Connect within the budget, and go on; or fail what waits for it."""
-        limit = time.monotonic() + self._reconnect
-        pause = PAUSE_FIRST
-        failure: BaseException
-        try:
-            while True:
-                try:
-                    connection = await self._connect_one()
-                    break
-                except (SourceError, OSError) as error:
-                    failure = error
-                    if time.monotonic() + pause > limit:
-                        raise SourceError(
-                            f"{self._address}: no connection: {error}", transient=True
-                        ) from error
-                await asyncio.sleep(pause * (0.5 + random.random()))
-                pause = min(pause * 2, PAUSE_LONGEST)
-            if connection.export != self._export:
-                connection.abort()
-                self._changed = SourceChangedError(
-                    f"{self._address} is not the export that was opened"
-                )
-                raise self._changed
-            self.connected += 1
-            self._live.append(connection)
-            self._connecting = None
-            self._adopt()
-            if self._export.has(wire.FLAG_CAN_MULTI_CONN) and self._most > 1:
-                self._growing = asyncio.ensure_future(self._grow(self._most - 1))
-        except BaseException as error:
-            self._connecting = None
-            failure = error
-            if isinstance(error, asyncio.CancelledError):
-                failure = ClosedError(f"{self!r} was closed during a request")
-            while self._orphans:
-                self._orphans.popleft().finish(failure)
-            raise
-
-    async def _connected(self) -> None:
-        """Have a connection, or raise why there is none."""
-        self._check_open()
-        if not self._live:
-            try:
-                await asyncio.shield(self._connect_again())
-            except asyncio.CancelledError:
-                task = asyncio.current_task()
-                if self._closed and task is not None and not task.cancelling():
-                    raise ClosedError(f"{self!r} is closed") from None
-                raise
-
-    def _check_open(self) -> None:
-        if self._changed is not None:
-            raise self._changed
-        if self._closed:
-            raise ClosedError(f"{self!r} is closed")
-        if self._export is None:
-            raise UsageError(f"{self!r} is not open", hint="await open() first")
-        if asyncio.get_running_loop() is not self._loop:
-            raise UsageError(
-                f"{self!r} belongs to another event loop", hint="use a clone() on this one"
-            )
+        await self._pool.open()
 
     async def aclose(self) -> None:
-        """Say goodbye and close. Requests under way raise ClosedError. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
-        tasks = [task for task in (self._connecting, self._growing) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        lost = list(self._live)
-        for connection in lost:
-            connection.close()
-        # Nothing is left behind when we return.
-        await asyncio.gather(*(connection.wait_closed() for connection in lost))
+        """Say goodbye and close. Requests under way raise ClosedError.
+
+        Idempotent; when cancelled it goes on, and a second call waits for its end.
+        """
+        await self._pool.aclose()
+        await self._flusher.settled()
+        if self._asking:
+            await asyncio.wait(list(self._asking.values()))
 
     def clone(self) -> NbdSource:
         """Another source for the same export, pinned to its size and block sizes."""
-        other = NbdSource(
-            self._address,
-            connections=self._most,
-            tls=self._tls,
-            connect_timeout=self._connect_timeout,
-            timeout=self._timeout,
-            reconnect=self._reconnect,
-            writable=self._writable,
-            holes=self._ask_holes,
-        )
-        other._expected = self._export or self._expected
+        other = NbdSource(self._address, **self._options)
+        other._pool.expected = self._pool.export or self._pool.expected
         return other
 
     # ------------------------------------------------------------------- reads
-
-    def _submit(self, request: Request) -> None:
-        """On the connection that has least to do. What is small keeps to a few of them: the faults
-        of one wake-up are then few sends, and their answers few receives."""
-        live = self._live
-        best = live[0]
-        for connection in live[:FEW] if request.length <= SMALL else live:
-            if connection.outstanding < best.outstanding:
-                best = connection
-        request.carried_by(best)
-        best.submit(request)
 
     def begin_read(self, offset: int, buffer: memoryview, done: Done) -> Request | None:
         """Start reading ``len(buffer)`` bytes at ``offset``; ``done(error)`` tells the end.
 
         For callers who want neither a task nor a future per read. Called on the loop, as is
         ``done``. Returns what can be cancelled (``cancel()``: ``done`` is not called and
-        nothing is written any more), or None if it cannot be one request now, or is a hole for
-        all that is known: `holes` and `read_into` can.
+        nothing is written any more), or None if it cannot be one request now, or may be a hole:
+        `holes` and `read_into` can.
         """
         length = len(buffer)
-        export = self._export
+        pool = self._pool
+        export = pool.export
         if (
             export is None
-            or not self._live
-            or self._closed
+            or not pool.live
+            or pool.closed
             or not 0 < length <= export.maximum
             or offset % export.minimum
             or length % export.minimum
             or offset + length > export.size
-            or self.known_holes(offset, length) != []
+            or self.known_holes(offset, length) is None
         ):
             return None
         request = Request(wire.CMD_READ, offset, length, done, target=buffer)
-        self._submit(request)
+        pool.send(request)
         return request
 
     async def read(self, offset: int, length: int) -> Buffer:
@@ -376,40 +235,60 @@ class NbdSource(BaseSource):
 
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         """Read ``len(buffer)`` bytes at byte ``offset`` straight into ``buffer``."""
-        self._check_open()
-        export = self.export
+        self._pool.check()
         length = len(buffer)
-        check_range(offset, length, export.size)
+        check_range(offset, length, self.export.size)
         if not length:
             return
-        unit = export.minimum
-        start = offset - offset % unit
-        end = min(export.size, offset + length + -(offset + length) % unit)
+        start, end = self._whole_blocks(offset, length)
         if start != offset or end != offset + length:
             wider = memoryview(bytearray(end - start))
-            await self.read_into(start, wider)
+            await self._read_blocks(start, wider)
             buffer[:] = wider[offset - start :][:length]
-            return
-        pieces = [
+        else:
+            await self._read_blocks(offset, buffer)
+
+    def _whole_blocks(self, offset: int, length: int) -> tuple[int, int]:
+        """Start and end of the server's smallest blocks that hold this; the last may be short."""
+        unit = self.export.minimum
+        end = offset + length
+        return offset - offset % unit, min(self.export.size, end + -end % unit)
+
+    async def _read_blocks(self, offset: int, buffer: memoryview) -> None:
+        most = self.export.maximum
+        requests = [
             Request(
                 wire.CMD_READ,
                 offset + at,
-                min(export.maximum, length - at),
+                min(most, len(buffer) - at),
                 _ignored,
-                target=buffer[at : at + export.maximum],
+                target=buffer[at : at + most],
             )
-            for at in range(0, length, export.maximum)
+            for at in range(0, len(buffer), most)
         ]
-        await self._all(pieces)
+        try:
+            await self._all(requests)
+        except SourceError as error:
+            self._explain(error, offset, len(buffer))
+            raise
+
+    def _explain(self, error: SourceError, offset: int, length: int) -> None:
+        """Add the reason that a server has for refusing its export's last bytes."""
+        export = self.export
+        rest = export.size % export.minimum
+        if error.errno == wire.EINVAL and rest and offset + length == export.size:
+            error.hint = (
+                f"the export's {export.size} bytes are no multiple of the server's smallest block"
+                f" of {export.minimum}, and it does not let its last {rest} bytes be used"
+            )
 
     async def _all(self, requests: list[Request]) -> None:
         """Send them and wait for the last answer; when cancelled, nothing is written any more."""
-        if not self._live:
-            await self._connected()
+        self._pool.check()
         future, done = countdown(len(requests))
         for request in requests:
             request.done = done
-            self._submit(request)
+            self._pool.send(request)
         try:
             await future
         except BaseException:
@@ -420,27 +299,37 @@ class NbdSource(BaseSource):
     # ------------------------------------------------------------------- holes
 
     async def holes(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """Ranges that the server says are zeros. Asks it at most once per call."""
-        known = self.known_holes(offset, length)
-        if known is not None:
-            return known
-        self._check_open()
+        """Ranges that the server says are zeros now. Where there are no data for all that is
+        known, it is asked; nothing is named when that fails."""
+        self._pool.check()
+        if self.known_holes(offset, length) is not None:
+            return []
+        try:
+            if not self._map.knows(offset, offset + length):
+                await self._learn(offset)
+                if self.known_holes(offset, length) is not None:
+                    return []
+            return await self._zeros_now(offset, length)
+        except SourceError:
+            return []
+
+    def known_holes(self, offset: int, length: int) -> list[tuple[int, int]] | None:
+        """What `holes` would say without asking: nothing, because there are data or no zeros are
+        ever told. None if the server has to be asked."""
+        export = self._pool.export
+        if export is None or export.allocation is None or not self._ask_holes:
+            return []
+        end = offset + length
+        return None if not self._map.knows(offset, end) or self._map.zeros(offset, end) else []
+
+    async def _learn(self, offset: int) -> None:
+        """Where there are data, in all of the area around ``offset``; asked for once at a time."""
         area = offset // AREA
         asking = self._asking.get(area)
         if asking is None:
             asking = asyncio.ensure_future(self._ask(area, offset))
             self._asking[area] = asking
         await asyncio.shield(asking)
-        return self._map.zeros(offset, offset + length)
-
-    def known_holes(self, offset: int, length: int) -> list[tuple[int, int]] | None:
-        """What `holes` would say, or None if the server has to be asked."""
-        export = self._export
-        if export is None or export.allocation is None or not self._ask_holes:
-            return []
-        if self._map.knows(offset, offset + length):
-            return self._map.zeros(offset, offset + length)
-        return None
 
     async def _ask(self, area: int, offset: int) -> None:
         """Learn about an area: all of it the first time, from ``offset`` on if that fell short."""
@@ -450,16 +339,15 @@ class NbdSource(BaseSource):
         self._asked[area] = asked + 1
         start = first if not asked else offset - offset % max(export.minimum, 65536)
         try:
-            if asked >= ASKS or (end - start) % export.minimum:
+            if asked >= ASKS:
                 self._map.assume_data(first, end)
                 return
-            request = Request(wire.CMD_BLOCK_STATUS, start, end - start, _ignored)
-            await self._all([request])
-            extents = request.extents or []
-            pairs = [(length, bool(flags & wire.STATE_ZERO)) for length, flags in extents]
-            # The last one may reach beyond what was asked for.
-            reached = self._map.add(start, pairs)
-            if reached <= offset and asked:
+            reached = self._map.add(start, await self._extents(start, end))
+            # What lies in the last block, if that is short, cannot be asked for.
+            whole = end - end % export.minimum
+            if reached >= whole:
+                self._map.assume_data(whole, end)
+            elif reached <= offset and asked:
                 self._map.assume_data(offset, end)
         except SourceError as error:
             if not error.transient:
@@ -467,38 +355,198 @@ class NbdSource(BaseSource):
         finally:
             self._asking.pop(area, None)
 
+    async def _extents(self, start: int, end: int) -> list[tuple[int, bool]]:
+        """Lengths from ``start`` on, a multiple of the smallest block, and whether they are zeros
+        now. They may end before ``end``, and behind it."""
+        unit = self.export.minimum
+        # A server may know no blocks beyond its last whole one.
+        length = min(end + -end % unit, self.export.size - self.export.size % unit) - start
+        if length <= 0:
+            return []
+        request = Request(wire.CMD_BLOCK_STATUS, start, min(length, STATUS_MOST), _ignored)
+        await self._all([request])
+        extents = request.extents or []
+        return [(count, bool(flags & wire.STATE_ZERO)) for count, flags in extents]
+
+    async def _zeros_now(self, offset: int, length: int) -> list[tuple[int, int]]:
+        found: list[tuple[int, int]] = []
+        end = offset + length
+        at = offset - offset % self.export.minimum
+        for _ in range(PARTS):
+            extents = await self._extents(at, end)
+            self._map.add(at, extents)
+            for count, zero in extents:
+                start, stop = max(at, offset), min(at + count, end)
+                if zero and start < stop:
+                    if found and sum(found[-1]) == start:
+                        start = found.pop()[0]
+                    found.append((start, stop - start))
+                at += count
+            if not extents or at >= end:
+                break
+        return found
+
     # ------------------------------------------------------------------ writes
 
     async def write(self, offset: int, data: Buffer) -> None:
-        """Write ``data`` at byte ``offset``, both multiples of the server's smallest block."""
-        self._check_open()
+        """Write ``data`` at byte ``offset``.
+
+        What is no multiple of the server's smallest block is read, completed, and written: that
+        is one step for this source, and two for other clients of the server. If cancelled it may
+        still be written, but before anything that is written to the same place later.
+
+        Raises SourceError, not transient, where a write of a lost connection may still land.
+        """
+        view = memoryview(data).cast("B")
+        self._check_change(offset, view.nbytes)
+        if not view.nbytes:
+            return
+        start, end = self._whole_blocks(offset, view.nbytes)
+        turn = await self._writes.order.turn(start, end - start)
+        try:
+            if start != offset or end != offset + view.nbytes:
+                whole = memoryview(bytearray(end - start))
+                await self._edges(whole, start, offset, offset + view.nbytes)
+                whole[offset - start : offset - start + view.nbytes] = view
+                view = whole
+            else:
+                view = memoryview(bytes(view))
+        except BaseException:
+            turn.end()
+            raise
+        await self._change(turn, wire.CMD_WRITE, view, self.export.maximum)
+
+    async def _edges(self, whole: memoryview, start: int, first: int, last: int) -> None:
+        """Read the smallest blocks of ``whole`` (at ``start``) that ``first`` to ``last`` covers in
+        part only."""
+        unit, end = self.export.minimum, start + len(whole)
+        head = (start, min(start + unit, end)) if first != start else None
+        tail = (end - (end % unit or unit), end) if last != end else None
+        for edge in {head, tail} - {None}:
+            assert edge is not None
+            await self._read_blocks(edge[0], whole[edge[0] - start : edge[1] - start])
+
+    async def write_zeros(self, offset: int, length: int, *, hole: bool) -> None:
+        """As `write` of zeros, without sending them if the server can; with ``hole`` it may give
+        the space back."""
+        if not await self._without_bytes(
+            wire.FLAG_SEND_WRITE_ZEROES,
+            wire.CMD_WRITE_ZEROES,
+            offset,
+            length,
+            0 if hole else wire.CMD_FLAG_NO_HOLE,
+        ):
+            zeros = memoryview(bytes(min(length, self.export.maximum)))
+            for at in range(0, length, self.export.maximum):
+                await self.write(offset + at, zeros[: length - at])
+
+    async def trim(self, offset: int, length: int) -> None:
+        """Say that nobody needs these bytes: what is read there afterwards is undefined. Nothing
+        if the server does not want to know."""
+        await self._without_bytes(wire.FLAG_SEND_TRIM, wire.CMD_TRIM, offset, length, 0)
+
+    async def _without_bytes(
+        self, flag: int, command: int, offset: int, length: int, flags: int
+    ) -> bool:
+        """Have whole blocks changed by a command; False if the server has none such."""
+        self._check_change(offset, length)
+        export = self.export
+        if not export.has(flag):
+            return False
+        unit = export.minimum
+        start = offset + -offset % unit
+        end = offset + length
+        end -= end % unit
+        if command == wire.CMD_WRITE_ZEROES:
+            # What is no whole block.
+            edge = min(start, offset + length)
+            if edge > offset:
+                await self.write(offset, bytes(edge - offset))
+            if offset + length > max(end, edge):
+                await self.write(max(end, edge), bytes(offset + length - max(end, edge)))
+        if start < end:
+            turn = await self._writes.order.turn(start, end - start)
+            content = None if command == wire.CMD_WRITE_ZEROES else False
+            await self._change(turn, command, content, ZEROS_MOST, flags)
+        return True
+
+    def _check_change(self, offset: int, length: int) -> None:
+        self._pool.check()
         if not self._writable:
             raise UnsupportedError(f"{self!r} was not opened with writable=True")
-        export = self.export
-        view = memoryview(data).cast("B")
-        length = view.nbytes
-        check_range(offset, length, export.size)
-        if offset % export.minimum or (length % export.minimum and offset + length < export.size):
-            raise UsageError(f"the server writes whole blocks of {export.minimum} bytes")
-        self._map.assume_data(offset, offset + length)
-        pieces = [
-            Request(
-                wire.CMD_WRITE,
-                offset + at,
-                min(export.maximum, length - at),
-                _ignored,
-                data=bytes(view[at : at + export.maximum]),
-            )
-            for at in range(0, length, export.maximum)
-        ]
-        if pieces:
-            await self._all(pieces)
+        check_range(offset, length, self.export.size)
+
+    async def _change(
+        self, turn: Turn, command: int, content: Content, most: int, flags: int = 0
+    ) -> None:
+        """Send what ``turn`` is for, in requests of at most ``most`` bytes, and wait for the last
+        answer. The turn ends then, whoever waits."""
+        offset, length = turn.offset, turn.end_offset - turn.offset
+        try:
+            await self._lay(offset, length, content)
+            self._pool.check()
+            if command == wire.CMD_WRITE:
+                self._map.assume_data(offset, offset + length)
+            else:
+                self._map.forget(offset, offset + length)
+            requests = [
+                Request(
+                    command,
+                    offset + at,
+                    min(most, length - at),
+                    _ignored,
+                    data=content[at : at + most] if isinstance(content, memoryview) else None,
+                    flags=flags,
+                )
+                for at in range(0, length, most)
+            ]
+            future, done = countdown(len(requests))
+            self._writes.track(turn, requests, done)
+        except BaseException:
+            turn.end()
+            raise
+        for request in requests:
+            self._pool.send(request)
+        try:
+            await future
+        except SourceError as error:
+            self._explain(error, offset, length)
+            raise
+
+    async def _lay(self, offset: int, length: int, content: Content) -> None:
+        """See that no older write of a lost connection can land after this one, or raise."""
+        ghosts = self._writes.in_the_way(offset, length, content)
+        if ghosts and all(ghost.token is not None for ghost in ghosts):
+            await self._pool.fence()
+            ghosts = self._writes.in_the_way(offset, length, content)
+        if ghosts:
+            raise self._writes.refusal(ghosts)
 
     async def flush(self) -> None:
-        """Have the server make durable what was written. Nothing if it has no flush."""
-        self._check_open()
-        if self.export.has(wire.FLAG_SEND_FLUSH):
-            await self._all([Request(wire.CMD_FLUSH, 0, 0, _ignored)])
+        """Have the server make durable what was written. Nothing if it has no flush.
+
+        Raises FlushError when that fails, and for writes that were acknowledged by a connection
+        which was lost before they were flushed: the server may have lost them. It goes on raising
+        that until those ranges were written again, whatever the server says.
+        """
+        self._pool.check()
+        await self._flusher(self._flush)
+
+    async def _flush(self) -> None:
+        pool = self._pool
+        if not self.export.has(wire.FLAG_SEND_FLUSH):
+            return
+        holders: set[Hashable] = self._writes.promises.holders()
+        asked: list[Connection | None] = [each for each in pool.live if each in holders]
+        future, done = countdown(max(1, len(asked)))
+        for connection in asked or [None]:
+            request = Request(wire.CMD_FLUSH, 0, 0, done, pinned=connection is not None)
+            if connection is not None:
+                pool.send_on(connection, request)
+            else:
+                # Nothing of ours; but who asks may mean what others have written.
+                pool.send(request)
+        await future
 
 
 def _ignored(_error: BaseException | None) -> None:
