@@ -237,6 +237,8 @@ class NbdServer:
                 self._hurry.cancel()
                 self._hurry = self._loop.call_at(deadline, self._give_up)
         await self._closes(self._close)
+        # Where closing itself was cancelled, clients were dropped, and end now.
+        await self._idle.wait()
 
     async def _close(self) -> None:
         try:
