@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+import os
+import signal
 import sys
 import time
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 from ..errors import UsageError
 from ..sources import as_source
 from ..sources.base import Source
+from ..sources.file import path_of_url
 from ..sources.registry import scheme_of
 from .common import (
     add_source_arguments,
@@ -21,9 +26,12 @@ from .common import (
     size_argument,
     source_of,
 )
-from .transfer import FileSink, PipeSink, SourceSink, transfer
+from .files import file_sink
+from .transfer import PipeSink, SourceSink, transfer
 
 __all__ = ["add_to"]
+
+T = TypeVar("T")
 
 
 def add_to(commands: Any) -> None:
@@ -32,8 +40,9 @@ def add_to(commands: Any) -> None:
     copy = commands.add_parser(
         "copy",
         help="copy an object to a file, or to a source that can be written to",
-        description="Copy SOURCE to a file, which appears when it is complete (with holes where"
-        " SOURCE tells them), or to a URL that can be written to and is large enough.",
+        description="Copy SOURCE to a file, which appears or is replaced when it is complete"
+        " (with holes where SOURCE tells them), to a device, or to a URL that can be written to"
+        " and is large enough. Status 0 means that all was made durable.",
     )
     for parser in (cat, copy):
         add_source_arguments(parser)
@@ -75,7 +84,7 @@ def _cat(parsed: argparse.Namespace) -> int:
             with progress(parsed.source, length, quiet=quiet) as advance:
                 await transfer(source, PipeSink(sys.stdout.buffer), parsed.offset, length, advance)
 
-    run(main())
+    _run(main)
     return 0
 
 
@@ -86,9 +95,11 @@ def _copy(parsed: argparse.Namespace) -> int:
         async with opened(source_of(parsed), parsed.patience) as source:
             length = _length(parsed, source)
             with progress(parsed.source, length, quiet=parsed.quiet) as advance:
-                if scheme_of(parsed.destination) in (None, "file"):
-                    name = parsed.destination.removeprefix("file://")
-                    sink = FileSink(name, length)
+                path = _path(parsed.destination)
+                if path is not None:
+                    if parsed.destination_option:
+                        raise UsageError("a file as the destination has no options")
+                    sink = await file_sink(path, length, source=_path(parsed.source))
                     await transfer(source, sink, parsed.offset, length, advance)
                     return length
                 options = {"writable": True, **dict(parsed.destination_option)}
@@ -103,8 +114,52 @@ def _copy(parsed: argparse.Namespace) -> int:
                     await transfer(source, sink_to, parsed.offset, length, advance)
         return length
 
-    length = run(main())
+    length = _run(main)
     if not parsed.quiet:
         seconds = max(time.monotonic() - started, 1e-6)
         print(f"{human(length)} in {seconds:.2f} s, {human(length / seconds)}/s", file=sys.stderr)
     return 0
+
+
+def _path(text: str) -> str | None:
+    """The path that ``text`` is, or that it names as a ``file://`` URL; None for other URLs."""
+    scheme = scheme_of(text)
+    if scheme is None:
+        return text
+    return path_of_url(text) if scheme == "file" else None
+
+
+def _run(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run ``main``. SIGTERM and SIGHUP end it as Ctrl-C does, so that it cleans up, and then the
+    process as they do without us. The second one ends it at once."""
+    ended_by: list[int] = []
+    numbers = [
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is signal.SIG_DFL  # and not ignored, as nohup(1) has it
+    ]
+
+    async def guarded() -> T:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+
+        def stop(number: int) -> None:
+            for each in numbers:
+                loop.remove_signal_handler(each)
+            ended_by.append(number)
+            task.cancel()
+
+        for number in numbers:
+            loop.add_signal_handler(number, stop, number)
+        try:
+            return await main()
+        finally:
+            for number in numbers:
+                loop.remove_signal_handler(number)
+
+    try:
+        return run(guarded())
+    except asyncio.CancelledError:
+        if ended_by:
+            os.kill(os.getpid(), ended_by[0])
+        raise

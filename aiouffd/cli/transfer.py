@@ -6,18 +6,15 @@ One of the places where bytes do not become memory: what `cat` and `copy` are ma
 from __future__ import annotations
 
 import asyncio
-import os
-import tempfile
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from ..errors import UsageError
 from ..sources.base import Buffer, Source, check_length, holes_in_source, own_method
 
-__all__ = ["FileSink", "PipeSink", "Sink", "SourceSink", "transfer"]
+__all__ = ["PipeSink", "Sink", "SourceSink", "transfer"]
 
 #: Bytes of one read, and reads under way at a time.
 STEP, AHEAD = 2 << 20, 8
@@ -46,6 +43,7 @@ async def transfer(
             f"bytes {offset} to {end} are not within the {source.size} bytes of the source"
         )
     under_way: deque[tuple[int, asyncio.Task[Any]]] = deque()
+    zeros = 0
     try:
         at = offset
         while at < end or under_way:
@@ -56,12 +54,18 @@ async def transfer(
             start, task = under_way[0]
             for data, count in await task:
                 if data is None:
-                    await sink.zeros(start - offset, count)
+                    zeros += count
                 else:
+                    # One call for all zeros in a row, however they were found.
+                    if zeros:
+                        await sink.zeros(start - zeros - offset, zeros)
+                        zeros = 0
                     await sink.write(start - offset, data)
                 start += count
                 advance(count)
             under_way.popleft()
+        if zeros:
+            await sink.zeros(end - zeros - offset, zeros)
         await sink.finish()
     except BaseException:
         for _, task in under_way:
@@ -90,16 +94,24 @@ async def _piece(source: Source, offset: int, length: int) -> list[tuple[Buffer 
 
 
 class PipeSink:
-    """A pipe or a terminal. Zeros are written out."""
+    """A pipe, a terminal, another device that takes one byte after the other: zeros are written
+    out. ``close`` the stream at the end, if it is nobody else's."""
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO, *, close: bool = False) -> None:
         self._stream = stream
+        self._close = close
         # A thread, for the reads go on while a pipe is full.
         self._executor = ThreadPoolExecutor(1, "aiouffd-pipe")
 
     async def write(self, offset: int, data: Buffer) -> None:
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._executor, self._stream.write, data)
+        await loop.run_in_executor(self._executor, self._put, data)
+
+    def _put(self, data: Buffer) -> None:
+        # One without a buffer of its own may take less than all.
+        view = memoryview(data).cast("B")
+        while view:
+            view = view[self._stream.write(view) :]
 
     async def zeros(self, offset: int, length: int) -> None:
         chunk = bytes(min(length, STEP))
@@ -107,63 +119,13 @@ class PipeSink:
             await self.write(offset + start, chunk[: length - start])
 
     async def finish(self) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._executor, self._stream.flush)
+        end = self._stream.close if self._close else self._stream.flush
+        await asyncio.get_running_loop().run_in_executor(self._executor, end)
         self._executor.shutdown()
 
     async def abandon(self) -> None:
         # Not waited for: its thread may be stuck in a write that nobody reads.
         self._executor.shutdown(wait=False)
-
-
-class FileSink:
-    """A file that appears, or is replaced, when all is there; zeros stay holes."""
-
-    def __init__(self, path: str, size: int) -> None:
-        self._path = Path(path)
-        self._size = size
-        self._executor = ThreadPoolExecutor(1, "aiouffd-file")
-        self._device = self._path.exists() and not self._path.is_file()
-        if self._device:
-            self._part = str(path)
-            self._fd = os.open(self._part, os.O_WRONLY | os.O_CLOEXEC)
-        else:
-            folder = self._path.parent
-            self._fd, self._part = tempfile.mkstemp(".part", f".{self._path.name}.", folder)
-            umask = os.umask(0)
-            os.umask(umask)
-            os.fchmod(self._fd, 0o666 & ~umask)
-            os.ftruncate(self._fd, size)
-
-    async def _run(self, function: Callable[..., Any], *arguments: Any) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
-
-    def _write(self, offset: int, data: Buffer) -> None:
-        view = memoryview(data)
-        while view:
-            done = os.pwrite(self._fd, view, offset)
-            view, offset = view[done:], offset + done
-
-    async def write(self, offset: int, data: Buffer) -> None:
-        await self._run(self._write, offset, data)
-
-    async def zeros(self, offset: int, length: int) -> None:
-        if self._device:
-            chunk = bytes(min(length, STEP))
-            for start in range(0, length, STEP):
-                await self.write(offset + start, chunk[: length - start])
-
-    async def finish(self) -> None:
-        await self._run(os.fsync, self._fd)
-        os.close(self._fd)
-        if not self._device:
-            os.replace(self._part, self._path)
-        self._executor.shutdown()
-
-    async def abandon(self) -> None:
-        self._executor.shutdown()
-        os.close(self._fd)
-        if not self._device:
-            os.unlink(self._part)
 
 
 class SourceSink:
@@ -174,12 +136,16 @@ class SourceSink:
         if write is None:
             raise UsageError(f"{type(source).__name__} cannot be written to")
         self._write = write
+        self._write_zeros = own_method(source, "write_zeros")
         self._flush = own_method(source, "flush")
 
     async def write(self, offset: int, data: Buffer) -> None:
         await self._write(offset, data)
 
     async def zeros(self, offset: int, length: int) -> None:
+        if self._write_zeros is not None:
+            await self._write_zeros(offset, length, hole=True)
+            return
         chunk = bytes(min(length, STEP))
         for start in range(0, length, STEP):
             await self._write(offset + start, chunk[: length - start])
