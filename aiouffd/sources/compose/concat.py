@@ -229,7 +229,7 @@ class ConcatSource(BaseSource):
         """
         methods = [own_method(part, "flush") for part in self._parts]
         ends = await asyncio.gather(
-            *(method() for method in methods if method is not None), return_exceptions=True
+            *(contained(method) for method in methods if method is not None), return_exceptions=True
         )
         with_flush = [number for number, method in enumerate(methods) if method is not None]
         errors: list[FlushError] = []
