@@ -233,7 +233,8 @@ def _of_environment(location: Location, environment: Mapping[str, str]) -> dict[
             pass  # known, and of no use without others
         known[key] = value
     try:
-        return _config(make(location.place, config=known))
+        store = make(location.place, config=known)
     except Exception:
         # Two names for one setting, a file that is not there: then as they are written.
         return {key.removeprefix(f"{prefix.lower()}_"): value for key, value in known.items()}
+    return _config(store.config or {})
