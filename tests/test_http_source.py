@@ -83,7 +83,7 @@ async def test_ranges(server: RangeServer, how: str) -> None:
             (0, 1),
             (0, 1),
             (5, 65540),
-            (SIZE - 1, SIZE - 1),
+            (SIZE - 2, SIZE - 1),
             (0, SIZE - 1),
         ]
         assert server.counts.connections == 1
@@ -434,13 +434,20 @@ async def test_the_rest_of_a_shorter_reply_is_of_the_same_version(
             await get(source, 0, 2000, how)
 
 
-async def test_the_first_byte_is_never_asked_for_alone(server: RangeServer) -> None:
+@pytest.mark.parametrize("how", READERS)
+async def test_no_byte_is_asked_for_alone(server: RangeServer, how: str) -> None:
+    def fault(request: Request) -> Fault | None:
+        first, last = request.range or (0, 0)
+        return Fault(ignore_range=True) if first >= last else None
+
+    server.fault = fault
     async with opened(server.url("/a")) as source:
-        for how in READERS:
-            assert await get(source, 0, 1, how) == DATA[:1]
-            assert await get(source, 1, 1, how) == DATA[1:2]
-        await source.read(0, 0)
-    assert (0, 0) not in server.counts.ranges
+        for offset in (0, 1, SIZE - 2, SIZE - 1):
+            assert await get(source, offset, 1, how) == DATA[offset : offset + 1]
+        server.fault = lambda request: Fault(most=1)
+        assert await get(source, SIZE - 2, 1, how) == DATA[-2:-1]
+        with pytest.raises(errors.ShortReadError):
+            await get(source, SIZE - 1, 1, how)
 
 
 @pytest.mark.parametrize("how", READERS)

@@ -379,6 +379,17 @@ async def test_the_rest_of_a_shorter_reply_is_asked_for(server: RangeServer, how
         assert bytes(await READERS[how](source, 0, 3)) == DATA[:3]
 
 
+async def test_no_byte_is_asked_for_alone(server: RangeServer) -> None:
+    def fault(request: Request) -> Fault | None:
+        first, last = request.range or (0, 0)
+        return Fault(ignore_range=True) if first >= last else None
+
+    server.fault = fault
+    async with opened(URL, **to(server)) as source:
+        for offset in (0, 1, SIZE - 2, SIZE - 1):
+            assert bytes(await source.read(offset, 1)) == DATA[offset : offset + 1]
+
+
 @pytest.mark.parametrize(
     "wrong", [f"bytes 9-1008/{SIZE}", f"bytes 11-1010/{SIZE}", "bytes x", None]
 )

@@ -185,6 +185,15 @@ class Part:
     rest: int
 
 
+def asked_range(offset: int, length: int, size: int) -> tuple[int, int]:
+    """Offset and length of the range to ask for. Never a single byte, if there are two: servers get
+    that wrong, of the first one most (they test whether the last position is true, or greater than
+    the first one)."""
+    if length > 1 or size < 2:
+        return offset, length
+    return min(offset, size - 2), 2
+
+
 def check_range_reply(
     name: str, status: int, headers: Mapping[str, str], offset: int, length: int, pin: Validator
 ) -> Part:

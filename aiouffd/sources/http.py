@@ -39,6 +39,7 @@ from ._http_reply import (
     WHOLE,
     Part,
     Validator,
+    asked_range,
     check_encoding,
     check_range_reply,
     content_length,
@@ -60,8 +61,7 @@ __all__ = ["HttpSource"]
 
 log = logging.getLogger("aiouffd")
 
-# What is asked for to find out about an object: not its first byte alone, for bytes=0-0 is the
-# range that servers get wrong most (those that test whether the last position is true).
+# What is asked for to find out about an object; see `asked_range`.
 _FIRST = "bytes=0-1"
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MAX_REDIRECTS = 10
@@ -341,9 +341,8 @@ class HttpSource(BaseSource):
     async def _begin(self, offset: int, length: int) -> tuple[aiohttp.ClientResponse, Part]:
         """Ask for a range; return a reply of the right version, and where in it the bytes are."""
         pin = self._checked(offset, length)
-        # Never the first byte alone; see _FIRST.
-        last = max(offset + length, min(2, pin.size)) - 1
-        wanted = {"Range": f"bytes={offset}-{last}"}
+        first, count = asked_range(offset, length, pin.size)
+        wanted = {"Range": f"bytes={first}-{first + count - 1}"}
         conditions = pin.conditions() if self._conditional else {}
         response = await self._send("GET", {**conditions, **wanted})
         try:
@@ -353,8 +352,11 @@ class HttpSource(BaseSource):
                 self._done(response)
                 response = await self._send("GET", wanted)
             part = check_range_reply(
-                self._name, response.status, response.headers, offset, last + 1 - offset, pin
+                self._name, response.status, response.headers, first, count, pin
             )
+            before = offset - first
+            if part.length <= before:
+                raise ShortReadError(f"{self._name}: the reply ends before byte {offset}")
             if refused:
                 self._conditional = False
                 log.info(
@@ -365,8 +367,8 @@ class HttpSource(BaseSource):
         except BaseException:
             self._done(response)
             raise
-        more = part.length - length
-        return response, Part(part.skip, length, part.rest + more) if more > 0 else part
+        usable = min(part.length - before, length)
+        return response, Part(part.skip + before, usable, part.rest + part.length - before - usable)
 
     async def _chunk(self, response: aiohttp.ClientResponse, left: int) -> bytes:
         """Return the next bytes of a body, at most the ``left`` that are still to come."""

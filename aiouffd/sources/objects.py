@@ -27,7 +27,7 @@ from ..errors import (
     UsageError,
 )
 from ..once import Once, cancelled_from_outside
-from ._http_reply import WHOLE, check_encoding
+from ._http_reply import WHOLE, asked_range, check_encoding
 from ._objects_pin import Pin
 from ._objects_threads import answer, check_process
 from ._versions import Unversioned, check_version, check_word
@@ -322,10 +322,13 @@ class ObjectSource(BaseSource):
         parts: list[memoryview] = []
         end = offset + length
         while offset < end:
-            reply = await self._ask(offset, min(end - offset, self._most or length))
+            wanted = min(end - offset, self._most or length)
+            reply = await self._ask(*asked_range(offset, wanted, self.size))
             first, last = reply.range
             data = await self._answer(reply.bytes_async())
             view = check_length(data, last - first, offset=offset)
+            if last <= offset:
+                raise ShortReadError(f"{self._name}: the reply ends before byte {offset}")
             parts.append(view[offset - first : end - first])
             offset = min(last, end)
         return parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
