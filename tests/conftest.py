@@ -12,6 +12,7 @@ import asyncio
 import gc
 import os
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ import uvloop
 
 from tests.support import Counters, read_counters
 
+LOOPS = ("asyncio", "uvloop")
 LIVE = ("live_engines", "live_regions", "live_slots")
 #: Seconds in which threads of the test that were just let go may leave the kernel.
 SETTLE = 2.0
@@ -49,7 +51,32 @@ def pytest_asyncio_loop_factories(
     }
 
 
-@pytest.fixture(params=["asyncio", "uvloop"])
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--one-loop",
+        action="store_true",
+        help="each test on one of the two loops, half of them on either",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With ``--one-loop`` leave out one of the two twins of a test that differ by their loop."""
+    if not config.getoption("--one-loop"):
+        return
+    kept: list[pytest.Item] = []
+    dropped: list[pytest.Item] = []
+    for item in items:
+        stem, _, parameters = item.nodeid.partition("[")
+        words = parameters.rstrip("]").split("-")
+        loops = [word for word in words if word in LOOPS]
+        rest = [word for word in words if word not in LOOPS]
+        chosen = LOOPS[zlib.crc32("-".join([stem, *rest]).encode()) % len(LOOPS)]
+        (dropped if len(loops) == 1 and loops != [chosen] else kept).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=dropped)
+
+
+@pytest.fixture(params=LOOPS)
 def loop_name(request: pytest.FixtureRequest) -> str:
     """Name of the loop for tests that run a program of their own; see `support.run`."""
     return str(request.param)

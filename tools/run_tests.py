@@ -2,8 +2,9 @@
 
     python3 tools/run_tests.py [--only python|unprivileged|c] [--slow] [-- PYTEST_ARGUMENT...]
 
-Tests that are marked slow run on the default Python, with ``--slow`` on every one and as a user
-without rights too.
+The default Python runs all of them, on both loops. The others, and the user without rights, run
+each test on one of the two loops, half of them on either, and leave out what is marked slow; with
+``--slow`` they run everything too.
 
 The last line is ``N passed, N failed``; the exit status tells whether anything failed. Standard
 library only, because it runs outside the environments that it tests.
@@ -213,7 +214,7 @@ def python_job(python: Path, arguments: list[str], folder: Path, slow: bool, par
     # A cache of its own: two Pythons would write the same one.
     start = [str(python), *PYTEST, "-o", f"cache_dir={report.with_suffix('')}"]
     start += [f"--junitxml={report}"]
-    start += [] if slow else ["-m", "not slow"]
+    start += [] if slow else ["-m", "not slow", "--one-loop"]
     if part:
         title = f"pytest in {name}, {part}"
         arguments = [*arguments, *sorted(map(str, ROOT.glob(f"tests/test_{part}*.py")))]
@@ -228,7 +229,7 @@ def unprivileged_job(python: Path, arguments: list[str], folder: Path, slow: boo
     report = folder / f"{name}-unprivileged.xml"
     wrapper = str(ROOT / "tools" / "run_unprivileged.py")
     start = [str(python), wrapper, str(report), "-m"]
-    start += ["not needs_root" if slow else "not needs_root and not slow"]
+    start += ["not needs_root"] if slow else ["not needs_root and not slow", "--one-loop"]
     start += [f"--ignore=tests/test_{name}.py" for name in INDEPENDENT]
     return pytest_job(f"pytest in {name}, without privileges", start, report, arguments)
 
