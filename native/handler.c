@@ -32,6 +32,10 @@ static struct sigaction previous;
 static _Atomic pid_t owner;
 static _Atomic uint32_t away, wanting;
 static _Atomic uint64_t regained;
+/* The threads that are in the handler; those for which there was no place are only counted. */
+#define PLACES 1024U
+static _Atomic uint32_t inside[PLACES], unlisted;
+static _Atomic uint64_t entries;
 
 static void where(const ucontext_t *context, uint64_t *sp, uint64_t *pc)
 {
@@ -118,10 +122,53 @@ static void consider(struct au_slot *slot, const ucontext_t *context)
 	atomic_fetch_sub(&away, 1);
 }
 
+static _Atomic uint32_t *enter(uint32_t tid)
+{
+	uint32_t index, nobody;
+
+	atomic_fetch_add(&entries, 1);
+	for (index = 0; index < PLACES; index++) {
+		_Atomic uint32_t *place = &inside[(tid + index) % PLACES];
+
+		nobody = 0;
+		if (atomic_compare_exchange_strong(place, &nobody, tid))
+			return place;
+	}
+	atomic_fetch_add(&unlisted, 1);
+	return NULL;
+}
+
+static void leave(_Atomic uint32_t *place)
+{
+	if (place)
+		atomic_store(place, 0);
+	else
+		atomic_fetch_sub(&unlisted, 1);
+}
+
+bool au_handler_inside(uint32_t tid)
+{
+	uint32_t index;
+
+	if (atomic_load(&unlisted))
+		return true; /* it may be */
+	for (index = 0; index < PLACES; index++)
+		if (atomic_load(&inside[index]) == tid)
+			return true;
+	return false;
+}
+
+uint64_t au_handler_entries(void)
+{
+	return atomic_load(&entries);
+}
+
 static void on_signal(int number, siginfo_t *info, void *context)
 {
 	int saved = errno;
+	_Atomic uint32_t *place;
 	struct au_slot *slot;
+	uint32_t tid;
 
 	if (info->si_code != SI_QUEUE || info->si_pid != getpid() ||
 	    info->si_value.sival_ptr != &chosen || atomic_load(&owner) != getpid()) {
@@ -131,11 +178,14 @@ static void on_signal(int number, siginfo_t *info, void *context)
 		else if (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN)
 			previous.sa_handler(number);
 	} else {
-		slot = au_slot_pending_of(au_gettid());
+		tid = au_gettid();
+		place = enter(tid);
+		slot = au_slot_pending_of(tid);
 		if (slot)
 			consider(slot, context);
 		else
 			au_count(AU_COUNT_signals_stale, 1);
+		leave(place);
 	}
 	errno = saved;
 }
@@ -193,8 +243,13 @@ uint64_t au_handler_regained(void)
 
 void au_handler_forked(void)
 {
+	uint32_t index;
+
 	atomic_store(&away, 0);
 	atomic_store(&wanting, 0);
+	atomic_store(&unlisted, 0);
+	for (index = 0; index < PLACES; index++)
+		atomic_store(&inside[index], 0);
 }
 
 int au_handler_signal(void)

@@ -20,6 +20,9 @@ int au_handler_send(uint32_t tid);
 uint32_t au_handler_away(void);
 uint32_t au_handler_wanting(void);
 uint64_t au_handler_regained(void);
+/* Is this thread in the handler now, where every signal is blocked?  And how often one entered. */
+bool au_handler_inside(uint32_t tid);
+uint64_t au_handler_entries(void);
 /* In a forked child. */
 void au_handler_forked(void);
 

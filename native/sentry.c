@@ -182,15 +182,25 @@ static enum where locate(uint32_t tid, uint64_t *sp, uint64_t *pc)
 	return buffer[0] >= '0' && buffer[0] <= '9' ? IN_KERNEL : RUNNING;
 }
 
+static bool has_signal(const char *status, const char *field, int number)
+{
+	const char *line = strstr(status, field);
+
+	return line && ((strtoull(line + strlen(field), NULL, 16) >> (number - 1)) & 1);
+}
+
+/* Does the program keep our signal from a thread?  It has been sent, so it is pending then.  In
+ * our own handler everything is blocked as well, but that comes to an end by itself. */
 static bool signal_blocked(uint32_t tid)
 {
-	char buffer[2048], *line;
+	uint64_t entries = au_handler_entries();
+	char buffer[2048];
 	int number = au_handler_signal();
 
-	if (read_task(tid, "status", buffer, sizeof buffer) < 0)
+	if (au_handler_inside(tid) || read_task(tid, "status", buffer, sizeof buffer) < 0)
 		return false;
-	line = strstr(buffer, "SigBlk:");
-	return line && ((strtoull(line + 7, NULL, 16) >> (number - 1)) & 1);
+	return has_signal(buffer, "SigBlk:", number) && has_signal(buffer, "SigPnd:", number) &&
+	       au_handler_entries() == entries && !au_handler_inside(tid);
 }
 
 /* --------------------------------------------------------------- engines */
@@ -256,6 +266,11 @@ static void judge_signalled(struct au_slot *slot, uint32_t word, struct round *r
 {
 	uint32_t tid = atomic_load(&slot->tid);
 
+	if (au_handler_inside(tid)) {
+		/* Perhaps for an earlier fault, and waits for the GIL: it will come to this one. */
+		atomic_store(&slot->signalled_at, round->now);
+		return;
+	}
 	round->undecided = true;
 	if (round->now - atomic_load(&slot->signalled_at) < UNANSWERED_NS)
 		return;

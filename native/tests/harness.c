@@ -202,8 +202,12 @@ void gil_give(void)
 	pthread_mutex_unlock(&gil);
 }
 
+_Atomic uint64_t gil_look_ns;
+
 bool au_gil_mine(void)
 {
+	if (atomic_load(&gil_look_ns))
+		au_sleep_ns(atomic_load(&gil_look_ns));
 	return atomic_load(&gil_owner) == au_gettid();
 }
 

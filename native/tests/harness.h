@@ -113,6 +113,8 @@ char thread_state(uint32_t tid);
 
 void gil_take(void);
 void gil_give(void);
+/* How long the handler takes to find out who holds it. */
+extern _Atomic uint64_t gil_look_ns;
 
 struct loop {
 	struct au_engine *engine;

@@ -361,6 +361,34 @@ static void foreign_user(void)
 	bench_close(&bench);
 }
 
+/* All is blocked in our own handler as well, but nobody is to blame for that. */
+static void *holds_once(void *argument)
+{
+	(void)argument;
+	gil_take();
+	CHECK_EQ(touch(bench.region, 1), pattern(1));
+	gil_give();
+	return NULL;
+}
+
+static void slow_handler(void)
+{
+	struct loop loop = { .needs_gil = true };
+	struct au_note note;
+	uint64_t lost = 0;
+
+	open_yielding(4);
+	loop_start(&loop, &bench);
+	atomic_store(&gil_look_ns, 100 * AU_NS_PER_MS);
+	join(spawn(holds_once, NULL));
+	while (au_sentry_take_note(&note))
+		lost += note.kind == AU_NOTE_MASKED;
+	CHECK_EQ(lost, 0);
+	CHECK(counted(AU_COUNT_yields) > 0);
+	loop_stop(&loop);
+	bench_close(&bench);
+}
+
 /* Our signal is blocked in a thread that holds the GIL: reported, and an error. */
 static void *masked_reader(void *argument)
 {
@@ -536,6 +564,7 @@ const struct test yield_tests[] = {
 	{ "yield: the handler was reset", handler_was_reset, 0, TSAN_DEFERS },
 	{ "yield: the handler was replaced", handler_was_replaced, 0, TSAN_DEFERS },
 	{ "yield: a foreign user of the same signal", foreign_user, 0, TSAN_DEFERS },
+	{ "yield: a handler that takes its time", slow_handler, 0, TSAN_DEFERS },
 	{ "yield: our signal is blocked", masked, 0, TSAN_DEFERS },
 	{ "yield: no descriptor is free", no_free_descriptor, 0, TSAN_DEFERS },
 	{ "yield: a long computation kills nobody", long_computation, 0, TSAN_DEFERS },
