@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from . import guarded
 from ._lib import ffi, lib
 from .errors import ClosedError, SourceChangedError, SourceError, UsageError
 from .exporter import Exporter
@@ -402,7 +403,8 @@ class LazyBuffer(Exporter):
         """``buf[i]`` is an int, ``buf[a:b]`` bytes. Waits as any touch; any thread.
 
         Copies without the GIL. Unlike a raw touch of `view`, a page whose source failed raises
-        SourceError. IndexError past the end.
+        SourceError, and signal handlers run while it waits (on the main thread): Ctrl-C is a
+        KeyboardInterrupt out of it. IndexError past the end.
         """
         if isinstance(key, slice):
             start, stop, step = key.indices(self._size)
@@ -430,10 +432,9 @@ class LazyBuffer(Exporter):
         return data
 
     def _guarded(self, region: Region, offset: int, target: Any, length: int) -> None:
-        where = ffi.new("uint64_t *")
-        result = lib.au_region_read(region.check_touchable(), offset, target, length, where)
+        result, where = guarded.copy(region.check_touchable(), offset, target, length)
         if result:
-            self._raise_guarded(result, where[0])
+            self._raise_guarded(result, where)
 
     def _raise_guarded(self, result: int, where: int) -> None:
         if result == -errno.EBADF:
@@ -455,7 +456,8 @@ class LazyBuffer(Exporter):
     def find(self, sub: bytes, start: int = 0, end: int | None = None) -> int:
         """The lowest index where ``sub`` is found in ``buf[start:end]``, or -1; as mmap.find.
 
-        Fetches what it searches. Without the GIL; any thread; raises SourceError.
+        Fetches what it searches. Without the GIL; any thread; raises SourceError, and what signal
+        handlers raise, as ``buf[...]`` does.
         """
         start, stop, _ = slice(start, end).indices(self._size)
         if stop - start < len(sub):
@@ -463,20 +465,11 @@ class LazyBuffer(Exporter):
         if not sub:
             return start
         region = self._touchable()
-        where, found = ffi.new("uint64_t *"), ffi.new("int64_t *")
         # Not in a variable: the traceback of an error would keep the memory mapped.
-        result = lib.au_region_find(
-            region.check_touchable(),
-            start,
-            stop - start,
-            ffi.from_buffer(sub),
-            len(sub),
-            where,
-            found,
-        )
+        result, where, found = guarded.find(region.check_touchable(), start, stop - start, sub)
         if result:
-            self._raise_guarded(result, where[0])
-        return int(found[0])
+            self._raise_guarded(result, where)
+        return found
 
     # ------------------------------------------------------------- coroutines
 

@@ -658,6 +658,34 @@ int64_t au_engine_pump_only(struct au_engine *engine)
 	return pump(engine, false);
 }
 
+int au_engine_ask(struct au_region *region, uint64_t page)
+{
+	struct au_engine *engine = region->engine;
+	struct au_uffd_msg message = { .event = AU_EVENT_PAGEFAULT };
+	struct sink sink = { 0 };
+	int result = 0;
+
+	message.arg.pagefault.address = region->start + (page << region->page_shift);
+	message.arg.pagefault.ptid = au_gettid();
+	if (!au_engine_enter(engine))
+		return -EBADF;
+	pthread_mutex_lock(&engine->lock);
+	if (atomic_load(&region->closing))
+		result = -EBADF;
+	else if (!queue_room(engine))
+		result = -ENOMEM;
+	else
+		/* False: it was settled meanwhile, as the caller will see. */
+		fold_missing(engine, &sink, region, page, &message);
+	pthread_mutex_unlock(&engine->lock);
+	serve_hands(engine, &sink);
+	if (sink.queued)
+		au_engine_notify(engine);
+	au_sentry_kick();
+	au_engine_leave(engine);
+	return result;
+}
+
 int64_t au_engine_blocked(struct au_engine *engine, uint64_t *pages, uint32_t *tids, int64_t max)
 {
 	uint32_t index, high = au_slots_high();

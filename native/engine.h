@@ -104,6 +104,10 @@ int64_t au_engine_drain(struct au_engine *engine, struct au_entry *out, int64_t 
 /* Pages of this engine that threads wait for now: at most max.  Returns the count. */
 int64_t au_engine_blocked(struct au_engine *engine, uint64_t *pages, uint32_t *tids, int64_t max);
 
+/* As if a message about `page` of an open region had been read, from a thread that has not
+ * touched it: whoever serves is told.  Bytes at hand are there afterwards.  0 or -errno. */
+int au_engine_ask(struct au_region *region, uint64_t page);
+
 /* Operations on an engine without regions: `op` of enum au_op over [start, start+length),
  * with the slots kept in step.  *done as in abi.h. */
 enum au_op {

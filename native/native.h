@@ -6,6 +6,7 @@
 #include "attach.h"
 #include "children.h"
 #include "counters.h"
+#include "demand.h"
 #include "engine.h"
 #include "foreign.h"
 #include "gil.h"

@@ -658,6 +658,7 @@ int au_region_close(struct au_region *region, int unmap)
 		return -EALREADY;
 	if (region->options & AU_REGION_SERVE)
 		au_children_closed(region);
+	au_slots_dismiss(engine, region->start, region->start + region->length);
 	/* From here on a message for the region is answered with poison. */
 	if (region->backing && !atomic_load(&engine->closing))
 		__atomic_fetch_sub(&engine->urgent, 1, __ATOMIC_SEQ_CST);

@@ -570,7 +570,8 @@ static void look_after(struct au_engine *engine, struct au_slot *slot, struct ro
 	uint32_t loop = atomic_load(&engine->loop_tid);
 
 	round->blocked = true;
-	round->main_waits |= (pid_t)atomic_load(&slot->tid) == getpid();
+	round->main_waits |= (pid_t)atomic_load(&slot->tid) == getpid() &&
+			     au_slot_state(atomic_load(&slot->word)) != AU_SLOT_ASKED;
 	if (engine->options & AU_ENGINE_RAW) {
 		look_after_raw(engine, slot, round, loop);
 		return;
@@ -647,11 +648,11 @@ static void judge_slots(struct round *round)
 			continue;
 		}
 		if (state == AU_SLOT_YIELDED || state == AU_SLOT_NOGIL || state == AU_SLOT_KERNEL ||
-		    state == AU_SLOT_FOREIGN || state == AU_SLOT_MASKED ||
+		    state == AU_SLOT_FOREIGN || state == AU_SLOT_MASKED || state == AU_SLOT_ASKED ||
 		    (state == AU_SLOT_PENDING &&
 		     round->now - atomic_load(&slot->born) > engine->patience_ns))
 			look_after(engine, slot, round);
-		if ((state == AU_SLOT_FOREIGN || state == AU_SLOT_NOGIL) &&
+		if ((state == AU_SLOT_FOREIGN || state == AU_SLOT_NOGIL || state == AU_SLOT_ASKED) &&
 		    round->now - atomic_load(&slot->born) > LIVENESS_NS &&
 		    !thread_exists(atomic_load(&slot->tid)))
 			au_slot_free(slot, word);

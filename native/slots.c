@@ -60,7 +60,7 @@ bool au_slot_free(struct au_slot *slot, uint32_t word)
 		atomic_fetch_sub(&live, 1);
 		atomic_fetch_sub_explicit(&au_counters[AU_COUNT_live_slots], 1, memory_order_relaxed);
 	}
-	if (au_slot_state(word) == AU_SLOT_YIELDED)
+	if (au_slot_state(word) == AU_SLOT_YIELDED || au_slot_state(word) == AU_SLOT_ASKED)
 		au_futex_wake(&slot->word);
 	return true;
 }
@@ -173,15 +173,25 @@ struct au_slot *au_slot_claim(struct au_engine *engine, uint32_t tid, uint64_t p
 	return found;
 }
 
-uint32_t au_slot_publish(struct au_slot *slot)
+static uint32_t publish(struct au_slot *slot, enum au_slot_state state)
 {
 	uint32_t claimed = atomic_load(&slot->word);
 
-	au_slot_move(slot, claimed, AU_SLOT_PENDING);
-	/* Store PENDING, then look at the page: the other half of this Dekker pair
+	au_slot_move(slot, claimed, state);
+	/* Store the state, then look at the page: the other half of this Dekker pair
 	 * is the installer's "page INSTALLING, fence, look at the slots". */
 	atomic_thread_fence(memory_order_seq_cst);
-	return (claimed & ~AU_SLOT_STATE_MASK) | AU_SLOT_PENDING;
+	return (claimed & ~AU_SLOT_STATE_MASK) | state;
+}
+
+uint32_t au_slot_publish(struct au_slot *slot)
+{
+	return publish(slot, AU_SLOT_PENDING);
+}
+
+uint32_t au_slot_publish_asked(struct au_slot *slot)
+{
+	return publish(slot, AU_SLOT_ASKED);
 }
 
 void au_slot_withdraw(struct au_slot *slot, uint32_t published)
@@ -262,7 +272,8 @@ bool au_slots_end(struct au_engine *engine, uint64_t start, uint64_t end)
 			continue;
 		if (!in_range(slot, engine, start, end))
 			continue;
-		late |= state != AU_SLOT_RESOLVING && state != AU_SLOT_YIELDED;
+		late |= state != AU_SLOT_RESOLVING && state != AU_SLOT_YIELDED &&
+			state != AU_SLOT_ASKED;
 		/* The word can change under us (a handler yields, or gives way):
 		 * take it as it is then, for the page is there whatever it says. */
 		while (!au_slot_free(slot, word)) {
@@ -274,6 +285,19 @@ bool au_slots_end(struct au_engine *engine, uint64_t start, uint64_t end)
 		}
 	}
 	return late;
+}
+
+void au_slots_dismiss(struct au_engine *engine, uint64_t start, uint64_t end)
+{
+	uint32_t index, limit = atomic_load(&high);
+
+	for (index = 0; index < limit; index++) {
+		struct au_slot *slot = au_slot_at(index);
+		uint32_t word = atomic_load(&slot->word);
+
+		if (au_slot_state(word) == AU_SLOT_ASKED && in_range(slot, engine, start, end))
+			au_slot_free(slot, word);
+	}
 }
 
 void au_slots_drop_engine(struct au_engine *engine)

@@ -10,6 +10,7 @@
  *	PENDING -> RESOLVING          the installer, before its ioctl: too late to yield
  *	RESOLVING -> PENDING          the installer, when its ioctl failed
  *	anything but CLAIM -> FREE    the installer, when the page is there
+ *	CLAIM -> ASKED                a thread that asks for a page instead of touching it (demand.h)
  *
  * A thread can wait for one page at a time, so a slot is found by thread id.
  * Taking a slot is under a lock that no signal handler takes; everything else is
@@ -33,6 +34,7 @@ enum au_slot_state {
 	AU_SLOT_RESOLVING,
 	AU_SLOT_FOREIGN,
 	AU_SLOT_MASKED,
+	AU_SLOT_ASKED, /* its thread waits on the word, has not touched and needs no signal */
 };
 
 #define AU_SLOT_STATE_BITS 4
@@ -79,8 +81,10 @@ bool au_slot_move(struct au_slot *slot, uint32_t word, enum au_slot_state state)
 struct au_slot *au_slot_claim(struct au_engine *engine, uint32_t tid, uint64_t page,
 			      uint64_t page_size, uint64_t epoch, bool *duplicate);
 uint32_t au_slot_publish(struct au_slot *slot);
+/* The same for a thread that has not touched: ASKED instead of PENDING. */
+uint32_t au_slot_publish_asked(struct au_slot *slot);
 
-/* Free `slot` if its word is still `word`; wakes a yielded thread. */
+/* Free `slot` if its word is still `word`; wakes a thread that sleeps on it. */
 bool au_slot_free(struct au_slot *slot, uint32_t word);
 
 /* Free the use of `slot` that `published` is from, whatever its state by now. */
@@ -94,6 +98,9 @@ void au_slots_abort(struct au_engine *engine, uint64_t start, uint64_t end);
 /* Returns true when a slot was found that may stand for a fault younger than the ioctl
  * (made, or met by a repeated message, meanwhile): the range has to be woken once more. */
 bool au_slots_end(struct au_engine *engine, uint64_t start, uint64_t end);
+
+/* Free the slots of threads that asked for a page of [start, end), which then look again. */
+void au_slots_dismiss(struct au_engine *engine, uint64_t start, uint64_t end);
 
 /* Free all slots of an engine (close). */
 void au_slots_drop_engine(struct au_engine *engine);

@@ -63,15 +63,18 @@ static inline uint32_t au_gettid(void)
 	return (uint32_t)syscall(SYS_gettid);
 }
 
-/* Sleep while *word == expected, at most timeout_ns; early returns are normal. */
-static inline void au_futex_wait(_Atomic uint32_t *word, uint32_t expected, uint64_t timeout_ns)
+/* Sleep while *word == expected, at most timeout_ns; early returns are normal.  0 or -errno:
+ * -ETIMEDOUT, and -EINTR after a signal's handler (futex(2)). */
+static inline int au_futex_wait(_Atomic uint32_t *word, uint32_t expected, uint64_t timeout_ns)
 {
 	struct timespec timeout = {
 		.tv_sec = (time_t)(timeout_ns / AU_NS_PER_S),
 		.tv_nsec = (long)(timeout_ns % AU_NS_PER_S),
 	};
 
-	syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, expected, &timeout, NULL, 0);
+	if (syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, expected, &timeout, NULL, 0) == 0)
+		return 0;
+	return errno == EAGAIN ? 0 : -errno;
 }
 
 static inline void au_futex_wake(_Atomic uint32_t *word)

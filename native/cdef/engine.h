@@ -123,6 +123,18 @@ int au_region_touch(struct au_region *region, uint64_t offset, uint64_t length, 
 int au_region_find(struct au_region *region, uint64_t offset, uint64_t length, const void *needle,
                    uint64_t needle_length, uint64_t *where, int64_t *found);
 
+struct au_wait {
+    uint64_t at;
+    int64_t found;
+    ...;
+};
+int au_wait_read(struct au_region *region, uint64_t offset, void *destination, uint64_t length,
+                 struct au_wait *wait);
+int au_wait_find(struct au_region *region, uint64_t offset, uint64_t length, const void *needle,
+                 uint64_t needle_length, struct au_wait *wait);
+void au_wait_end(struct au_wait *wait);
+int au_region_mapped(struct au_region *region, uint64_t offset, uint64_t length);
+
 int au_sentry_start(void);
 int au_sentry_sees(void);
 int au_sentry_take_note(struct au_note *note);

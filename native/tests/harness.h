@@ -67,7 +67,8 @@ struct test {
 #define TSAN_DEFERS "asynchronous signals are deferred to the next library call"
 
 extern const struct test slots_tests[], region_tests[], install_tests[], engine_tests[],
-	yield_tests[], guard_tests[], close_tests[], fork_tests[], inherit_tests[], gap_tests[];
+	yield_tests[], guard_tests[], close_tests[], fork_tests[], inherit_tests[], gap_tests[],
+	demand_tests[];
 
 /* --------------------------------------------------------------- fixture */
 

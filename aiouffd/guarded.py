@@ -1,0 +1,102 @@
+"""Copies out of lazy memory, and searches in it, that wait for what is missing and can be
+interrupted.
+
+A raw touch that waits for its page runs no Python. On the main thread, where Python runs the
+handlers of signals, the pages are asked for instead (``native/demand.h``), and between two looks
+handlers run: KeyboardInterrupt comes out of the call, or whatever else a handler raises. Other
+threads run none, and simply touch.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+import threading
+from typing import Any
+
+from ._lib import ffi, lib
+from .errors import ClosedError
+
+__all__ = ["copy", "find"]
+
+_INTERRUPTED, _NOBODY_TO_ASK = -errno.EINTR, -errno.EOPNOTSUPP
+
+
+def copy(region: Any, offset: int, target: Any, length: int) -> tuple[int, int]:
+    """Copy ``length`` bytes at ``offset`` of a native region to ``target``, a cffi ``char *``.
+
+    Returns 0 or a negated errno (EIO: the page has an error, EBADF: the region is closed), and
+    the offset that it is about. Whatever a signal handler raises comes out, and then nothing is
+    written to ``target`` any more.
+    """
+    if _runs_handlers():
+        result, at = _copy_patiently(region, offset, target, length)
+        if result != _NOBODY_TO_ASK:
+            return result, at
+        _touch_elsewhere(region, offset, length)
+    where = ffi.new("uint64_t *")
+    return lib.au_region_read(region, offset, target, length, where), where[0]
+
+
+def find(region: Any, offset: int, length: int, sub: bytes) -> tuple[int, int, int]:
+    """Search ``length`` bytes at ``offset``: as `copy`, and where ``sub`` is, or -1."""
+    needle = ffi.from_buffer(sub)
+    if _runs_handlers():
+        result, at, index = _find_patiently(region, offset, length, needle)
+        if result != _NOBODY_TO_ASK:
+            return result, at, index
+        _touch_elsewhere(region, offset, length)
+    where, found = ffi.new("uint64_t *"), ffi.new("int64_t *")
+    result = lib.au_region_find(region, offset, length, needle, len(needle), where, found)
+    return result, where[0], found[0]
+
+
+def _runs_handlers() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _copy_patiently(region: Any, offset: int, target: Any, length: int) -> tuple[int, int]:
+    wait = ffi.new("struct au_wait *")
+    start, end = offset, offset + length
+    try:
+        while True:
+            result = lib.au_wait_read(region, offset, target + (offset - start), end - offset, wait)
+            if result != _INTERRUPTED:
+                return result, wait.at
+            offset = wait.at
+            _check_alive()
+    except BaseException:
+        lib.au_wait_end(wait)
+        raise
+
+
+def _find_patiently(region: Any, offset: int, length: int, needle: Any) -> tuple[int, int, int]:
+    wait = ffi.new("struct au_wait *")
+    end = offset + length
+    try:
+        while True:
+            result = lib.au_wait_find(region, offset, end - offset, needle, len(needle), wait)
+            if result != _INTERRUPTED:
+                return result, wait.at, wait.found
+            offset = wait.at
+            _check_alive()
+    except BaseException:
+        lib.au_wait_end(wait)
+        raise
+
+
+def _check_alive() -> None:
+    if sys.is_finalizing():
+        raise ClosedError("the interpreter ends, and nobody is left who could bring these bytes")
+
+
+def _touch_elsewhere(region: Any, offset: int, length: int) -> None:
+    """In a forked child there is no engine to ask: another thread touches, and this one waits."""
+    if lib.au_region_mapped(region, offset, length):
+        return
+    where = ffi.new("uint64_t *")
+    thread = threading.Thread(
+        target=lib.au_region_touch, args=(region, offset, length, where), daemon=True
+    )
+    thread.start()
+    thread.join()
