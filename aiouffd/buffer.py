@@ -297,6 +297,7 @@ class LazyBuffer(Exporter):
             shared_pagers.release(pager)
             raise
         region._sink = sink
+        region.call(self._name)
         return Mapping(self._source, self._name, region, pager, sink)
 
     @property

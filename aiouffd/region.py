@@ -235,6 +235,10 @@ class Region:
         # region while it is open, calls under way in other threads, and exports.
         self._native = ffi.gc(native, _Unmapper(self._pid, pager._engine))
 
+    def call(self, name: str) -> None:
+        """How to call its contents where a thread that waits for them is spoken of."""
+        lib.au_engine_name(self._open_native(), name.encode(errors="replace"))
+
     # ------------------------------------------------------------------ views
 
     @property

@@ -23,6 +23,7 @@ import faulthandler
 import linecache  # noqa: F401  (used by traceback)
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -71,6 +72,8 @@ class Service:
     def adopt(self, pager: Pager) -> None:
         """Look after ``pager``; starts the thread with the first one."""
         with self._lock:
+            if callable(signal.getsignal(signal.SIGINT)):
+                lib.au_gil_know_handler()
             self._pagers[id(pager)] = weakref.ref(pager)
             self._start()
 

@@ -658,6 +658,29 @@ int64_t au_engine_pump_only(struct au_engine *engine)
 	return pump(engine, false);
 }
 
+void au_engine_name(struct au_region *region, const char *name)
+{
+	pthread_mutex_lock(&region->engine->lock);
+	strncpy(region->name, name, sizeof region->name - 1);
+	pthread_mutex_unlock(&region->engine->lock);
+}
+
+bool au_engine_describe(struct au_engine *engine, uint64_t page, char *name, uint64_t *offset)
+{
+	struct au_region *region;
+	bool named;
+
+	pthread_mutex_lock(&engine->lock);
+	region = find_region(engine, page);
+	named = region && region->name[0];
+	if (named) {
+		memcpy(name, region->name, sizeof region->name);
+		*offset = page - region->start;
+	}
+	pthread_mutex_unlock(&engine->lock);
+	return named;
+}
+
 int au_engine_ask(struct au_region *region, uint64_t page)
 {
 	struct au_engine *engine = region->engine;

@@ -108,6 +108,11 @@ int64_t au_engine_blocked(struct au_engine *engine, uint64_t *pages, uint32_t *t
  * touched it: whoever serves is told.  Bytes at hand are there afterwards.  0 or -errno. */
 int au_engine_ask(struct au_region *region, uint64_t page);
 
+/* Call the contents of a region by a name, which is cut where it is too long; and find the name,
+ * of AU_REGION_NAME bytes at most, and the offset for the address of a page: false if there is none. */
+void au_engine_name(struct au_region *region, const char *name);
+bool au_engine_describe(struct au_engine *engine, uint64_t page, char *name, uint64_t *offset);
+
 /* Operations on an engine without regions: `op` of enum au_op over [start, start+length),
  * with the slots kept in step.  *done as in abi.h. */
 enum au_op {

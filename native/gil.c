@@ -16,10 +16,12 @@
 
 #include "gil.h"
 
+#include "interrupt.h"
 #include "sentry.h"
 #include "sys.h"
 
 #include <fcntl.h>
+#include <link.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
@@ -192,4 +194,41 @@ int au_python_exporter(const char *module)
 	Py_XDECREF(where);
 	PyGILState_Release(gil);
 	return result;
+}
+
+struct place {
+	uintptr_t ours, other;
+	bool same;
+};
+
+/* dl_iterate_phdr(3): ends with the object that `ours` is a part of. */
+static int look_into(struct dl_phdr_info *object, size_t size, void *argument)
+{
+	struct place *place = argument;
+	bool ours = false, other = false;
+	int index;
+
+	(void)size;
+	for (index = 0; index < object->dlpi_phnum; index++) {
+		const ElfW(Phdr) *part = &object->dlpi_phdr[index];
+		uintptr_t start = object->dlpi_addr + part->p_vaddr;
+
+		if (part->p_type != PT_LOAD)
+			continue;
+		ours |= place->ours - start < part->p_memsz;
+		other |= place->other - start < part->p_memsz;
+	}
+	place->same = ours && other;
+	return ours;
+}
+
+void au_gil_know_handler(void)
+{
+	PyOS_sighandler_t handler = PyOS_getsig(SIGINT);
+	struct place place = { .ours = (uintptr_t)&PyOS_getsig, .other = (uintptr_t)handler };
+
+	/* Code in C may have put one in its place since, of which Python does not know. */
+	dl_iterate_phdr(look_into, &place);
+	if (place.same)
+		au_interrupt_know(handler);
 }

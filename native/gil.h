@@ -14,6 +14,8 @@ void au_gil_take(void *token);
 /* Interpreter exit, from an early exit hook with the GIL released: threads that
  * wait in au_gil_take are let through, later ones park.  Bounded. */
 void au_gil_exit(void);
+/* Python says that SIGINT has a handler of Python's: let interrupt.h know it. */
+void au_gil_know_handler(void);
 
 /* Make the class `Exporter` in the Python module of that name.  0 or -1. */
 int au_python_exporter(const char *module);

@@ -49,6 +49,8 @@ enum au_region_option {
 	AU_REGION_USER_MODE = 16,  /* they see faults of user mode only */
 };
 
+#define AU_REGION_NAME 128
+
 struct au_engine;
 
 struct au_region {
@@ -79,6 +81,7 @@ struct au_region {
 	_Atomic uint64_t touched_blocks;
 	uint64_t serial;            /* with AU_REGION_SERVE: never given twice by one process */
 	_Atomic uint32_t inherited; /* enum au_inherited: a child can touch, and no more */
+	char name[AU_REGION_NAME];  /* what people call its contents, under the engine's lock */
 	bool mapped;
 	bool move_refused; /* the kernel cannot move pages here */
 };

@@ -259,7 +259,9 @@ struct round {
 	bool blocked;   /* threads wait that only time can help */
 	bool acted;
 	bool flood;
-	bool main_waits; /* the main thread is among those that wait */
+	/* What the main thread waits for, if it has touched. */
+	struct au_engine *main_engine;
+	uint64_t main_page;
 };
 
 static void judge_signalled(struct au_slot *slot, uint32_t word, struct round *round)
@@ -570,8 +572,6 @@ static void look_after(struct au_engine *engine, struct au_slot *slot, struct ro
 	uint32_t loop = atomic_load(&engine->loop_tid);
 
 	round->blocked = true;
-	round->main_waits |= (pid_t)atomic_load(&slot->tid) == getpid() &&
-			     au_slot_state(atomic_load(&slot->word)) != AU_SLOT_ASKED;
 	if (engine->options & AU_ENGINE_RAW) {
 		look_after_raw(engine, slot, round, loop);
 		return;
@@ -638,6 +638,10 @@ static void judge_slots(struct round *round)
 		}
 		if (!hold(engine))
 			continue;
+		if ((pid_t)atomic_load(&slot->tid) == getpid() && state != AU_SLOT_ASKED) {
+			round->main_engine = engine;
+			round->main_page = atomic_load(&slot->page);
+		}
 		if (state == AU_SLOT_PENDING) {
 			judge_pending(engine, slot, word, round);
 			word = atomic_load(&slot->word);
@@ -707,6 +711,29 @@ static int serve_urgent(const struct epoll_event *events, int count)
 	return served;
 }
 
+/* Ctrl-C while the main thread waits for a page that it has touched. */
+static void watch_main(struct round *round)
+{
+	static uint64_t page, since, seen;
+	char name[AU_REGION_NAME];
+	uint64_t offset = round->main_page;
+	bool named = false;
+
+	if (round->main_engine) {
+		if (round->main_page != page || round->now - seen > 100 * AU_NS_PER_MS)
+			since = round->now;
+		page = round->main_page;
+		seen = round->now;
+	}
+	if (!au_interrupt_watch(round->main_engine != NULL, round->now))
+		return;
+	if (hold(round->main_engine)) {
+		named = au_engine_describe(round->main_engine, page, name, &offset);
+		au_engine_leave(round->main_engine);
+	}
+	au_interrupt_say(named ? name : NULL, offset, round->now - since);
+}
+
 static void *sentry_main(void *ignored)
 {
 	struct epoll_event events[EVENTS];
@@ -744,7 +771,7 @@ static void *sentry_main(void *ignored)
 		count = epoll_wait(epoll_fd, events, EVENTS, 0);
 		round.now = au_now_ns();
 		round.undecided = round.blocked = round.acted = round.flood = false;
-		round.main_waits = false;
+		round.main_engine = NULL;
 		for (index = 0; index < count; index++) {
 			if (!events[index].data.ptr)
 				drain_fd(kick_fd);
@@ -754,7 +781,7 @@ static void *sentry_main(void *ignored)
 		round.now = au_now_ns();
 		if (au_slots_live())
 			judge_slots(&round);
-		au_interrupt_watch(round.main_waits, round.now);
+		watch_main(&round);
 		watch_stalled(&round);
 		watch_regain(&round);
 		calm = round.acted ? 0 : calm + 1;
@@ -877,6 +904,7 @@ void au_sentry_forked(void)
 	pthread_mutex_init(&engines_lock, NULL);
 	pthread_mutex_init(&start_lock, NULL);
 	memset(&regain, 0, sizeof regain);
+	au_interrupt_forked();
 	au_handler_forked();
 	au_slots_reset();
 	au_regions_forked();

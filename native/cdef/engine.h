@@ -98,6 +98,7 @@ void au_engine_notify(struct au_engine *engine);
 
 struct au_region *au_region_create(struct au_engine *engine, uint64_t length, int kind, int options,
                                    uint64_t block_size, int *error);
+void au_engine_name(struct au_region *region, const char *name);
 int au_region_set_backing(struct au_region *region, const void *data, uint64_t length);
 int64_t au_region_begin(struct au_region *region, uint64_t first, uint64_t count, int heal,
                         uint8_t *taken);
@@ -144,6 +145,7 @@ int au_rescue_take(struct au_engine *engine);
 void au_rescue_wake(void);
 void au_gil_exit(void);
 int au_python_exporter(const char *module);
+void au_gil_know_handler(void);
 int au_handler_signal(void);
 int au_handler_send(uint32_t tid);
 
