@@ -11,8 +11,8 @@ import errno
 import logging
 import os
 import warnings
-from collections.abc import AsyncIterator, Callable, Generator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -520,14 +520,19 @@ class LazyBuffer(Exporter):
     async def readinto(self, offset: int, buffer: Any) -> int:
         """Fill a writable ``buffer`` from byte ``offset`` on; returns the count, less only at
         the end. Never faults. Raises as `fetch`."""
+        with self._into(offset, buffer) as (target, length):
+            await self.fetch(offset, length)
+            await self._copy_steps(offset, target, length)
+        return length
+
+    @contextmanager
+    def _into(self, offset: int, buffer: Any) -> Iterator[tuple[Any, int]]:
+        """Where `readinto` writes, a cffi ``char *``, and how much."""
         if not 0 <= offset <= self._size:
             raise UsageError(f"offset {offset} is not within the {self._size} bytes of the buffer")
         # Released on the way out of an exception too: see `pin`.
         with ffi.from_buffer(buffer, require_writable=True) as target:
-            length = min(len(target), self._size - offset)
-            await self.fetch(offset, length)
-            await self._copy_steps(offset, target, length)
-        return length
+            yield target, min(len(target), self._size - offset)
 
     async def _copy_steps(self, offset: int, target: Any, length: int) -> None:
         for start in range(0, length, COPY_STEP):

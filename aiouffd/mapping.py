@@ -94,7 +94,7 @@ class Mapping:
             return
         self._closed = True
         if self.sink is not None and self.sink.inheritance is not None:
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(RuntimeError, OSError):
                 service.submit(self._close_when_children_have_come())
         else:
             self._let_go()
@@ -134,7 +134,7 @@ class Mapping:
         """
         self.check_loop()
         if self._loop.is_closed():
-            service.loop.call_soon_threadsafe(self._finish_without_loop)
+            service.call_soon(self._finish_without_loop)
             await self.ended()
         else:
             await self._finishing(self._finish)
@@ -151,8 +151,8 @@ class Mapping:
                 return
             except RuntimeError:
                 pass  # it is closed
-        with contextlib.suppress(RuntimeError):
-            service.loop.call_soon_threadsafe(self._finish_without_loop)
+        with contextlib.suppress(RuntimeError, OSError):
+            service.call_soon(self._finish_without_loop)
 
     def _start_to_finish(self) -> None:
         if self._moved:
@@ -224,7 +224,7 @@ class Mapping:
             log.debug("%s stays with its loop: %s", self._name, error)
             return
         self._moved = True
-        service.loop.call_soon_threadsafe(self._watch)
+        service.call_soon(self._watch)
         try:
             await aclose_source(self.source)
         except Exception as error:

@@ -151,10 +151,25 @@ class Pager:
                 RuntimeWarning,
                 stacklevel=3,
             )
-        self._read(True)
-        self._loop.add_reader(engine.notify_fd, self._on_readable)
-        service.adopt(self)
+        try:
+            self._read(True)
+            self._loop.add_reader(engine.notify_fd, self._on_readable)
+            service.adopt(self)
+        except BaseException:
+            self._unopen()
+            raise
         return self
+
+    def _unopen(self) -> None:
+        """Opening failed at its end: as if it had not been begun."""
+        uffd, engine = self._uffd, self._engine
+        assert uffd is not None
+        service.release(self)
+        self._loop.remove_reader(engine.notify_fd)
+        self._read(False)
+        self._uffd = self._engine = None
+        lib.au_engine_close(engine)
+        uffd.close()
 
     def _make_uffd(self) -> Userfaultfd:
         if self._wanted_mode is not None:
@@ -404,8 +419,14 @@ class Pager:
 
     def _rescue_block(self, region: Region, block: int) -> bool:
         """Whether the rescue loop can serve this."""
-        if region._closed or (region._sink is not None and region._sink.rescue(block)):
+        if region._closed:
             return True
+        try:
+            if region._sink is not None and region._sink.rescue(block):
+                return True
+        except Exception:
+            # Of one block or source; the others are not to wait for it.
+            log.debug("rescuing block %d of %r failed", block, region, exc_info=True)
         self._leave_to_loop(region, block)
         return False
 

@@ -14,27 +14,30 @@ The loop is also the one that `aiouffd.sync` runs on.
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # see adopt
 import asyncio
 import asyncio.selector_events
 import atexit
 import concurrent.futures
 import concurrent.futures.thread
+import errno
 import faulthandler
+import functools
 import linecache  # noqa: F401  (used by traceback)
 import logging
 import os
-import signal
 import sys
 import threading
 import time
 import traceback
 import warnings
 import weakref
-from collections.abc import Coroutine
+from collections import deque
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ._lib import ffi, lib
-from .errors import BlockingTouchWarning
+from .errors import BlockingTouchWarning, UsageError
 
 if TYPE_CHECKING:
     from .pager import Pager
@@ -46,86 +49,230 @@ T = TypeVar("T")
 
 #: Seconds that threads which wait for a page get at interpreter exit.
 EXIT_PATIENCE = 1.0
+#: Seconds that calls of `aiouffd.sync` get after that, from atexit functions.
+CALL_PATIENCE = 5.0
+#: First and longest pause between two tries to make the loop, in seconds.
+RETRY_FIRST, RETRY_LONGEST = 0.05, 1.0
+#: What an event loop takes: a selector, and a pair of sockets.
+_LOOP_DESCRIPTORS = 4
 #: Frames of a blocked loop thread that are kept for the report.
 _DEPTH = 12
 
 
+class _Call:
+    """Something for the rescue loop to do, and whom to tell if there is no loop to be had."""
+
+    __slots__ = ("_failed", "run")
+
+    def __init__(
+        self, run: Callable[[], object], failed: Callable[[BaseException], object] | None
+    ) -> None:
+        self.run = run
+        self._failed = failed
+
+    def fail(self, error: BaseException) -> None:
+        if self._failed is not None:
+            self._failed(error)
+
+
+def _begin(coroutine: Coroutine[Any, Any, T], future: concurrent.futures.Future[T]) -> None:
+    """On the loop: run ``coroutine`` for ``future``. Each may be cancelled, and then both are."""
+    loop = asyncio.get_running_loop()
+    task = loop.create_task(coroutine)
+
+    def ended(task: asyncio.Task[T]) -> None:
+        if task.cancelled():
+            future.cancel()
+        if not future.set_running_or_notify_cancel():
+            if not task.cancelled():
+                task.exception()  # nobody is left to hear of it
+        elif error := task.exception():
+            future.set_exception(error)
+        else:
+            future.set_result(task.result())
+
+    def cancelled(future: concurrent.futures.Future[T]) -> None:
+        if future.cancelled() and not task.done():
+            loop.call_soon_threadsafe(task.cancel)
+
+    task.add_done_callback(ended)
+    future.add_done_callback(cancelled)
+
+
+def _fail(
+    coroutine: Coroutine[Any, Any, Any],
+    future: concurrent.futures.Future[Any],
+    error: BaseException,
+) -> None:
+    coroutine.close()
+    if future.set_running_or_notify_cancel():
+        future.set_exception(error)
+
+
 class Service:
-    """The rescue thread and its loop. `service` is the one of this process."""
+    """The rescue thread and its loop. `service` is the one of this process.
+
+    Nothing here takes a lock: a signal handler that uses lazy memory may interrupt any of it, in
+    the thread that would hold the lock. What cannot be had at the moment (a thread, descriptors for
+    the loop) is an OSError for those who need it now, and is tried again for the next.
+    """
 
     def __init__(self) -> None:
         self._reset()
 
     def _reset(self) -> None:
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
+        # Whoever gets the seat is the thread; a second one that was started leaves again.
+        self._seat: dict[str, threading.Thread] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._ready = threading.Event()
-        self._start_loop = False
+        self._inbox: deque[_Call] = deque()
         # A plain dict: it is copied in one step, whatever other threads do to it.
         self._pagers: dict[int, weakref.ref[Pager]] = {}
         self._reported: set[tuple[str, int]] = set()
         self._pid = os.getpid()
+        #: Set when the interpreter begins to exit.
+        self.exiting = False
 
     # --------------------------------------------------------------- pagers
 
     def adopt(self, pager: Pager) -> None:
-        """Look after ``pager``; starts the thread with the first one."""
-        with self._lock:
-            if callable(signal.getsignal(signal.SIGINT)):
-                lib.au_gil_know_handler()
-            self._pagers[id(pager)] = weakref.ref(pager)
-            self._start()
+        """Look after ``pager``; starts the thread with the first one. Raises OSError if there is no
+        thread to be had."""
+        self._start()
+        # signal.getsignal makes a repr of the handler, and of all that belongs to it.
+        if callable(_signal.getsignal(_signal.SIGINT)):
+            lib.au_gil_know_handler()
+        self._pagers[id(pager)] = weakref.ref(pager)
 
     def release(self, pager: Pager) -> None:
-        with self._lock:
-            self._pagers.pop(id(pager), None)
+        self._pagers.pop(id(pager), None)
 
     def _living(self) -> list[Pager]:
         return [pager for ref in list(self._pagers.values()) if (pager := ref()) is not None]
 
     def _start(self) -> None:
-        if self._thread is None:
-            if lib.au_sentry_start():
-                raise OSError("cannot start the sentry thread")
-            self._thread = threading.Thread(target=self._run, name="aiouffd-rescue", daemon=True)
-            self._thread.start()
+        if self._seat:
+            return
+        if sys.is_finalizing():
+            raise RuntimeError("the interpreter ends")
+        error = lib.au_sentry_start()
+        if error:
+            raise OSError(-error, f"cannot start the sentry thread: {os.strerror(-error)}")
+        thread = threading.Thread(target=self._run, name="aiouffd-rescue", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as failure:
+            raise OSError(errno.EAGAIN, f"cannot start the rescue thread: {failure}") from failure
 
     # ------------------------------------------------------------ the thread
 
     def _run(self) -> None:
-        # A touch that this thread makes itself could be rescued by nobody, so it parks
-        # here until there is work, holding no GIL and costing no wake-up.
-        while not lib.au_rescue_wait(-1):
-            pass
-        loop = asyncio.new_event_loop()
-        asyncio.set_event_loop(loop)
-        loop.add_reader(lib.au_rescue_fd(), self._on_wanted)
+        if self._seat.setdefault("taken", threading.current_thread()) is not (
+            threading.current_thread()
+        ):
+            return
+        loop = self._when_needed()
+        loop.call_soon(self._take_inbox)
         self._loop = loop
-        self._ready.set()
-        try:
-            loop.run_forever()
-        finally:
-            loop.close()
+        while True:
+            try:
+                loop.run_forever()
+            except BaseException:
+                # Somebody else's code raised SystemExit, say, in a task. Others are still here.
+                log.exception("the rescue loop was interrupted and goes on")
 
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop:
-        """The background loop, started if need be. Not from the rescue thread."""
-        with self._lock:
-            self._start()
-        if self._loop is None:
+    def _when_needed(self) -> asyncio.AbstractEventLoop:
+        """The loop, made when it is first needed and can be."""
+        pause = RETRY_FIRST
+        while True:
+            # A touch that this thread makes itself could be rescued by nobody, so it parks
+            # here until there is work, holding no GIL and costing no wake-up.
+            while not lib.au_rescue_wait(-1):
+                pass
+            try:
+                return self._make_loop()
+            except Exception as error:
+                # Whoever can be told is. Threads that wait for pages cannot, and go on waiting.
+                while self._inbox:
+                    self._inbox.popleft().fail(error)
+            time.sleep(pause)
+            pause = min(pause * 2, RETRY_LONGEST)
+
+    def _make_loop(self) -> asyncio.AbstractEventLoop:
+        # asyncio leaves half a loop behind, and complains about it, where these are lacking.
+        spare: list[int] = []
+        try:
+            for _ in range(_LOOP_DESCRIPTORS):
+                spare.append(os.dup(lib.au_rescue_fd()))
+        finally:
+            for number in spare:
+                os.close(number)
+        loop = asyncio.new_event_loop()
+        try:
+            loop.add_reader(lib.au_rescue_fd(), self._on_wanted)
+        except BaseException:
+            loop.close()
+            raise
+        asyncio.set_event_loop(loop)
+        return loop
+
+    def _take_inbox(self) -> None:
+        while self._inbox:
+            self._inbox.popleft().run()
+
+    def _post(self, call: _Call) -> None:
+        self._start()
+        self._inbox.append(call)
+        loop = self._loop
+        if loop is None:
+            # Where it has been made meanwhile, it takes the inbox after that.
             lib.au_rescue_wake()
-            self._ready.wait()
-        assert self._loop is not None
-        return self._loop
+        else:
+            loop.call_soon_threadsafe(self._take_inbox)
 
     @property
     def is_current_thread(self) -> bool:
-        return threading.current_thread() is self._thread
+        return threading.current_thread() is self._seat.get("taken")
+
+    def call_soon(self, callback: Callable[..., object], *args: Any) -> None:
+        """Call ``callback`` on the background loop, from any thread, and do not wait for it.
+        Raises RuntimeError when the interpreter ends, and OSError when there is no thread."""
+        if sys.is_finalizing():
+            raise RuntimeError("the interpreter ends")
+        self._post(_Call(functools.partial(callback, *args), None))
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
-        """Run ``coroutine`` on the background loop, from any other thread."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        """Run ``coroutine`` on the background loop, from any thread, or inside a signal handler.
+
+        Raises as `call_soon`. The future raises OSError if the loop cannot be made at the moment.
+        """
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+        try:
+            if sys.is_finalizing():
+                raise RuntimeError("the interpreter ends")
+            begin = functools.partial(_begin, coroutine, future)
+            self._post(_Call(begin, functools.partial(_fail, coroutine, future)))
+        except BaseException:
+            coroutine.close()
+            raise
+        return future
+
+    def block_on(self, coroutine: Coroutine[Any, Any, T], *, cancel: bool = True) -> T:
+        """As `submit`, and wait for the result; signal handlers run meanwhile (on the main thread).
+
+        When one of them raises, the coroutine is cancelled if ``cancel`` says so, and nobody waits
+        for its end. Once the interpreter exits the wait is limited, and ends in TimeoutError.
+        """
+        if self.is_current_thread:
+            coroutine.close()
+            raise UsageError("aiouffd's own background thread cannot wait for itself")
+        future = self.submit(coroutine)
+        try:
+            return future.result(CALL_PATIENCE if self.exiting else None)
+        except BaseException:
+            if cancel:
+                future.cancel()
+            raise
 
     async def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run ``coroutine`` on the background loop and wait for it, from any loop, that one too.
@@ -140,18 +287,26 @@ class Service:
         except BlockingIOError:
             pass
         unserved: list[str] = []
+        failures: list[Exception] = []
         for pager in self._living():
-            engine = pager._engine
-            if engine is None or not lib.au_rescue_take(engine):
-                continue
-            if _touches_itself(pager):
-                pager._rescue_stack = _stack_of(pager._thread)
-                if pager.strict:
-                    _die(pager._rescue_stack)
-            unserved += pager._rescue()
-        asyncio.get_running_loop().call_soon(self._report, unserved)
+            try:
+                unserved += self._look_after(pager)
+            except Exception as error:
+                # The others are to be served all the same.
+                failures.append(error)
+        asyncio.get_running_loop().call_soon(self._report, unserved, failures)
 
-    def _report(self, unserved: list[str]) -> None:
+    def _look_after(self, pager: Pager) -> list[str]:
+        engine = pager._engine  # which may be gone at the next look
+        if engine is None or not lib.au_rescue_take(engine):
+            return []
+        if pager._native_thread in _waiting_threads(engine, 256):
+            pager._rescue_stack = _stack_of(pager._thread)
+            if pager.strict:
+                _die(pager._rescue_stack)
+        return pager._rescue()
+
+    def _report(self, unserved: list[str], failures: list[Exception]) -> None:
         """After serving: say what happened."""
         note = ffi.new("struct au_note *")
         while lib.au_sentry_take_note(note):
@@ -159,6 +314,8 @@ class Service:
         for item in unserved:
             # Not yet a complaint: a loop may be late where many threads want the GIL.
             log.info("%s waits for a loop that does not come", item)
+        for error in failures:
+            log.error("a rescue failed, and is tried again", exc_info=error)
 
     def _report_note(self, note: Any) -> None:
         waited = note.waited_ns / 1e6
@@ -230,11 +387,11 @@ def _stack_of(thread: int) -> list[tuple[str, int, str]]:
     return stack
 
 
-def _touches_itself(pager: Pager) -> bool:
-    """Whether the pager's loop thread waits for a page that its loop should bring."""
-    pages, tids = ffi.new("uint64_t[256]"), ffi.new("uint32_t[256]")
-    count = lib.au_engine_blocked(pager._engine, pages, tids, 256)
-    return pager._native_thread in list(tids[0:count])
+def _waiting_threads(engine: Any, most: int) -> list[int]:
+    """Kernel ids of threads that wait for pages of an engine now."""
+    pages, tids = ffi.new("uint64_t[]", most), ffi.new("uint32_t[]", most)
+    count = lib.au_engine_blocked(engine, pages, tids, most)
+    return list(tids[0:count])
 
 
 def _die(stack: list[tuple[str, int, str]]) -> None:
@@ -259,7 +416,12 @@ def _thread_name(tid: int) -> str:
 service = Service()
 
 
+#: What the parent had to do: it goes on there, and is not to be taken for forgotten here.
+_parents: list[Any] = []
+
+
 def _after_fork() -> None:
+    _parents.append((service._inbox, service._loop))
     service._reset()
 
 
@@ -268,12 +430,11 @@ os.register_at_fork(after_in_child=_after_fork)
 
 def _blocked_threads() -> list[threading.Thread]:
     """Threads of Python that wait for a page now and that the interpreter would wait for."""
-    pages, tids = ffi.new("uint64_t[1024]"), ffi.new("uint32_t[1024]")
     blocked: set[int] = set()
     for pager in service._living():
-        if pager._engine is not None:
-            count = lib.au_engine_blocked(pager._engine, pages, tids, 1024)
-            blocked.update(tids[0:count])
+        engine = pager._engine
+        if engine is not None:
+            blocked.update(_waiting_threads(engine, 1024))
     return [
         thread
         for thread in threading.enumerate()
@@ -289,6 +450,7 @@ def _before_threads_are_joined() -> None:
     Threads that wait for a page get a last second; who waits then is left blocked, as a
     daemon thread is, and ends with the process.
     """
+    service.exiting = True
     limit = time.monotonic() + EXIT_PATIENCE
     while _blocked_threads() and time.monotonic() < limit:
         time.sleep(0.02)
@@ -354,6 +516,11 @@ def _join_others() -> None:
 def _at_exit() -> None:
     """All threads that are joined have ended: from here on others park instead of unwinding."""
     lib.au_gil_exit()
+    loop = service._loop
+    if loop is not None:
+        # What is under way on the background loop ends with the process, which is no news.
+        for task in asyncio.all_tasks(loop):
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
 
 
 atexit.register(_at_exit)

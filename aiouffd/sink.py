@@ -151,7 +151,7 @@ class BufferSink:
 
     def miss(self, block: int, *_message: int) -> None:
         if self._moved:
-            service.loop.call_soon_threadsafe(self.rescue, block)
+            service.call_soon(self.rescue, block)
         else:
             self.fetcher.miss(block)
 
@@ -289,7 +289,7 @@ class BufferSink:
             if self._rescue_start is not None:
                 # At the interpreter's end there may be nobody to do it.
                 with suppress(RuntimeError):
-                    service.loop.call_soon_threadsafe(self._abandon_rescuer)
+                    service.call_soon(self._abandon_rescuer)
 
     def _abandon_rescuer(self) -> None:
         self._rescue_end = asyncio.get_running_loop().create_task(self._stop_rescuer())

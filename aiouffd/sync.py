@@ -5,48 +5,65 @@ The loop that serves them is the background one of `aiouffd.rescue`.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+import logging
+import sys
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
 
 from .buffer import BufferStats, LazyBuffer
 from .buffer import _reopen as _reopen_lazy
 from .buffer import open as _open
-from .errors import UsageError
+from .errors import ClosedError
 from .exporter import Exporter
 from .rescue import service
 from .workingset import Recording, WorkingSet
 
 __all__ = ["SyncBuffer", "open"]
 
+log = logging.getLogger("aiouffd")
+T = TypeVar("T")
+
 
 def open(source: Any, **settings: Any) -> SyncBuffer:
     """Open a lazy buffer; blocks until its size is known. Arguments as `aiouffd.open`.
 
-    Any thread without a running event loop; with one, use `aiouffd.open`.
+    Any thread, also one that runs an event loop (a notebook's cell): that loop stands still
+    meanwhile, as with any blocking call, so the source must not need it.
     """
     return SyncBuffer(_open(source, **settings))
 
 
 class SyncBuffer(Exporter):
-    """A `LazyBuffer` with blocking methods. All of them from any thread."""
+    """A `LazyBuffer` with blocking methods, for any thread, and inside signal handlers.
+
+    Handlers of signals run while a call waits, on the main thread, and what they raise (Ctrl-C is
+    KeyboardInterrupt) comes out of the call at once.
+    """
+
+    # Methods may run when the modules' names are gone already.
+    _interpreter_ends = staticmethod(sys.is_finalizing)
 
     def __init__(self, buffer: LazyBuffer) -> None:
-        if service.is_current_thread:
-            raise UsageError("sync buffers cannot be used on aiouffd's own background thread")
         self._buffer = buffer
-        self._run(buffer.aopen())
-
-    def _run(self, coroutine: Any) -> Any:
+        self._closed = False
         try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            return service.submit(coroutine).result()
-        coroutine.close()
-        raise UsageError(
-            "aiouffd.sync blocks, and this thread runs an event loop", hint="use aiouffd.open"
-        )
+            self._run(buffer.aopen())
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _abandon(self) -> None:
+        """Opening failed or was interrupted: whatever of it is still under way ends unseen."""
+        self._closed = True
+        with suppress(RuntimeError, OSError):
+            service.submit(self._buffer.aclose())
+
+    def _run(self, coroutine: Coroutine[Any, Any, T], *, cancel: bool = True) -> T:
+        if self._interpreter_ends():
+            coroutine.close()
+            raise ClosedError("the interpreter ends, and nobody is left who could do this")
+        return service.block_on(coroutine, cancel=cancel)
 
     def __enter__(self) -> SyncBuffer:
         return self
@@ -96,13 +113,21 @@ class SyncBuffer(Exporter):
 
     def read(self, offset: int = 0, length: int | None = None) -> bytes:
         """See `LazyBuffer.read`; blocks."""
-        data: bytes = self._run(self._buffer.read(offset, length))
+        offset, length = self._buffer._range(offset, length)
+        self.fetch(offset, length)
+        data: bytes = self._buffer[offset : offset + length]
         return data
 
     def readinto(self, offset: int, buffer: Any) -> int:
-        """See `LazyBuffer.readinto`; blocks."""
-        count: int = self._run(self._buffer.readinto(offset, buffer))
-        return count
+        """See `LazyBuffer.readinto`; blocks. After an exception nothing is written any more."""
+        # This thread writes itself. On the background loop it would go on when this call has been
+        # interrupted; and lazy memory could not be written there: that loop would wait for itself.
+        whole = self._buffer
+        with whole._into(offset, buffer) as (target, length):
+            self.fetch(offset, length)
+            if length:
+                whole._guarded(whole._check(), offset, target, length)
+        return length
 
     @contextmanager
     def pin(self, offset: int = 0, length: int | None = None) -> Iterator[memoryview]:
@@ -121,10 +146,20 @@ class SyncBuffer(Exporter):
         """See `LazyBuffer.record`."""
         return self._buffer.record()
 
-    def close(self) -> None:
-        """See `LazyBuffer.aclose`; blocks. Idempotent."""
-        if not self._buffer.closed:
-            self._run(self._buffer.aclose())
+    def close(self, *, force: bool = False) -> None:
+        """See `LazyBuffer.aclose`; blocks. Idempotent. When it is interrupted the closing goes on.
+
+        At the interpreter's end, from ``__del__`` say, it does nothing: all ends with the process.
+        """
+        if (self._closed and not force) or self._interpreter_ends():
+            return
+        try:
+            self._run(self._buffer.aclose(force=force), cancel=False)
+        except TimeoutError:
+            if not service.exiting:
+                raise
+            log.warning("closing %r takes too long at exit, and is left behind", self)
+        self._closed = True
 
     def __reduce__(self) -> Any:
         function, arguments = self._buffer.__reduce__()

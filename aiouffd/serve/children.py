@@ -428,7 +428,7 @@ class Inheritance:
         if not self._closed:
             # Too late for that, the interpreter ends; and so do we for the children.
             with contextlib.suppress(RuntimeError):
-                service.loop.call_soon_threadsafe(self._family.disown_soon, self)
+                service.call_soon(self._family.disown_soon, self)
 
     async def settle(self) -> None:
         """Until all children that were forked are counted. On the background loop."""
@@ -491,7 +491,7 @@ class Children:
         if service.is_current_thread:
             self._start()
         elif not self._started:
-            service.submit(self._start_there()).result()
+            service.block_on(self._start_there())
         kept = Inheritance(self, region, store)
         self._kept[kept.serial] = kept
         return kept
