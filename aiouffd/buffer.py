@@ -87,6 +87,7 @@ def open(
     user_mode_only: bool | None = None,
     cache: bool | str | os.PathLike[str] | None = None,
     prefetch: WorkingSet | str | os.PathLike[str] | None = None,
+    prefetch_version: Literal["same", "any"] = "same",
     trace: Callable[[FlightEvent], None] | None = None,
     **options: Any,
 ) -> LazyBuffer:
@@ -114,6 +115,8 @@ def open(
         the usual one if True. More settings: `aiouffd.sources.cache.CachedSource`.
     :param prefetch: a working set, or the file of one, that is brought in the background from
         the start on. It is left alone, with a warning in the log, if it is of another version.
+    :param prefetch_version: ``"any"`` takes it for a copy of the object too, which has another
+        version elsewhere; the size has to be the same.
     :param trace: called on the loop with a `FlightEvent` for each finished fetch.
     :param options: the rest goes to the source (``headers=`` for HTTP, ...).
 
@@ -132,6 +135,7 @@ def open(
         user_mode_only=user_mode_only,
         cache=cache,
         prefetch=prefetch,
+        prefetch_version=prefetch_version,
         trace=trace,
         options=options,
     )
@@ -159,6 +163,7 @@ class LazyBuffer(Exporter):
         user_mode_only: bool | None,
         cache: bool | str | os.PathLike[str] | None,
         prefetch: WorkingSet | str | os.PathLike[str] | None,
+        prefetch_version: Literal["same", "any"],
         trace: Callable[[FlightEvent], None] | None,
         options: dict[str, Any],
     ) -> None:
@@ -175,6 +180,8 @@ class LazyBuffer(Exporter):
             raise UsageError(f"the block size {block_size} is not a power of two")
         if fork not in ("drop", "serve"):
             raise UsageError(f"fork is 'drop' or 'serve', not {fork!r}")
+        if prefetch_version not in ("same", "any"):
+            raise UsageError(f"prefetch_version is 'same' or 'any', not {prefetch_version!r}")
         huge = kind.startswith("hugetlb")
         self._given = source
         self._settings: dict[str, Any] = {
@@ -198,6 +205,8 @@ class LazyBuffer(Exporter):
             self._source = cached(self._source, cache)
         if prefetch is not None and not isinstance(prefetch, WorkingSet):
             prefetch = WorkingSet.load(prefetch)
+        if prefetch is not None and prefetch_version == "any":
+            prefetch = prefetch.for_copies()
         self._prefetch = prefetch
         self._block_size = block_size or (BLOCK_SIZE if not huge else 2 << 20)
         self._readahead = READAHEAD if readahead is None else readahead
@@ -549,22 +558,17 @@ class LazyBuffer(Exporter):
         """
         self._check()
         assert self._sink is not None
-        if working_set.is_stale(getattr(self._source, "version", None), self._size):
-            raise SourceChangedError(
-                f"the working set is of version {working_set.version},"
-                f" the source is at {getattr(self._source, 'version', None)}"
-            )
+        why_not = working_set.difference(getattr(self._source, "version", None), self._size)
+        if why_not is not None:
+            raise SourceChangedError(why_not)
         return await self._sink.fetcher.prefetch(working_set.blocks(self._block_size))
 
     def _start_prefetch(self, working_set: WorkingSet) -> None:
         if self._sink is None or isinstance(self._source, MemorySource):
             return
-        if working_set.is_stale(getattr(self._source, "version", None), self._size):
-            log.warning(
-                "the working set is of version %s and is not used for %r",
-                working_set.version,
-                self,
-            )
+        why_not = working_set.difference(getattr(self._source, "version", None), self._size)
+        if why_not is not None:
+            log.warning("%r: nothing is brought ahead: %s", self, why_not)
             return
         self._sink.prefetch(working_set.blocks(self._block_size))
 

@@ -26,7 +26,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from heapq import heappop, heappush
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -39,8 +39,13 @@ if TYPE_CHECKING:
 __all__ = ["Recording", "WorkingSet", "record_opens"]
 
 _MAGIC = b"aiouffd working set 1\n"
-#: Longest header, and longest list of ranges, in bytes.
-_HEAD_MAX, _BODY_MAX = 64 * 1024, 256 << 20
+#: Longest header of a file, in bytes; most ranges (a recording of more is kept in larger pieces);
+#: longest pair of integers as it is stored.
+_HEAD_MAX, RANGES_MAX, _PAIR_MAX = 64 * 1024, 1 << 18, 20
+#: Bytes of ranges that are decompressed at a time.
+_PIECE = 64 * 1024
+#: Largest object, in bytes.
+_SIZE_MAX = (1 << 63) - 1
 #: Ranges that count as needed at the same time.
 _TOGETHER = 64
 
@@ -49,7 +54,8 @@ class WorkingSet:
     """Ranges of bytes of one version of an object, in the order of their first use.
 
     Immutable. ``ranges`` are pairs of offset and length in bytes; what is named twice counts once,
-    where it came first. Raises UsageError for ranges outside of ``size``.
+    where it came first. Raises UsageError for ranges outside of ``size``, and for more than
+    262,144 ranges that are apart.
     """
 
     def __init__(
@@ -61,6 +67,11 @@ class WorkingSet:
         source: str = "",
     ) -> None:
         self._ranges = tuple(_apart(ranges, size))
+        if len(self._ranges) > RANGES_MAX:
+            raise UsageError(
+                f"a working set has at most {RANGES_MAX} ranges, and this has {len(self._ranges)}",
+                hint="join ranges that are close together: what is brought in vain costs little",
+            )
         self._size = size
         self._version = version
         self._source = source
@@ -107,6 +118,42 @@ class WorkingSet:
         if size != self._size:
             return True
         return None not in (version, self._version) and version != self._version
+
+    def difference(self, version: str | None, size: int) -> str | None:
+        """Why this is of no use for an object of that version and ``size`` bytes, for people; None
+        if it is of use."""
+        if not self.is_stale(version, size):
+            return None
+        ours = f"version {self._version} with {self._size} bytes"
+        theirs = f"version {version} with {size} bytes"
+        text = f"the working set was recorded of {ours}, and the source is at {theirs}"
+        if size == self._size:
+            text += (
+                '; if that is a copy with the same contents, say so: prefetch_version="any",'
+                " --prefetch-any-version, or WorkingSet.for_copies()"
+            )
+        return text
+
+    def for_copies(self) -> WorkingSet:
+        """The same for every object of this size, whatever its version: for copies of the object
+        in other places, where versions have other names. Only what is brought ahead depends on
+        it; an object with other contents is read right, with other parts of it brought in vain.
+        """
+        return WorkingSet._of(self._ranges, size=self._size, version=None, source=self._source)
+
+    @classmethod
+    def _of(
+        cls,
+        ranges: tuple[tuple[int, int], ...],
+        *,
+        size: int,
+        version: str | None,
+        source: str,
+    ) -> Self:
+        """Of ranges that are known to be apart."""
+        found = cls((), size=size, version=version, source=source)
+        found._ranges = ranges
+        return found
 
     def blocks(self, block_size: int) -> Iterator[tuple[int, int]]:
         """First and count of blocks of ``block_size`` bytes, in an order to fetch them in; some
@@ -192,20 +239,19 @@ class WorkingSet:
             head = json.loads(line)
             size, count, version = head["size"], head["ranges"], head["version"]
             numbers = (size, count, head["bytes"], head["crc32"])
-            if not all(type(number) is int and number >= 0 for number in numbers):
+            if not all(type(number) is int and 0 <= number <= _SIZE_MAX for number in numbers):
                 raise ValueError("a number is not one")
+            if count > RANGES_MAX:
+                raise ValueError(f"it has {count} ranges, of which {RANGES_MAX} are allowed")
             if version is not None and not isinstance(version, str):
                 raise ValueError("the version is not text")
-            inflate = zlib.decompressobj()
-            body = inflate.decompress(data[len(_MAGIC) + len(line) + 1 :], _BODY_MAX)
-            if not inflate.eof or inflate.unused_data or zlib.crc32(body) != head["crc32"]:
-                raise ValueError("it is damaged")
-            found = cls(_pairs(body), size=size, version=version, source=str(head["source"]))
-            if len(found._ranges) != count or found.total != head["bytes"]:
-                raise ValueError("its ranges are not apart")
+            body = memoryview(data)[len(_MAGIC) + len(line) + 1 :]
+            ranges = _decode(body, count, size, head["crc32"])
+            if sum(length for _, length in ranges) != head["bytes"]:
+                raise ValueError("its ranges are others")
+            return cls._of(ranges, size=size, version=version, source=str(head["source"]))
         except (ValueError, KeyError, TypeError, IndexError, RecursionError, zlib.error) as error:
             raise UsageError(f"this is no usable working set: {error}") from error
-        return found
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a file; it appears complete or not at all. Raises OSError."""
@@ -220,7 +266,39 @@ class WorkingSet:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read a file. Raises OSError, and UsageError if it is not a working set."""
-        return cls.from_bytes(Path(path).read_bytes())
+        most = len(_MAGIC) + _HEAD_MAX + RANGES_MAX * _PAIR_MAX + _PIECE
+        with open(path, "rb") as file:
+            data = file.read(most + 1)
+        if len(data) > most:
+            raise UsageError(f"a working set has at most {most} bytes, and {path} has more")
+        return cls.from_bytes(data)
+
+
+def _decode(data: memoryview, count: int, size: int, crc: int) -> tuple[tuple[int, int], ...]:
+    """The ranges of a file. A small one can hold very many, so it is read piece by piece, to no
+    more than it says that there are. Raises ValueError unless they are apart."""
+    inflate = zlib.decompressobj()
+    ranges: list[tuple[int, int]] = []
+    left, end, rest, found = bytes(data), 0, b"", 0
+    while not inflate.eof:
+        piece = inflate.decompress(left, _PIECE)
+        if not piece and not inflate.eof:
+            raise ValueError("it was cut short")
+        left, found = inflate.unconsumed_tail, zlib.crc32(piece, found)
+        rest = _take_pairs(rest + piece, ranges, end)
+        if len(ranges) > count:
+            raise ValueError("it has more ranges than it says")
+        end = sum(ranges[-1]) if ranges else 0
+    if rest or inflate.unused_data or len(ranges) != count or found != crc:
+        raise ValueError("it is damaged")
+    # In the order of use neighbours would be one, and in that of place none may overlap.
+    touching = any(sum(one) == other[0] for one, other in pairwise(ranges))
+    overlapping = any(sum(one) > other[0] for one, other in pairwise(sorted(ranges)))
+    if touching or overlapping:
+        raise ValueError("its ranges are not apart")
+    if any(offset < 0 or offset + length > size for offset, length in ranges):
+        raise ValueError(f"its ranges are not within {size} bytes")
+    return tuple(ranges)
 
 
 def _apart(ranges: Iterable[tuple[int, int]], size: int) -> list[tuple[int, int]]:
@@ -263,29 +341,32 @@ def _put(target: bytearray, number: int) -> None:
     target.append(number)
 
 
-def _pairs(data: bytes) -> Iterator[tuple[int, int]]:
-    at = end = 0
-
-    def take() -> int:
-        nonlocal at
-        number = shift = 0
-        while True:
-            byte = data[at]
-            at += 1
-            number |= (byte & 127) << shift
-            if byte < 128:
-                return number
-            shift += 7
-            if shift > 63:
-                raise ValueError("a number is too long")
-
-    while at < len(data):
-        distance, length = take(), take()
-        offset = end + (-(distance + 1) // 2 if distance & 1 else distance // 2)
+def _take_pairs(data: bytes, ranges: list[tuple[int, int]], end: int) -> bytes:
+    """Append the ranges in ``data``, of which the one before ended at byte ``end``; returns what
+    is left of an incomplete pair."""
+    at = 0
+    while True:
+        start = at
+        pair = [0, 0]
+        for number in (0, 1):
+            shift = 0
+            while True:
+                if at == len(data):
+                    return data[start:]
+                byte = data[at]
+                at += 1
+                pair[number] |= (byte & 127) << shift
+                if byte < 128:
+                    break
+                shift += 7
+                if shift > 63:
+                    raise ValueError("a number is too long")
+        distance, length = pair
         if not length:
             raise ValueError("a range is empty")
+        offset = end + (-(distance + 1) // 2 if distance & 1 else distance // 2)
         end = offset + length
-        yield offset, length
+        ranges.append((offset, length))
 
 
 class Recording:
@@ -319,16 +400,25 @@ class Recording:
             stop()
 
     def working_set(self) -> WorkingSet:
-        """What was recorded so far, in whole blocks. Any thread."""
+        """What was recorded so far, in whole blocks, or if those are too many in larger pieces.
+        Any thread."""
         size = self._block_size
         # One step for other threads, as far as the interpreter is concerned.
         blocks = list(self._blocks)
+        while len(blocks) > RANGES_MAX and _pieces(blocks) > RANGES_MAX:
+            size *= 2
+            blocks = list(dict.fromkeys(block // 2 for block in blocks))
         return WorkingSet(
             ((block * size, min(size, self._size - block * size)) for block in blocks),
             size=self._size,
             version=self._version,
             source=self._source,
         )
+
+
+def _pieces(blocks: list[int]) -> int:
+    """How many ranges they make, in their order."""
+    return 1 + sum(other != one + 1 for one, other in pairwise(blocks))
 
 
 _observers: list[Callable[[LazyBuffer], None]] = []

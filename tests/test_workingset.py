@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
+import shutil
 import subprocess
 import sys
+import time
+import tracemalloc
+import zlib
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -17,6 +22,7 @@ from hypothesis import strategies as st
 import aiouffd
 from aiouffd import SourceChangedError, SourceError, UsageError, WorkingSet
 from aiouffd.sources import BaseSource
+from aiouffd.workingset import Recording
 from tests.servers.http import MODIFIED, Entry, RangeServer
 from tests.support import ROOT, content, environment
 
@@ -366,3 +372,142 @@ def test_record_command(tmp_path: Path) -> None:
     assert "opened no lazy buffer" in done.stderr
     done = record(source, str(target), str(tmp_path / "missing.py"))
     assert done.returncode == 2
+
+
+# ------------------------------------------------------------------------- copies
+
+
+def copy_of(path: Path, where: Path) -> Path:
+    """As rsync -a makes it: same bytes, size and times, another file."""
+    where.mkdir()
+    return Path(shutil.copy2(path, where / path.name))
+
+
+async def brought(source: Any, **options: Any) -> list[tuple[int, int]]:
+    """What is resident once bringing it ahead has ended."""
+    async with opened(source, readahead=0, **options) as buf:
+        task = buf._sink._prefetching  # type: ignore[union-attr]
+        if task is not None:
+            await task
+        return buf.resident()
+
+
+async def test_a_working_set_of_a_copy_on_request(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "memory"
+    path.write_bytes(DATA)
+    blocks = [9, 10, 3]
+    async with opened(path, readahead=0) as buf:
+        with buf.record() as recording:
+            await asyncio.to_thread(touch, buf, blocks)
+    recording.working_set().save(tmp_path / "set")
+    expected = [(3 * BLOCK, 4 * BLOCK), (9 * BLOCK, 11 * BLOCK)]
+    assert await brought(path, prefetch=tmp_path / "set") == expected
+    assert not caplog.records
+
+    copy = copy_of(path, tmp_path / "other")
+    assert await brought(copy, prefetch=tmp_path / "set") == []
+    assert 'prefetch_version="any"' in caplog.text, "who looks for it is told what to do"
+    caplog.clear()
+    options = {"prefetch": tmp_path / "set", "prefetch_version": "any"}
+    assert await brought(copy, **options) == expected
+    copies = recording.working_set().for_copies()
+    assert await brought(copy, prefetch=copies) == expected
+    assert copies.version is None
+    assert copies.source == recording.working_set().source
+
+    copy.write_bytes(DATA + b"x")
+    assert await brought(copy, **options) == [], "which is no copy"
+    assert "bytes" in caplog.text
+    assert "any" not in caplog.text
+    with pytest.raises(UsageError, match="prefetch_version"):
+        aiouffd.open(copy, prefetch_version="other")  # type: ignore[arg-type]
+
+
+async def test_prefetching_by_hand_says_what_to_do(tmp_path: Path) -> None:
+    async with opened(Counting("v2"), readahead=0) as buf:
+        with pytest.raises(SourceChangedError, match=r"for_copies\(\)"):
+            await buf.prefetch(of_blocks([1]))
+        assert await buf.prefetch(of_blocks([1]).for_copies())
+        assert buf.resident() == [(BLOCK, 2 * BLOCK)]
+
+
+# ------------------------------------------------------------------------- bounds
+
+
+def file_of(body: bytes, **head: Any) -> bytes:
+    fields = {
+        "source": "", "version": None, "size": SIZE, "ranges": 0, "bytes": 0,
+        "crc32": zlib.crc32(body), **head,
+    }  # fmt: skip
+    text = json.dumps(fields).encode()
+    return b"aiouffd working set 1\n" + text + b"\n" + zlib.compress(body, 9)
+
+
+@pytest.mark.parametrize("claimed", [100, 1 << 18, 1 << 25])
+def test_a_small_file_does_not_become_a_large_one(claimed: int) -> None:
+    """Decompressed it has thirty million ranges."""
+    data = file_of(b"\x04\x01" * (1 << 25), size=1 << 62, ranges=claimed, bytes=claimed)
+    assert len(data) < 100_000
+    tracemalloc.start()
+    try:
+        before = time.thread_time()
+        with pytest.raises(UsageError):
+            WorkingSet.from_bytes(data)
+        assert time.thread_time() - before < 5
+        assert tracemalloc.get_traced_memory()[1] < 80 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_bounds_of_files(tmp_path: Path) -> None:
+    path = tmp_path / "long"
+    with path.open("wb") as file:
+        file.write(b"aiouffd working set 1\n")
+        file.truncate(1 << 40)
+    with pytest.raises(UsageError, match="at most"):
+        WorkingSet.load(path)
+    for head in ({"size": 1 << 63}, {"size": 10**4000}, {"bytes": -1}, {"version": ["x"]}):
+        with pytest.raises(UsageError):
+            WorkingSet.from_bytes(file_of(b"", **head))
+    with pytest.raises(UsageError):
+        WorkingSet.from_bytes(b"aiouffd working set 1\n" + b"[" * 100_000)
+    many = ((2 * number, 1) for number in range((1 << 18) + 1))
+    with pytest.raises(UsageError, match="at most"):
+        WorkingSet(many, size=1 << 40)
+
+
+def test_the_most_ranges_there_may_be(tmp_path: Path) -> None:
+    most = WorkingSet([(4 * number, 3) for number in range(1 << 18)], size=1 << 30)
+    most.save(tmp_path / "set")
+    assert WorkingSet.load(tmp_path / "set") == most
+
+
+def test_a_recording_of_too_many_is_kept_in_larger_pieces() -> None:
+    count = (1 << 18) + 10
+    blocks = dict.fromkeys(range(0, 4 * count, 4))
+    size = 4 * count * BLOCK
+    recording = Recording(blocks, BLOCK, source="", version="1", size=size, stop=lambda: None)
+    found = recording.working_set()
+    assert len(found.ranges) <= 1 << 18
+    needed = WorkingSet([(block * BLOCK, BLOCK) for block in list(blocks)[::1000]], size=size)
+    assert (found & needed).total == needed.total
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"\x00\x05\x00\x05",  # touching
+        b"\x14\x05\x0d\x05",  # overlapping
+        b"\x01\x05",  # before the beginning
+        b"\x00\x00",
+        b"\x80" * 20,
+        b"\x00",
+    ],
+)
+def test_ranges_that_cannot_be(body: bytes) -> None:
+    for count in (1, 2):
+        for total in (5, 10):
+            with pytest.raises(UsageError):
+                WorkingSet.from_bytes(file_of(body, ranges=count, bytes=total, size=100))

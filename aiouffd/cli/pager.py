@@ -137,6 +137,11 @@ def _add_serving(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prefetch", metavar="FILE", help="bring a working set ahead of faults")
     parser.add_argument(
+        "--prefetch-any-version",
+        action="store_true",
+        help="use the working set for a copy of the object that it was recorded of, too",
+    )
+    parser.add_argument(
         "--record", metavar="FILE", help="save what the first client needs as a working set"
     )
     add_cache_argument(parser)
@@ -230,7 +235,11 @@ def _serve(parsed: argparse.Namespace, dialect: Dialect) -> int:
 
 async def _main(parsed: argparse.Namespace, dialect: Dialect) -> None:
     from ..serve import anybody, listen, same_user
+    from ..workingset import WorkingSet
 
+    prefetch = WorkingSet.load(parsed.prefetch) if parsed.prefetch else None
+    if prefetch is not None and parsed.prefetch_any_version:
+        prefetch = prefetch.for_copies()
     first: list[Client] = []
 
     async def on_client(client: Client) -> None:
@@ -249,7 +258,7 @@ async def _main(parsed: argparse.Namespace, dialect: Dialect) -> None:
         readahead=parsed.readahead,
         deadline=parsed.deadline,
         on_failure=parsed.on_failure,
-        prefetch=parsed.prefetch,
+        prefetch=prefetch,
         take_over=parsed.take_over,
     )
     stop = asyncio.Event()

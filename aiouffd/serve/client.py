@@ -212,8 +212,9 @@ class Client:
         memory.start()
         store = self.source
         if self.prefetch is not None and store is not None:
-            if self.prefetch.is_stale(store.version, store.size):
-                log.warning("%r: its working set is of another version", self)
+            why_not = self.prefetch.difference(store.version, store.size)
+            if why_not is not None:
+                log.warning("%r: nothing is brought ahead: %s", self, why_not)
             else:
                 self._run(memory.prefetch(store, self.prefetch.blocks(store.block_size)))
         if memory.background:
