@@ -30,6 +30,8 @@ from .sink import BufferSink
 from .sources import MemorySource, as_source
 from .sources.base import Source, aclose_source, open_source
 from .sources.names import display_name
+from .sources.pinned import Pinned
+from .sources.registry import scheme_of
 from .tally import Tally
 from .workingset import Recording, WorkingSet, observe
 
@@ -184,6 +186,10 @@ class LazyBuffer(Exporter):
             raise UsageError(f"prefetch_version is 'same' or 'any', not {prefetch_version!r}")
         huge = kind.startswith("hugetlb")
         self._given = source
+        # Absolute now: whoever opens it anew may do so elsewhere.
+        self._place = _absolute(source)
+        if cache is not None and not isinstance(cache, bool):
+            cache = os.path.abspath(cache)
         self._settings: dict[str, Any] = {
             "block_size": block_size,
             "readahead": readahead,
@@ -195,10 +201,10 @@ class LazyBuffer(Exporter):
             "fork": fork,
             "user_mode_only": user_mode_only,
             "cache": cache,
-            "prefetch": prefetch,
             **options,
         }
         self._source: Source = as_source(source, **options)
+        self._object = self._source
         if cache is not None and cache is not False:
             from .sources.cache import cached
 
@@ -217,7 +223,7 @@ class LazyBuffer(Exporter):
         self._fork: Fork = fork
         self._user_mode_only = user_mode_only
         self._trace = trace
-        self._expected_version: str | None = None
+        self._expected: Pinned | None = None
         self._tally = Tally()
         self._mapping: Mapping | None = None
         self._opening = Once[None]("opening a lazy buffer", abandon=True)
@@ -250,14 +256,13 @@ class LazyBuffer(Exporter):
         return self
 
     async def _open_all(self) -> None:
+        if self._expected is not None:
+            self._expected.check_name(self._object)
         await open_source(self._source)
         mapping = None
         try:
-            version = getattr(self._source, "version", None)
-            if self._expected_version is not None and version != self._expected_version:
-                raise SourceChangedError(
-                    f"the source is at version {version}, not {self._expected_version}"
-                )
+            if self._expected is not None:
+                self._expected.check(self._source)
             self._size = self._source.size
             mapping = self._map() if self._size else Mapping(self._source, self._name)
             await mapping.start()
@@ -708,20 +713,32 @@ class LazyBuffer(Exporter):
         mapping.close()
 
     def __reduce__(self) -> Any:
-        """Pickles as URL or path and settings; the copy is opened anew: same version, or error."""
-        if not isinstance(self._given, (str, Path)):
+        """Pickles as URL or path and settings. The copy is opened anew: the very same object, or
+        SourceChangedError. TypeError for what has neither URL nor path."""
+        if self._place is None:
             raise TypeError(
                 f"a lazy buffer over {type(self._given).__name__} cannot be pickled; "
                 "open it by URL or path"
             )
-        return _reopen, (self._given, self._settings, getattr(self._source, "version", None))
+        named, seen = Pinned.of(self._object), Pinned.of(self._source)
+        pinned = Pinned(named.key, seen.version, seen.size)
+        if self._expected is not None and not self._open:
+            pinned = self._expected  # it was unpickled and never opened
+        return _reopen, (self._place, {**self._settings, "prefetch": self._prefetch}, pinned)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open" if self._region is not None else "not open"
         return f"<LazyBuffer {self._name} {self._size} bytes, {state}>"
 
 
-def _reopen(given: Any, settings: dict[str, Any], version: str | None) -> LazyBuffer:
+def _absolute(source: Any) -> Any:
+    """A URL, or the absolute path of a file; None for anything else."""
+    if isinstance(source, str) and scheme_of(source) is not None:
+        return source
+    return os.path.abspath(source) if isinstance(source, (str, os.PathLike)) else None
+
+
+def _reopen(given: Any, settings: dict[str, Any], pinned: Pinned) -> LazyBuffer:
     buffer = open(given, **settings)
-    buffer._expected_version = version
+    buffer._expected = pinned
     return buffer

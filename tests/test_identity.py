@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import time
 from collections.abc import AsyncIterator
 from datetime import timedelta
@@ -17,7 +18,7 @@ from aiouffd.sources.file import FileSource
 from aiouffd.sources.http import HttpSource
 from aiouffd.sources.names import display_name, identity
 from aiouffd.sources.objects import ObjectSource
-from tests.servers.http import Fault, RangeServer
+from tests.servers.http import Entry, Fault, RangeServer
 
 SIZE = 256 << 10
 SECRET = {"secret_access_key": "geheim"}
@@ -325,3 +326,82 @@ async def test_a_time_that_all_files_have_does_not_last(tmp_path: Path, when: in
     version, lasting = await _file_version(path)
     assert version is not None
     assert lasting is None
+
+
+# ----------------------------------------------------------------- pickles
+
+
+async def test_a_pickle_is_of_one_file_wherever_it_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "file").write_bytes(folder.encode())
+    monkeypatch.chdir(tmp_path / "here")
+    working_set = aiouffd.WorkingSet([(0, 4)], size=4)
+    working_set.save("set")
+    async with aiouffd.open("file", cache="cache", prefetch="set") as buf:
+        pickled = pickle.dumps(buf)
+    unopened = pickle.dumps(aiouffd.open("file"))
+    monkeypatch.chdir(tmp_path / "there")
+    for each in (pickled, unopened):
+        async with pickle.loads(each) as buf:
+            assert await buf.read() == b"here"
+    assert not (tmp_path / "there" / "cache").exists()
+    again = pickle.dumps(pickle.loads(pickled))
+    (tmp_path / "here" / "file").write_bytes(b"gone")
+    for each in (pickled, again):
+        with pytest.raises(aiouffd.SourceChangedError):
+            await pickle.loads(each)
+
+
+async def test_a_pickle_is_of_one_store(
+    server: RangeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose endpoint came from the environment, which is another one where it is opened."""
+    client: dict[str, Any] = {"client_options": {"allow_http": True}}
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+    async with RangeServer({"/bucket/a": b"2" * SIZE}) as other:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url(""))
+        async with aiouffd.open("s3://bucket/a", **client) as buf:
+            pickled = pickle.dumps(buf)
+        async with pickle.loads(pickled) as buf:
+            assert await buf.read(0, 4) == b"1111"
+        monkeypatch.setenv("AWS_ENDPOINT_URL", other.url(""))
+        with pytest.raises(aiouffd.SourceChangedError, match="environment"):
+            await pickle.loads(pickled)
+        assert not other.requests, "nobody else is asked for it"
+
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    config = {"endpoint": server.url(""), "skip_signature": "true"}
+    async with aiouffd.open("s3://bucket/a", config=config, **client) as buf:
+        pickled = pickle.dumps(buf)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    async with pickle.loads(pickled) as buf:
+        assert await buf.read(0, 4) == b"1111"
+
+
+async def test_a_pickle_of_what_has_no_version_has_a_size(server: RangeServer) -> None:
+    headers = {"ETag": None, "Last-Modified": None}
+    server.fault = lambda _: Fault(headers=headers)
+    options = {"unversioned": "accept"}
+    async with aiouffd.open(server.url("/a"), **options) as buf:
+        assert buf.source.version is None  # type: ignore[attr-defined]
+        pickled = pickle.dumps(buf)
+    async with pickle.loads(pickled) as buf:
+        assert await buf.read(0, 4) == b"1111"
+    server.objects["/a"] = Entry(memoryview(b"1" * (SIZE + 1)))
+    with pytest.raises(aiouffd.SourceChangedError, match="bytes"):
+        await pickle.loads(pickled)
+
+
+def test_a_pickle_of_a_sync_buffer_is_of_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"here")
+    monkeypatch.chdir(tmp_path)
+    with aiouffd.sync.open("file") as buf:
+        pickled = pickle.dumps(buf)
+    monkeypatch.chdir("/")
+    with pickle.loads(pickled) as buf:
+        assert buf[:] == b"here"
