@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from .errors import UsageError
+from .places import replace_file
 from .ranges import Ranges
 
 if TYPE_CHECKING:
@@ -255,13 +256,7 @@ class WorkingSet:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a file; it appears complete or not at all. Raises OSError."""
-        target = Path(path)
-        part = target.with_name(f".{target.name}.{os.getpid()}.part")
-        try:
-            part.write_bytes(self.to_bytes())
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
+        replace_file(path, self.to_bytes())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

@@ -16,6 +16,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, cast
 
 from ..errors import AiouffdError, SourceError, SourceTimeoutError
+from ..places import Unsafe
+from ..sources.base import SourcePermissionError
+from ..unix_sockets import check_server
 from . import wire
 from .client_core import Export, Handshake, Replies, Request
 from .uri import NbdAddress
@@ -65,6 +68,13 @@ def _translated(address: NbdAddress, error: BaseException) -> BaseException:
         if address.socket is not None and error.filename is None:
             return FileNotFoundError(errno.ENOENT, "no such socket", address.socket)
         return error
+    if isinstance(error, Unsafe):
+        return SourcePermissionError(
+            f"{address}: {error.strerror}",
+            transient=False,
+            errno=errno.EACCES,
+            hint="name the user whose server may be believed: server_user=",
+        )
     if isinstance(error, TimeoutError):
         return SourceTimeoutError(f"{address}: the server took too long to answer")
     if isinstance(error, ssl_module.SSLCertVerificationError):
@@ -133,7 +143,15 @@ class Connection(asyncio.BufferedProtocol):
     ) -> None:
         self._handshake = handshake
         if address.socket is not None:
-            await self._loop.create_unix_connection(lambda: self, address.socket)
+            # Who listens there is asked of the kernel, before a word is said.
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            try:
+                await self._loop.sock_connect(sock, address.socket)
+                check_server(sock, address.socket, address.user)
+                await self._loop.create_unix_connection(lambda: self, sock=sock)
+            except BaseException:
+                sock.close()
+                raise
         else:
             await self._loop.create_connection(lambda: self, address.host or "", address.port)
         # Before, a cancelled attempt is cleaned up by the loop, which on uvloop tells nobody.

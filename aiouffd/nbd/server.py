@@ -10,25 +10,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import fcntl
 import logging
 import os
 import socket
 import ssl as ssl_module
-import stat
 import termios
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from struct import Struct
 from types import TracebackType
-from typing import Any, Self, TypeAlias, cast
+from typing import Any, Self, cast
 
 from ..errors import AiouffdError, ClosedError, FlushError, UsageError
 from ..once import Once
 from ..sources.base import Source, check_length, holes_in_source, own_method
 from ..sources.durability import Flusher, Promises
+from ..unix_sockets import Identity, bind_at, unlink_own
 from . import wire
 from .fence import Fences
 from .order import Order
@@ -149,7 +148,7 @@ class NbdServer:
         self._stall_timeout = stall_timeout
         self._loop = asyncio.get_running_loop()
         self._listeners: list[asyncio.Server] = []
-        self._paths: list[tuple[str, _Identity]] = []
+        self._paths: list[tuple[str, Identity]] = []
         self._clients: set[_Client] = set()
         self._starved: dict[_Client, None] = {}
         self._watch: asyncio.TimerHandle | None = None
@@ -199,15 +198,16 @@ class NbdServer:
         """
         self._check_open()
         name = _absolute(path)
-        sock, identity = _bound(name, mode)
+        sock, identity = bind_at(name, mode)
         try:
+            sock.listen(BACKLOG)  # at once: until then others take it for a dead one
             listener = await self._loop.create_unix_server(
                 lambda: _Client(self), sock=sock, start_serving=False
             )
             await self._listens(listener)
         except BaseException:
             sock.close()
-            _unlink(name, identity)
+            unlink_own(name, identity)
             raise
         self._paths.append((name, identity))
         export = next(iter(self._sources))
@@ -246,7 +246,7 @@ class NbdServer:
                 listener.close()
             self._listeners.clear()
             for name, identity in self._paths:
-                _unlink(name, identity)
+                unlink_own(name, identity)
             self._paths.clear()
             self._hurry = self._loop.call_at(self._deadline, self._give_up)
             for client in list(self._clients):
@@ -396,56 +396,6 @@ def _check_name(name: str) -> None:
 
 def _absolute(path: str | os.PathLike[str]) -> str:
     return os.path.abspath(os.fspath(path))
-
-
-#: Device and inode of a socket's name.
-_Identity: TypeAlias = tuple[int, int]
-
-
-def _bound(path: str, mode: int) -> tuple[socket.socket, _Identity]:
-    """A socket that listens at ``path``, to which nobody without permission could ever connect."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        try:
-            sock.bind(path)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE or not _is_dead(path):
-                raise
-            os.unlink(path)
-            sock.bind(path)
-        found = os.stat(path)
-        # Until it listens, connecting is refused; and others take it for one that nobody
-        # listens on any more, which is why it does at once.
-        os.chmod(path, mode)
-        sock.listen(BACKLOG)
-        return sock, (found.st_dev, found.st_ino)
-    except BaseException as error:
-        sock.close()
-        if isinstance(error, OSError) and error.errno is not None:
-            error.filename = path  # which bind(2) does not tell
-        raise
-
-
-def _unlink(path: str, identity: _Identity) -> None:
-    """Remove the name of a socket, unless it is somebody else's by now."""
-    with contextlib.suppress(OSError):
-        found = os.stat(path)
-        if (found.st_dev, found.st_ino) == identity:
-            os.unlink(path)
-
-
-def _is_dead(path: str) -> bool:
-    if not stat.S_ISSOCK(os.lstat(path).st_mode):
-        return False
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            return True
-        except OSError:
-            return False
-    return False
 
 
 class _Client(asyncio.BufferedProtocol):

@@ -18,13 +18,15 @@ PORT = 10809
 
 @dataclass(frozen=True, slots=True)
 class NbdAddress:
-    """Where an export is: a host and port, or the path of a Unix socket."""
+    """Where an export is: a host and port, or the path of a Unix socket, which has to be that of
+    this user, root, or ``user`` (an id)."""
 
     export: str = ""
     host: str | None = None
     port: int = PORT
     socket: str | None = None
     tls: bool = False
+    user: int | None = None
 
     def __str__(self) -> str:
         scheme = "nbds" if self.tls else "nbd"

@@ -15,6 +15,7 @@ import asyncio
 import ssl as ssl_module
 import warnings
 from collections.abc import Hashable
+from dataclasses import replace
 from typing import Any
 
 from ..errors import SourceError, UnsupportedError, UsageError
@@ -26,6 +27,7 @@ from ..nbd.order import Turn
 from ..nbd.pool import Pool
 from ..nbd.uri import NbdAddress, parse
 from ..nbd.writes import Content, Writes
+from ..places import user_id
 from ..waiting import Done, countdown
 from .base import BaseSource, Buffer, check_range
 from .durability import Flusher
@@ -57,6 +59,9 @@ class NbdSource(BaseSource):
             fails (transient).
         writable: allow `write`, `write_zeros`, `trim` and `flush`, if the server does.
         holes: ask which parts are zeros.
+        server_user: whose server on a Unix socket may be believed besides root's and this user's
+            own: a name, or an id (-1: anybody's). Whoever may write to the socket's directory can
+            listen there.
 
     NBD has no versions: ``version`` is None, and a change of the export's contents cannot
     be seen. If size or block sizes are others after a reconnect, reads raise SourceChangedError.
@@ -82,8 +87,11 @@ class NbdSource(BaseSource):
         reconnect: float = 30.0,
         writable: bool = False,
         holes: bool = True,
+        server_user: int | str | None = None,
     ) -> None:
         self._address = parse(address) if isinstance(address, str) else address
+        if server_user is not None:
+            self._address = replace(self._address, user=user_id(server_user))
         if connections < 1:
             raise UsageError(f"connections must be at least 1, got {connections}")
         if connect_timeout <= 0 or timeout <= 0 or reconnect < 0:

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ... import places
 from ...errors import UsageError
+from ...places import Unsafe
 from ..compose import ChecksumSource, ConcatSource, RetrySource, SliceSource, Wrapper
 from ..compose.checksum import ALGORITHMS
 from ..names import with_user
@@ -51,10 +53,6 @@ _LATEST_MAX = 1 << 16
 _PAGE = 4096
 #: Blocks in a segment file.
 PER_SEGMENT = 256
-
-
-class Unsafe(OSError):
-    """The directory is not ours alone to write, so nothing in it can be believed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,25 +171,28 @@ def lasting_version(source: Any) -> str | None:
 def make_directory(root: Path) -> None:
     """Make ``root`` and what is above it, for us alone. Raises OSError, Unsafe among them."""
     parent = root.parent
+    made = False
     if not parent.is_dir():
         parent.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             parent.mkdir(mode=0o700)
-        with contextlib.suppress(OSError):
-            (parent / "CACHEDIR.TAG").write_bytes(_TAG)
+            made = True
     check_directory(parent)
+    if made:
+        with contextlib.suppress(OSError), open(parent / "CACHEDIR.TAG", "xb") as tag:
+            tag.write(_TAG)
     with contextlib.suppress(FileExistsError):
         root.mkdir(mode=0o700)
     check_directory(root)
 
 
 def check_directory(path: Path) -> None:
-    """Whoever else can write here could put bytes with fitting checksums in."""
+    """Whoever else can write here, or decides what is here, could put bytes with fitting checksums
+    in. Raises Unsafe."""
+    places.check_directory(path)
     found = path.stat()
-    if not stat.S_ISDIR(found.st_mode):
-        raise Unsafe(f"{path} is not a directory")
-    if found.st_uid != os.geteuid() or found.st_mode & 0o022:
-        raise Unsafe(f"{path} can be written to by others")
+    if found.st_uid != os.geteuid() or (found.st_mode & stat.S_ISVTX and found.st_mode & 0o022):
+        raise Unsafe("it can be written to by others", path)
 
 
 def own_file(found: os.stat_result) -> bool:

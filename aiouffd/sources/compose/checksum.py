@@ -19,10 +19,10 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ...errors import SourceChangedError, SourceError, UnsupportedError, UsageError
+from ...places import replace_file
 from .. import as_source
 from ..base import Buffer, aclose_source, check_length, check_range, open_source
 from ..lifecycle import run_in_thread
@@ -170,13 +170,7 @@ class Manifest:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file; it appears complete or not at all."""
-        target = Path(path)
-        part = target.with_name(f".{target.name}.{os.getpid()}.part")
-        try:
-            part.write_bytes(self.to_bytes())
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
+        replace_file(path, self.to_bytes())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Manifest:
