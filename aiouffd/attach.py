@@ -45,6 +45,8 @@ from typing import Any, Literal, TypeVar
 from ._lib import ffi, lib
 from .errors import ClosedError, PeerError, SourceError, UnsupportedError, UsageError
 from .exporter import Exporter
+from .once import Once, cancelled_from_outside
+from .places import user_id
 
 __all__ = ["Attachment", "attach"]
 
@@ -72,6 +74,7 @@ def attach(
     timeout: float | None = 0.0,
     lost_timeout: float | None = None,
     on_lost: OnLost = "poison",
+    server_user: int | str | None = None,
 ) -> Attachment:
     """Memory that the server at ``path`` fills, for ``with`` or ``async with``; or open it with
     `Attachment.open` or ``await``.
@@ -92,6 +95,9 @@ def attach(
         more than a second is told on stderr.
     :param on_lost: what comes then: ``"poison"``, an error for whoever touches what is missing, or
         ``"abort"``.
+    :param server_user: whose server may be believed besides root's and this user's own: a name, or
+        an id (-1: anybody's). Whoever may write to the socket's directory can listen there, and who
+        is given the userfaultfd decides what is in this process's memory.
 
     Raises UsageError.
     """
@@ -107,6 +113,7 @@ def attach(
         timeout,
         lost_timeout,
         on_lost,
+        server_user,
     )
 
 
@@ -130,6 +137,7 @@ class Attachment(Exporter):
         timeout: float | None,
         lost_timeout: float | None,
         on_lost: OnLost,
+        server_user: int | str | None,
     ) -> None:
         if kind not in _KINDS:
             raise UsageError(f"kind is one of {', '.join(_KINDS)}, not {kind!r}")
@@ -148,6 +156,9 @@ class Attachment(Exporter):
             flags |= lib.AU_ATTACH_BACKGROUND
         if user_mode_only is not None:
             flags |= lib.AU_ATTACH_USER_MODE_ONLY if user_mode_only else lib.AU_ATTACH_ALL_FAULTS
+        if server_user is not None:
+            flags |= lib.AU_ATTACH_SERVER_USER
+        self._server_user = 0 if server_user is None else user_id(server_user) & 0xFFFFFFFF
         self._path = os.fspath(path)
         self._name = name or ""
         self._offset, self._wanted = offset, length
@@ -157,6 +168,10 @@ class Attachment(Exporter):
         self._on_lost = _ON_LOST[on_lost]
         self._writable = writable
         self._lock = threading.Lock()
+        # Attempts to open that are under way, for `close` to end. Has a lock of its own.
+        self._attempts: set[_Cancel] = set()
+        self._opening: Once[None] = Once("attaching", abandon=True)
+        self._ending: Once[None] = Once("closing an attachment", keep_failure=True)
         self._memory: _Memory | None = None
         self._buffer: Any = None
         self._view: memoryview | None = None
@@ -168,19 +183,31 @@ class Attachment(Exporter):
     # ---------------------------------------------------------------- opening
 
     def open(self) -> Attachment:
-        """Connect and map; what ``with`` does. Blocks. Idempotent.
+        """Connect and map; what ``with`` does. Blocks. Idempotent; what has failed can be tried
+        again.
 
         Raises FileNotFoundError (no such socket, or object), ConnectionRefusedError,
         PermissionError, UnsupportedError, SourceError (the server cannot have the object now),
-        UsageError, PeerError, or another OSError.
+        UsageError, PeerError, ClosedError (also when it is closed meanwhile), or another OSError.
         """
-        self._open(-1)
+        self._open(_Cancel())
         return self
 
-    def _open(self, cancel: int) -> None:
+    def _open(self, cancel: _Cancel) -> None:
+        self._attempts.add(cancel)
+        try:
+            if not self._closed:  # else `close` may not have seen this attempt
+                self._open_until(cancel)
+        finally:
+            self._attempts.discard(cancel)
+            cancel.close()
+        if self._closed:
+            raise ClosedError("the attachment is closed")
+
+    def _open_until(self, cancel: _Cancel) -> None:
         with self._lock:
-            if self._closed:
-                raise ClosedError("the attachment is closed")
+            if self._closed or cancel.called:
+                return
             if self._memory is not None:
                 return
             if self._wanted == 0:
@@ -193,8 +220,9 @@ class Attachment(Exporter):
                     self._offset,
                     self._wanted or 0,
                     self._flags,
+                    self._server_user,
                     self._timeout,
-                    max(cancel, 0),
+                    cancel.fd,
                     self._lost,
                     self._on_lost,
                     code,
@@ -205,6 +233,8 @@ class Attachment(Exporter):
                 if native != ffi.NULL or code[0] != errno.EINTR:
                     break
             if native == ffi.NULL:
+                if self._closed or cancel.called:
+                    return
                 raise self._error(code[0], ffi.string(text).decode(errors="replace"))
             self._memory = _Memory(native)
             self._length, self._object_size = native.length, native.object_size
@@ -242,27 +272,37 @@ class Attachment(Exporter):
         return OSError(code, text, self._path)
 
     async def aopen(self) -> Attachment:
-        """As `open`, without blocking the loop. Cancelling it ends the attempt."""
+        """As `open`, without blocking the loop. Cancelling it ends the attempt, unless others wait
+        for it too. On one loop at a time."""
+        if self._closed:
+            raise ClosedError("the attachment is closed")
+        try:
+            await self._opening(self._aopen, self._undo)
+        except asyncio.CancelledError:
+            if cancelled_from_outside():
+                raise
+            raise ClosedError("the attachment was closed while it opened") from None
+        return self
+
+    async def _aopen(self) -> None:
         cancel = _Cancel()
-
-        def attempt() -> None:
-            try:
-                self._open(cancel.fd)
-                if cancel.called:
-                    self.close()
-            finally:
-                cancel.close()
-
-        opening = _in_thread(attempt)
+        try:
+            opening = _in_thread(lambda: self._open(cancel))
+        except BaseException:
+            cancel.close()
+            raise
         try:
             await asyncio.shield(opening)
         except asyncio.CancelledError:
             cancel()
             await asyncio.wait([opening])
             if not opening.cancelled() and opening.exception() is None:
-                await self.aclose()
+                await self._undo()
             raise
-        return self
+
+    async def _undo(self) -> None:
+        """Let go of what was opened for nobody. It can be opened again."""
+        await _in_thread(self._release)
 
     def __enter__(self) -> Attachment:
         return self.open()
@@ -434,13 +474,17 @@ class Attachment(Exporter):
         if self._pid != os.getpid():
             self._closed = True  # without the lock, which somebody may have held as it forked
             return
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
+        self._closed = True
+        for attempt in list(self._attempts):
+            attempt()
+        self._release()
+
+    def _release(self) -> None:
+        """Have the server let go of the memory, if there is any, and forget it. Blocks."""
+        with self._lock:  # which attempts have until their end
             memory, self._memory = self._memory, None
-            buffer, self._buffer = self._buffer, None
             view, self._view = self._view, None
+            self._buffer = None
             if memory is None:
                 return
             lib.au_attach_refuse(memory.native)
@@ -450,11 +494,21 @@ class Attachment(Exporter):
                 except BufferError:
                     pass  # it is in use, and released by whoever does that
             # Whoever is the last to let go of these ends the memory; without views, that is here.
-            del buffer, view, memory
+            del view, memory
 
     async def aclose(self) -> None:
-        """As `close`, without blocking the loop."""
-        await asyncio.shield(_in_thread(self.close))
+        """As `close`, without blocking the loop. Ends an `aopen` that is under way."""
+        self._closed = True
+        await self._ending(self._aclose)
+
+    async def _aclose(self) -> None:
+        await self._opening.stop()
+        try:
+            closing = _in_thread(self.close)
+        except RuntimeError:  # no thread is to be had
+            self.close()
+            return
+        await asyncio.shield(closing)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "not open"
@@ -471,7 +525,7 @@ _living: weakref.WeakSet[_Memory] = weakref.WeakSet()
 
 
 class _Cancel:
-    """Ends an attempt that runs in another thread, which closes the descriptor at its end."""
+    """Ends an attempt, from another thread. The attempt closes the descriptor at its end."""
 
     def __init__(self) -> None:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC)
@@ -487,7 +541,8 @@ class _Cancel:
     def close(self) -> None:
         with self._lock:
             fd, self.fd = self.fd, -1
-            os.close(fd)
+            if fd >= 0:
+                os.close(fd)
 
 
 class _Memory:

@@ -9,14 +9,15 @@ _Static_assert(AU_ATTACH_WRITABLE == AIOUFFD_WRITABLE && AU_ATTACH_HUGETLB == AI
 		       AU_ATTACH_USER_MODE_ONLY == AIOUFFD_USER_MODE_ONLY &&
 		       AU_ATTACH_ALL_FAULTS == AIOUFFD_ALL_FAULTS &&
 		       AU_ATTACH_BACKGROUND == AIOUFFD_BACKGROUND &&
+		       AU_ATTACH_SERVER_USER == AIOUFFD_SERVER_USER &&
 		       AU_ATTACH_POISON == (int)AIOUFFD_POISON &&
 		       AU_ATTACH_ABORT == (int)AIOUFFD_ABORT,
 	       "Python's constants are the client's");
 
 struct au_attachment *au_attach_open(const char *path, const char *object, uint64_t offset,
-				     uint64_t length, uint32_t flags, int timeout_ms, int cancel_fd,
-				     int lost_ms, int on_lost, int *error, char *text,
-				     uint64_t text_size)
+				     uint64_t length, uint32_t flags, uint32_t server_user,
+				     int timeout_ms, int cancel_fd, int lost_ms, int on_lost,
+				     int *error, char *text, uint64_t text_size)
 {
 	struct aiouffd_options options = {
 		.object = object,
@@ -24,6 +25,7 @@ struct au_attachment *au_attach_open(const char *path, const char *object, uint6
 		.length = length,
 		/* Its threads may hold the GIL that a server in here would need. */
 		.flags = flags | AIOUFFD_OTHER_PROCESS,
+		.server_user = server_user,
 		.timeout_ms = timeout_ms,
 		.cancel_fd = cancel_fd,
 		.lost_ms = lost_ms,

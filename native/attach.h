@@ -26,14 +26,15 @@ struct au_attachment {
 #define AU_ATTACH_USER_MODE_ONLY 4
 #define AU_ATTACH_ALL_FAULTS 8
 #define AU_ATTACH_BACKGROUND 16
+#define AU_ATTACH_SERVER_USER 128
 #define AU_ATTACH_POISON 0
 #define AU_ATTACH_ABORT 1
 
 /* Attach; see aiouffd_attach.  NULL with a positive errno in *error and the reason in `text`. */
 struct au_attachment *au_attach_open(const char *path, const char *object, uint64_t offset,
-				     uint64_t length, uint32_t flags, int timeout_ms, int cancel_fd,
-				     int lost_ms, int on_lost, int *error, char *text,
-				     uint64_t text_size);
+				     uint64_t length, uint32_t flags, uint32_t server_user,
+				     int timeout_ms, int cancel_fd, int lost_ms, int on_lost,
+				     int *error, char *text, uint64_t text_size);
 
 /* Copy out, touch each page, drop: 0, -EINVAL past the end, -EIO with *where when a page is
  * poisoned, -EBADF when it was closed meanwhile. */

@@ -85,6 +85,8 @@ extern "C" {
 /* Fail with EDEADLK if the server is this very process, for programs whose server could not run while
  * a thread waits. */
 #define AIOUFFD_OTHER_PROCESS 64u
+/* `server_user` is set. */
+#define AIOUFFD_SERVER_USER 128u
 
 /* What happens when no server came back in `lost_ms`. */
 enum aiouffd_on_lost {
@@ -114,7 +116,12 @@ struct aiouffd_options {
 	 * more than a second is told on stderr, once. */
 	void (*on_event)(void *context, enum aiouffd_event event, int error);
 	void *context;
+	/* With AIOUFFD_SERVER_USER: whose server is believed besides root's and that of this program's own
+	 * (effective) user; AIOUFFD_ANY_USER: anybody's.  Whoever may write to the directory of the socket
+	 * can listen there, and who is given the userfaultfd decides what is in this program's memory. */
+	uint32_t server_user;
 };
+#define AIOUFFD_ANY_USER UINT32_MAX
 
 /* Memory that the program has mapped itself, for aiouffd_hand_over. */
 struct aiouffd_area {
@@ -138,7 +145,7 @@ struct aiouffd {
 
 /* Map an object, or a part of one, of the server that listens at `path`.  NULL with errno: ENOENT,
  * ECONNREFUSED (nobody listens), ECANCELED, EINTR (a signal came while it waited), EPERM (no
- * userfaultfd for this user), what the server said (see aiouffd_error), and others. */
+ * userfaultfd for this user; or the server is another user's, see `server_user`), what the server said (see aiouffd_error), and others. */
 AIOUFFD_API struct aiouffd *aiouffd_attach(const char *path, const struct aiouffd_options *options);
 
 /* Have memory filled that the program has mapped itself.  What is not there yet, and nothing else,
@@ -560,6 +567,22 @@ static inline int aiouffd_status_(uint32_t status)
 	default:
 		return -EPROTO;
 	}
+}
+
+/* Who listens there, by the kernel's word: before anything is said, for a path is no identity. */
+static inline int aiouffd_check_server_(int sock, const struct aiouffd_options *options)
+{
+	struct ucred server;
+	socklen_t size = sizeof server;
+
+	if (getsockopt(sock, SOL_SOCKET, SO_PEERCRED, &server, &size))
+		return -errno;
+	if (server.uid == 0 || server.uid == geteuid())
+		return 0;
+	if ((options->flags & AIOUFFD_SERVER_USER) &&
+	    (options->server_user == AIOUFFD_ANY_USER || options->server_user == server.uid))
+		return 0;
+	return -EPERM;
 }
 
 static inline int aiouffd_dial_(const struct sockaddr_un *to)
@@ -1037,6 +1060,13 @@ static inline int aiouffd_return_(struct aiouffd_state_ *s, struct aiouffd_answe
 	s->sock = aiouffd_dial_(&s->path);
 	if (s->sock < 0)
 		return s->sock;
+	result = aiouffd_check_server_(s->sock, &s->options);
+	if (result) {
+		close(s->sock);
+		s->sock = -1;
+		snprintf(answer->text, sizeof answer->text, "another user's server listens there");
+		return result;
+	}
 	result = aiouffd_present_(s, s->sock, answer, s->poke, until);
 	if (!result)
 		result = aiouffd_status_(answer->status);
@@ -1392,6 +1422,9 @@ static inline int aiouffd_dial_first_(struct aiouffd_state_ *s)
 
 	s->sock = aiouffd_dial_(&s->path);
 	if (s->sock >= 0) {
+		if (aiouffd_check_server_(s->sock, &s->options))
+			return aiouffd_fail_(-EPERM, "the server is another user's, who may be anybody "
+						     "(server_user)");
 		if ((s->options.flags & AIOUFFD_OTHER_PROCESS) &&
 		    !getsockopt(s->sock, SOL_SOCKET, SO_PEERCRED, &server, &size) &&
 		    server.pid == getpid())
