@@ -16,7 +16,7 @@ import pytest
 import aiouffd
 from aiouffd import serve
 from aiouffd.errors import PeerError
-from aiouffd.serve.handover import HELLO, handover_path
+from aiouffd.serve.handover import HELLO
 from tests.guests import PlainDialect, guest
 from tests.support import Gate, content, wait_until, word
 from tests.test_serve import ALL, DATA, PAGE, PAGES, ended, serving, until
@@ -37,21 +37,23 @@ async def test_a_successor_takes_over(tmp_path: Path) -> None:
     gate = Gate(DATA, is_open=False)
 
     async def other(client: serve.Client) -> None:
-        client.source = await client.store_for(str(file))
+        if client.peer.pid == two.process.pid:
+            client.source = await client.store_for(str(file))
 
     held = aiouffd.sources.FunctionSource(gate.read, size=len(DATA))
     async with guest("", PAGES) as one, guest("", PAGES) as two:
-        old = serve.listen(path, source=held, dialect=PlainDialect())
+        old = serve.listen(path, source=held, dialect=PlainDialect(), on_client=other)
         await old.open()
         await one.ask("hand_over", str(path))
-        old.on_client = other
         await two.ask("hand_over", str(path))
         await one.ask("drop", 16, 8)
         assert await two.ask("word", 3) == word(3 * PAGE)
         await two.ask("drop", 100, 1)
         touch = one.tell("word", 40)
         await asyncio.to_thread(gate.wait)
-        new = serve.listen(path, source=DATA, dialect=PlainDialect(), take_over=True)
+        new = serve.listen(
+            path, source=DATA, dialect=PlainDialect(), on_client=other, take_over=True
+        )
         async with new:
             await old.taken_over.wait()
             assert await touch == word(40 * PAGE)
@@ -92,7 +94,7 @@ async def test_a_successor_that_hangs_up(tmp_path: Path, said: bytes) -> None:
 
         def hang_up() -> None:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-                connection.connect(str(handover_path(path)))
+                connection.connect(str(path.with_name("s.handover")))
                 connection.sendall(said)
                 if said == HELLO:
                     connection.settimeout(10)
@@ -112,7 +114,7 @@ async def test_another_one_waits_to_take_over(tmp_path: Path) -> None:
     """While nobody accepts, the loop must not wait for a place in the queue."""
     with contextlib.ExitStack() as sockets:
         silent = sockets.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-        silent.bind(str(handover_path(tmp_path / "s")))
+        silent.bind(str(tmp_path / "s.handover"))
         silent.listen(0)
         others = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         sockets.enter_context(others)

@@ -665,17 +665,17 @@ async def test_two_servers_never_serve_one_client(
         await one.ask("word", 5)
         slow, gave_up = asyncio.Event(), asyncio.Event()
         new = serve.listen(path, source=DATA, dialect=PlainDialect(), take_over=True)
-        real_store, real_go_on = new.store_of, old.go_on
+        real_restore, real_go_on = handover._restore, old.go_on
 
-        async def store_of(reference: Any) -> Any:
+        async def restore(*arguments: Any) -> Any:
             await slow.wait()
-            return await real_store(reference)
+            return await real_restore(*arguments)
 
         def go_on() -> None:
             real_go_on()
             gave_up.set()
 
-        monkeypatch.setattr(new, "store_of", store_of)
+        monkeypatch.setattr(handover, "_restore", restore)
         monkeypatch.setattr(old, "go_on", go_on)
         monkeypatch.setattr(handover, "PATIENCE", 0.1)
         opening = asyncio.ensure_future(new.open())
@@ -700,10 +700,10 @@ async def test_a_client_that_ends_meanwhile_does_not_end_the_hand_over(
         await two.ask("hand_over", str(path))
         real = handover._describe
 
-        def describe(client: serve.Client) -> Any:
+        async def describe(client: serve.Client, pages: int) -> Any:
             if client.number == 1:
                 old._end(old.clients[1])
-            return real(client)
+            return await real(client, pages)
 
         monkeypatch.setattr(handover, "_describe", describe)
         async with serve.listen(path, source=DATA, dialect=PlainDialect(), take_over=True) as new:

@@ -76,7 +76,7 @@ async def test_a_file_that_was_replaced(stores: Stores, file: Path) -> None:
     with pytest.raises(ClosedError):
         await bytes_of(old)
     assert await bytes_of(new) == NEW[:16]
-    assert stores.given(old) == (None, {})
+    assert stores.given(old) is None
 
 
 async def test_it_is_closed_after_the_last(

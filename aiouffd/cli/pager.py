@@ -119,6 +119,12 @@ def _add_socket(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--take-over", action="store_true", help="continue what another pager there serves"
     )
+    parser.add_argument(
+        "--handover",
+        metavar="PATH",
+        help="where a successor takes over, if others can write to the socket's directory (default:"
+        " the socket's path and '.handover')",
+    )
 
 
 def _add_serving(parser: argparse.ArgumentParser) -> None:
@@ -259,6 +265,7 @@ async def _main(parsed: argparse.Namespace, dialect: Dialect) -> None:
         deadline=parsed.deadline,
         on_failure=parsed.on_failure,
         prefetch=prefetch,
+        handover=parsed.handover or True,
         take_over=parsed.take_over,
     )
     stop = asyncio.Event()

@@ -5,21 +5,31 @@ zeros from then on, whatever their object has; what was unmapped is forgotten; w
 found at its new place; a forked child begins with a copy. It is the only truth there is: who
 has waited for bytes asks it again before installing them, because in the meantime the page may have
 been removed, moved or forgotten.
+
+Of a large area there is much to note down, so whatever does that is also there in steps, as an
+iterator: each step is quick, and nothing else may be asked or changed before the last one.
 """
 
 from __future__ import annotations
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+from . import states as page_states
+from .states import STEP
 
 if TYPE_CHECKING:
     from .blocks import BlockStore
 
-__all__ = ["ABSENT", "GONE", "INSTALLED", "MOVED", "REMOVED", "Area", "AreaMap"]
+__all__ = ["ABSENT", "GONE", "INSTALLED", "MOVED", "REMOVED", "Area", "AreaMap", "Steps", "at_once"]
+
+T = TypeVar("T")
+#: Work in steps, see above; its value is what the work was for.
+Steps: TypeAlias = Generator[None, None, T]
 
 #: State of a page, bits of one byte. REMOVED: it reads as zeros, for the process dropped it.
 REMOVED = 1
@@ -37,9 +47,28 @@ _REMOVE = bytes(value & ~INSTALLED & 0xFF | REMOVED for value in range(256))
 _INSTALL = bytes(value & ~ABSENT & 0xFF | INSTALLED for value in range(256))
 _ZEROS = re.compile(rb"\0+")
 _LOOK_AGAIN = bytes(value & ~ABSENT & 0xFF for value in range(256))
+_HAS_ABSENT = re.compile(b"[" + re.escape(bytes(v for v in range(256) if v & ABSENT)) + b"]")
 _UNMAP = bytes(value | GONE for value in range(256))
 _MOVE = bytes(value | MOVED for value in range(256))
 _REMAP = bytes(value & ~(GONE | MOVED) & 0xFF for value in range(256))
+
+
+def at_once(steps: Steps[T]) -> T:
+    """All steps, one after the other."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            value: Any = end.value
+            return value  # type: ignore[no-any-return]
+
+
+def _change(states: memoryview, table: bytes) -> Steps[None]:
+    for at in range(0, len(states), STEP):
+        if at:
+            yield
+        some = states[at : at + STEP]
+        some[:] = bytes(some).translate(table)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,16 +126,34 @@ class Area:
         high = min((number + 1) * block_size, self.offset + self.length)
         return self.start + low - self.offset, self.start + high - self.offset
 
-    def missing_bytes(self) -> int:
+    def missing_bytes(self) -> Steps[int]:
         """Bytes that `missing` would name, of all of it."""
-        return bytes(self._states()).count(0) * self.page_size
+        states, found = self._states(), 0
+        for at in range(0, len(states), STEP):
+            if at:
+                yield
+            found += bytes(states[at : at + STEP]).count(0)
+        return found * self.page_size
 
-    def forget_absent(self) -> None:
-        """What was not mapped may be by now."""
+    def misses_any(self) -> bool:
+        """Whether anything is missing."""
         states = self._states()
-        some = bytes(states)
-        if any(some):
-            states[:] = some.translate(_LOOK_AGAIN)
+        return any(bytes(states[at : at + STEP]).find(0) >= 0 for at in range(0, len(states), STEP))
+
+    def forget_absent(self, start: int, end: int) -> None:
+        """What was not mapped in ``start`` to ``end`` may be by now."""
+        first, last = self.page_of(start), self.page_of(end)
+        some = bytes(self._states()[first:last])
+        if _HAS_ABSENT.search(some):
+            self._states()[first:last] = some.translate(_LOOK_AGAIN)
+
+    def forgetting_absent(self) -> Steps[None]:
+        """The same for all of it, in steps."""
+        step = STEP * self.page_size
+        for start in range(self.start, self.end, step):
+            if start > self.start:
+                yield
+            self.forget_absent(start, min(start + step, self.end))
 
     def missing(self, start: int, end: int) -> list[tuple[int, int]]:
         """Runs of pages in ``start`` to ``end`` that are neither removed nor there already."""
@@ -128,24 +175,50 @@ class Area:
             self.lasting,
         )
 
-    def _unmapped(self) -> None:
-        states = self._states()
-        states[:] = bytes(states).translate(_UNMAP)
-
-    def _moved(self, distance: int) -> Area:
+    def _moved(self, distance: int) -> Steps[Area]:
         """The same at another address. Its states go with it; those of the old place stay there."""
         states = self._states()
-        states[:] = bytes(states).translate(_MOVE)
+        moved = page_states.new(len(states))
+        for at in range(0, len(states), STEP):
+            if at:
+                yield
+            page_states.copy(states[at : at + STEP], moved[at : at + STEP])
+        yield from _change(states, _MOVE)
+        yield from _change(moved, _REMAP)
         return Area(
             self.start + distance,
             self.length,
             self.store,
             self.offset,
             self.page_size,
-            memoryview(bytearray(states).translate(_REMAP)),
+            moved,
             self.lasting,
         )
 
+    def _copied(self) -> Steps[Area]:
+        """The same with states of its own."""
+        states = self._states()
+        copy = page_states.new(len(states))
+        for at in range(0, len(states), STEP):
+            if at:
+                yield
+            page_states.copy(states[at : at + STEP], copy[at : at + STEP])
+        return Area(
+            self.start,
+            self.length,
+            self.store,
+            self.offset,
+            self.page_size,
+            copy,
+            self.lasting,
+        )
+
+
+#: Bytes of the smallest pages; and as how many states an area counts that is changed.
+_PAGE_MIN, _AREA_WORK = 4096, 256
+#: Areas that are changed in one step; and how many of them are put in order anew for one change.
+_AREAS_STEP, _INDEX_AGAIN = 256, 64
+_RECENT_MAX = 1024
 
 _NOWHERE: tuple[list[Area], list[int], list[int]] = ([], [], [])
 
@@ -158,8 +231,11 @@ class AreaMap:
         self._starts: list[int] = []
         self._by_offset: dict[BlockStore, tuple[list[Area], list[int], list[int]]] = {}
         self._indexed = -1
+        # Areas that came after it was put in order.
+        self._recent: list[Area] = []
         #: Changes with every change of what is where; not with the states of pages.
         self.version = 0
+        self._counted, self._pages = -1, 0
         for area in areas:
             self.add(area)
 
@@ -178,7 +254,7 @@ class AreaMap:
                 area.store,
                 area.offset,
                 area.page_size,
-                memoryview(bytearray(area.length // area.page_size)),
+                page_states.new(area.length // area.page_size),
                 area.lasting,
             )
         at = bisect_right(self._starts, area.start)
@@ -189,6 +265,11 @@ class AreaMap:
         self.version += 1
         self._areas.insert(at, area)
         self._starts.insert(at, area.start)
+        if self._indexed >= 0 and area.store is not None:
+            self._recent.append(area)
+            if len(self._recent) > _RECENT_MAX:
+                self._recent.clear()
+                self._indexed = -1
 
     def find(self, address: int) -> Area | None:
         """The area that holds ``address``."""
@@ -212,7 +293,7 @@ class AreaMap:
 
     def of_block(self, store: BlockStore, number: int) -> list[tuple[Area, int, int]]:
         """Where a block of an object belongs: areas by offset, and the addresses there."""
-        if self._indexed != self.version:
+        if (self.version - self._indexed) * _INDEX_AGAIN > len(self._areas):
             self._index()
         found: list[tuple[Area, int, int]] = []
         areas, offsets, reach = self._by_offset.get(store, _NOWHERE)
@@ -222,15 +303,32 @@ class AreaMap:
         # `reach` never falls, so before the first that ends too early all do.
         while at and reach[at - 1] > low:
             at -= 1
-            area = areas[at]
-            if low < area.offset + area.length:
-                found.append((area, *area.block(number, size)))
+            self._still(areas[at], number, size, found)
+        for area in self._recent:
+            if area.store is store and area.offset < low + size:
+                self._still(area, number, size, found)
         found.reverse()
         return found
 
+    def _still(
+        self, area: Area, number: int, size: int, found: list[tuple[Area, int, int]]
+    ) -> None:
+        """Add what is left of ``area``, as it was once, of a block that it showed."""
+        start, end = area.block(number, size)
+        if start >= end:
+            return
+        if self.find(area.start) is area:
+            found.append((area, start, end))
+            return
+        for part, low, high in self.within(start, end):
+            if part.store is area.store and part.offset_of(low) == area.offset_of(low):
+                found.append((part, low, high))
+
     def _index(self) -> None:
-        """The areas of each object by offset, and how far those up to each one reach."""
+        """The areas of each object by offset, and how far those up to each one reach. Where there
+        are many of them this is not done for each change."""
         self._by_offset.clear()
+        self._recent.clear()
         for area in sorted(self._areas, key=attrgetter("offset")):
             if area.store is not None:
                 areas, offsets, reach = self._by_offset.setdefault(area.store, ([], [], []))
@@ -239,25 +337,51 @@ class AreaMap:
                 reach.append(max(area.offset + area.length, reach[-1] if reach else 0))
         self._indexed = self.version
 
+    def work(self, start: int, end: int) -> int:
+        """How much it is to note something down of ``start`` to ``end``: at least as many as there
+        are states to change, and many for each area."""
+        first = max(0, bisect_right(self._starts, start) - 1)
+        count = max(0, bisect_left(self._starts, end) - first)
+        pages = min((end - start) // _PAGE_MIN + 1, self.pages) if count else 0
+        return count * _AREA_WORK + pages
+
+    @property
+    def pages(self) -> int:
+        """States in all areas."""
+        if self._counted != self.version:
+            self._counted = self.version
+            self._pages = sum(len(area._states()) for area in self._areas)
+        return self._pages
+
     def removed(self, start: int, end: int) -> None:
         """The process dropped the contents of ``start`` to ``end`` (MADV_DONTNEED and the like)."""
+        at_once(self.removing(start, end))
+
+    def removing(self, start: int, end: int) -> Steps[None]:
+        """The same in steps."""
         for area, low, high in self.within(start, end):
-            states, first = area._states(), area.page_of(low)
+            first = area.page_of(low)
             last = -(-(high - area.start) // area.page_size)
-            states[first:last] = bytes(states[first:last]).translate(_REMOVE)
+            yield from _change(area._states()[first:last], _REMOVE)
 
     def unmapped(self, start: int, end: int) -> list[Area]:
         """The process has no mapping at ``start`` to ``end`` any more. Returns what was there."""
+        return at_once(self.unmapping(start, end))
+
+    def unmapping(self, start: int, end: int) -> Steps[list[Area]]:
+        """The same in steps."""
         gone = []
-        self.version += 1
         for area, low, high in self.within(start, end):
+            self.version += 1
             # Of a page that is gone in part nothing is left. The kernel cuts huge pages nowhere,
             # but a client may have called pages huge that are not.
             low = area.start + (low - area.start) // area.page_size * area.page_size
             high = area.start - (area.start - high) // area.page_size * area.page_size
             gone.append(area._part(low, high))
-            gone[-1]._unmapped()
-            at = self._starts.index(area.start)
+            yield from _change(gone[-1]._states(), _UNMAP)
+            if len(gone) % _AREAS_STEP == 0:
+                yield
+            at = bisect_right(self._starts, area.start) - 1
             kept = []
             if area.start < low:
                 kept.append(area._part(area.start, low))
@@ -269,11 +393,15 @@ class AreaMap:
 
     def moved(self, source: int, target: int, length: int) -> None:
         """The process moved ``length`` bytes of mappings from ``source`` to ``target``."""
-        parts = self.unmapped(source, source + length)
+        at_once(self.moving(source, target, length))
+
+    def moving(self, source: int, target: int, length: int) -> Steps[None]:
+        """The same in steps."""
+        parts = yield from self.unmapping(source, source + length)
         # Whatever was at the target is gone: mremap has unmapped it.
-        self.unmapped(target, target + length)
+        yield from self.unmapping(target, target + length)
         for part in parts:
-            moved = part._moved(target - source)
+            moved = yield from part._moved(target - source)
             if (target - source) % part.page_size:
                 continue  # as above: what is in the midst of a page is nowhere
             # What was rounded up may be more than what was moved, and reach into another area.
@@ -282,18 +410,16 @@ class AreaMap:
 
     def copy(self) -> AreaMap:
         """For a forked child: the same, with states of its own."""
-        return AreaMap(
-            Area(
-                area.start,
-                area.length,
-                area.store,
-                area.offset,
-                area.page_size,
-                memoryview(bytearray(area._states())),
-                area.lasting,
-            )
-            for area in self._areas
-        )
+        return at_once(self.copying())
+
+    def copying(self) -> Steps[AreaMap]:
+        """The same in steps."""
+        found = AreaMap()
+        for number, area in enumerate(self._areas, 1):
+            found.add((yield from area._copied()))
+            if number % _AREAS_STEP == 0:
+                yield
+        return found
 
     @property
     def bytes(self) -> int:

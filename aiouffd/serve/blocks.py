@@ -14,12 +14,12 @@ import logging
 import random
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
 from ..backoff import pause_after
 from ..errors import ClosedError, SourceChangedError, SourceError, UsageError
-from ..once import cancelled_from_outside
+from ..once import Once, cancelled_from_outside
 from ..sources.base import (
     Source,
     aclose_source,
@@ -32,20 +32,31 @@ from ..sources.memory import MemorySource
 from ..tally import Tally
 from .reactor import Share
 
-__all__ = ["BlockStore", "Wanter"]
+__all__ = ["BlockStore", "Wanter", "end_all"]
 
 log = logging.getLogger("aiouffd")
 
-#: Bytes of one block, and of blocks that are kept.
-BLOCK_SIZE, KEEP = 64 * 1024, 64 << 20
+#: Bytes of one block, and of blocks that are kept; what one counts for that is all zeros.
+BLOCK_SIZE, KEEP, ZEROS_COST = 64 * 1024, 64 << 20, 256
 #: Flights at a time, and how many of them may be those that nobody waits for.
 MAX_FLIGHTS, MAX_BACKGROUND = 64, 16
 #: First and longest pause between two tries, in seconds.
 RETRY_FIRST, RETRY_LONGEST = 0.05, 10.0
 #: What a flight counts for in a client's share, in seconds of our time.
 FLIGHT = 50e-6
+#: Seconds that tasks may take to end once they were cancelled.
+STUBBORN = 10.0
 #: The granularity of offsets that blocks and areas have.
 PAGE = 4096
+
+
+async def end_all(owner: object, tasks: Collection[asyncio.Task[Any]]) -> None:
+    """Wait until tasks that were cancelled have ended; one that does not in time is told of, and
+    left to itself."""
+    if tasks:
+        _, left = await asyncio.wait(tasks, timeout=STUBBORN)
+        for task in left:
+            log.error("%r: %r does not end though it was cancelled", owner, task)
 
 
 class Wanter(Protocol):
@@ -115,11 +126,38 @@ class BlockStore:
         self._running_background = 0
         self._closed = False
         self._size = 0
+        self._opening: Once[None] = Once("opening a store", abandon=True)
+        self._ending: Once[None] = Once("closing a store", keep_failure=True)
 
     async def open(self) -> None:
-        """Open the source. Raises what it raises."""
-        await open_source(self.source)
-        self._size = self.source.size
+        """Open the source. Raises what it raises, and ClosedError. Idempotent; what has failed can
+        be tried again."""
+        if self._closed:
+            raise ClosedError(f"{self!r} is closed")
+        try:
+            await self._opening(self._open, self._close_source)
+        except asyncio.CancelledError:
+            if cancelled_from_outside():
+                raise
+            raise ClosedError(f"{self!r} was closed while it opened") from None
+
+    async def _open(self) -> None:
+        try:
+            await open_source(self.source)
+            self._size = self.source.size
+        except asyncio.CancelledError as error:
+            if not cancelled_from_outside():
+                raise as_source_error(error) from error
+            await self._close_source()  # it may be half open
+            raise
+
+    async def _close_source(self) -> None:
+        try:
+            await aclose_source(self.source)
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and cancelled_from_outside():
+                raise
+            log.error("%r could not be closed: %r", self, error)
 
     @property
     def size(self) -> int:
@@ -350,30 +388,38 @@ class BlockStore:
 
     def _put(self, block: int, data: memoryview | None) -> None:
         """Keep a block for the next who wants it, as long as there is room."""
-        size = self.block_size if data is not None else 0
+        size = self._cost(data)
         if block in self._kept or size > self._keep:
             return
         self._kept[block] = data
         self._kept_bytes += size
         while self._kept_bytes > self._keep:
             _, old = self._kept.popitem(last=False)
-            self._kept_bytes -= self.block_size if old is not None else 0
+            self._kept_bytes -= self._cost(old)
+
+    def _cost(self, data: memoryview | None) -> int:
+        return self.block_size if data is not None else ZEROS_COST
 
     # -------------------------------------------------------------------- end
 
     async def aclose(self) -> None:
-        """Cancel what is under way, whose wanters are told, and close the source. Idempotent."""
-        if self._closed:
-            return
+        """Cancel what is under way, whose wanters are told, and close the source; if that fails, it
+        is logged. Idempotent."""
         self._closed = True
+        await self._ending(self._aclose)
+
+    async def _aclose(self) -> None:
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        for flight in set(self._flights.values()):
-            self._tell_failed(self._take(flight), ClosedError("the server is closing"))
-        self._kept.clear()
-        await aclose_source(self.source)
+        try:
+            await self._opening.stop()
+            await end_all(self, tasks)
+        finally:
+            for flight in set(self._flights.values()):
+                self._tell_failed(self._take(flight), ClosedError("the server is closing"))
+            self._kept.clear()
+            await self._close_source()
 
     def __repr__(self) -> str:
         return f"<BlockStore {type(self.source).__name__} {self._size} bytes>"

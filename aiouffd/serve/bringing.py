@@ -8,20 +8,33 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from ..errors import SourceError
 from ..readahead import Readahead
-from .areas import Area, AreaMap
+from .areas import Area, AreaMap, Steps
 from .blocks import BlockStore, Wanter
 from .filling import AGAIN_LONGEST, Filler
 
 __all__ = ["PLACES", "Bringer", "Brought"]
 
+T = TypeVar("T")
+
 #: Areas of one block that are filled in one turn of the loop; and how many areas are many.
 PLACES, MANY = 64, 1024
 #: Blocks that `complete` and `prefetch` ask for at a time.
 WINDOW = 64
+
+
+async def _in_steps(steps: Steps[T]) -> T:
+    """All steps, and between them the turn of others."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            value: Any = end.value
+            return value  # type: ignore[no-any-return]
+        await asyncio.sleep(0)
 
 
 class Brought(Wanter, Protocol):
@@ -77,8 +90,8 @@ class Bringer:
         try:
             if self._was_absent:
                 self._was_absent = False
-                for area in self._areas:
-                    area.forget_absent()
+                for area in list(self._areas):
+                    await _in_steps(area.forgetting_absent())
             await self._complete()
         finally:
             self._completing -= 1
@@ -86,7 +99,7 @@ class Bringer:
     async def _complete(self) -> None:
         stats, areas = self._filler.stats, self._areas
         while not self._stopped:
-            before = self._missing_bytes()
+            before = await self._missing_bytes()
             if not before:
                 return
             retries, version = stats.retries, areas.version
@@ -95,7 +108,7 @@ class Bringer:
             while self._liked and not self._stopped:
                 self._room.clear()
                 await self._room.wait()
-            if self._missing_bytes() >= before:
+            if await self._missing_bytes() >= before:
                 if self._wanted:
                     # What threads wait for is on its way without us.
                     self._room.clear()
@@ -124,15 +137,21 @@ class Bringer:
 
     def may_miss(self) -> bool:
         """Whether something is missing, or was not mapped as it was to be filled."""
-        return self._was_absent or self._missing_bytes() > 0
+        return self._was_absent or any(
+            area.misses_any() for area in self._areas if area.store is not None
+        )
 
     def saw_absent(self) -> None:
         """A page was not mapped as it was to be filled. It may be later."""
         if not self._completing:
             self._was_absent = True
 
-    def _missing_bytes(self) -> int:
-        return sum(area.missing_bytes() for area in self._areas if area.store is not None)
+    async def _missing_bytes(self) -> int:
+        found = 0
+        for area in list(self._areas):
+            if area.store is not None:
+                found += await _in_steps(area.missing_bytes())
+        return found
 
     def _blocks_of_areas(self) -> dict[BlockStore, list[tuple[int, int]]]:
         """Runs of blocks that anything shows, by object. Small areas may share blocks."""

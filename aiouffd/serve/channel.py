@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import contextlib
 import os
 import socket
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ __all__ = ["Channel"]
 #: Descriptors that one message can bring at all (SCM_MAX_FD).
 _FDS_MAX = 253
 _INT = array.array("i").itemsize
+#: Bytes that are heard of a peer that is turned away.
+DISMISSED_MAX = 2 << 20
 
 
 class Channel:
@@ -116,6 +119,29 @@ class Channel:
             except ConnectionError as error:
                 raise PeerError(f"{self.peer!r} hung up") from error
             view, ancillary = view[sent:], []
+
+    async def dismiss(self, last: bytes, patience: float) -> None:
+        """Say a last word to a peer that is turned away, and hear what it still says, without
+        looking at it, until it hangs up; ``patience`` seconds at most. Raises nothing."""
+        left = DISMISSED_MAX
+        with contextlib.suppress(TimeoutError, PeerError, ClosedError, OSError):
+            async with asyncio.timeout(patience):
+                await self.send(last)
+                while left > 0 and not self._closed:
+                    try:
+                        data = self._socket.recv(65536)  # and so its descriptors go unseen
+                    except (BlockingIOError, InterruptedError):
+                        await self._readable()
+                        continue
+                    if not data:
+                        break
+                    left -= len(data)
+
+    def hang_up(self) -> None:
+        """Let the peer see the end, whoever else has a copy of the connection; it can still be
+        asked who that is."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     async def wait_eof(self) -> None:
         """Until the peer closes. Raises PeerError if it sends anything first."""

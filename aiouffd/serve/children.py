@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from .._lib import PAGE_SIZE, ffi, lib
 from ..errors import AiouffdError, ClosedError
 from ..rescue import service
-from ..sources.base import BaseSource, Source, open_source
+from ..sources.base import BaseSource, Source
 from .areas import INSTALLED, Area, AreaMap
 from .blocks import BlockStore
 from .memory import Memory
@@ -86,34 +86,15 @@ class SourceBlocks(BlockStore):
         self.tally = tally
         self.readahead = readahead
         self._size = size
-        self._is_open = False
-        self._opening: asyncio.Task[None] | None = None
 
     def peek(self, block: int) -> tuple[memoryview | None] | None:
-        if self._is_open or block in self._kept:
+        if self._opening.succeeded or block in self._kept:
             return super().peek(block)
         return None
 
     async def _read(self, flight: Any) -> list[tuple[int, memoryview | None]]:
-        while not self._is_open:
-            if self._opening is None:
-                self._opening = asyncio.get_running_loop().create_task(self._open())
-            await asyncio.shield(self._opening)
+        await self.open()
         return await super()._read(flight)
-
-    async def _open(self) -> None:
-        try:
-            await open_source(self.source)
-            self._is_open = True
-        finally:
-            self._opening = None
-
-    async def aclose(self) -> None:
-        opening = self._opening
-        if opening is not None:
-            opening.cancel()
-            await asyncio.gather(opening, return_exceptions=True)
-        await super().aclose()
 
 
 class RegionBlocks(BlockStore):

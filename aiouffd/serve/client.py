@@ -11,11 +11,13 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import AiouffdError, ClosedError, PeerError, UsageError
+from ..places import is_trusted
 from ..uffd import Userfaultfd
 from ..workingset import WorkingSet
-from .areas import Area, AreaMap
+from .areas import Area, AreaMap, Steps
 from .blocks import PAGE, BlockStore
 from .channel import Channel
+from .ending import refuse
 from .memory import Memory, Uncovered
 from .peer import Peer
 from .reactor import Share
@@ -45,6 +47,14 @@ class Limits:
     areas: int = 65536
     #: Bytes of addresses in all of them.
     bytes: int = 1 << 44
+    #: Pages of one client, forked children's included: of each a byte is kept once something is
+    #: known of it. As many are 1 TiB of 4 KiB pages.
+    pages: int = 1 << 28
+    #: Pages of all clients of the server, and of those of one user who is neither root nor ours.
+    all_pages: int = 1 << 32
+    user_pages: int = 1 << 31
+    #: Connections of one user who is neither root nor ours.
+    user_clients: int = 512
     #: Seconds from connecting to the first descriptor.
     handshake: float = 10.0
 
@@ -74,6 +84,15 @@ class Client:
         #: Whether it connects again by itself when the connection ends, and so finds whoever
         #: takes over from us.
         self.reconnects = False
+        #: Whether the connection only says who it is: it has connected anew, and these are its
+        #: children, which another server has handed over.
+        self.alone = False
+        #: The name of the object that it has asked for, where the dialect has names.
+        self.asked: str | None = None
+        #: When it came, in seconds of the loop's time.
+        self.since = asyncio.get_running_loop().time()
+        #: Pages of all of its memories, as they were handed over.
+        self.pages = 0
         #: Set once nothing is served any more.
         self.ended = asyncio.Event()
         self._share = Share()
@@ -137,14 +156,16 @@ class Client:
                 Userfaultfd.from_fd(fd, own=False).close()
             except UsageError as error:
                 raise PeerError(f"it handed over something else: {error}") from error
+            self._check_pages(areas_map.pages)
             memory = self._memory(fd, areas_map, page_size, uncovered, name)
         except BaseException:
             os.close(fd)
             raise
+        self.server.spoke(self)
         if self._handshake is not None:
             self._handshake.reschedule(None)
         memory.background = background
-        self.memories.append(memory)
+        self._add(memory)
         if self.record:
             memory.recording = self._blocks
         if start and not self._paused:
@@ -173,6 +194,8 @@ class Client:
             total += length
             if total > limits.bytes:
                 raise PeerError(f"it has more than {limits.bytes} bytes of areas")
+            if total // page_size > limits.pages:
+                raise PeerError(f"it has more than {limits.pages} pages")
             store = area.store
             if store is not None:
                 size = max(page_size, PAGE)
@@ -189,6 +212,21 @@ class Client:
             except ValueError as error:
                 raise PeerError(str(error)) from None
         return found
+
+    def _check_pages(self, pages: int) -> None:
+        """Raise PeerError if so many more are more than the limits allow."""
+        limits, server, uid = self.server.limits, self.server, self.peer.uid
+        if self.pages + pages > limits.pages:
+            raise PeerError(f"it has more than {limits.pages} pages")
+        if not is_trusted(uid) and server.pages_of(uid) + pages > limits.user_pages:
+            raise PeerError(f"the user {uid} has more than {limits.user_pages} pages")
+        if server.pages_of() + pages > limits.all_pages:
+            raise PeerError(f"all clients together have more than {limits.all_pages} pages")
+
+    def _add(self, memory: Memory) -> None:
+        memory.charged = memory.areas.pages
+        self.pages += memory.charged
+        self.memories.append(memory)
 
     def _memory(
         self, fd: int, areas: AreaMap, page_size: int, uncovered: Uncovered, name: str
@@ -229,6 +267,8 @@ class Client:
             memory.resume()
             if memory.background:
                 self._run(memory.complete())
+        if self.alone:
+            self.channel.hang_up()  # so that it notices that the server it knows is gone
         if self._connected and not self._ending:
             self._run(self._until_eof())
 
@@ -239,6 +279,11 @@ class Client:
             task.cancel()
         for memory in self.memories:
             memory.pause()
+
+    async def settled(self) -> None:
+        """Until everything that was heard of its memory is noted down."""
+        for memory in list(self.memories):
+            await memory.settled()
 
     def to_hand_over(self) -> list[Memory]:
         """What a successor of this server has to be given: all memory; of a client that reconnects
@@ -309,24 +354,53 @@ class Client:
 
     # ---------------------------------------------------------------- events
 
-    def _forked(self, parent: Memory, fd: int) -> None:
-        """A fork: the child's memory is a copy, with a descriptor of its own."""
-        areas = parent.areas.copy()
+    def _forked(self, parent: Memory, fd: int) -> Steps[None]:
+        """A fork: the child's memory is a copy, with a descriptor of its own. In steps."""
         name = f"a child of {parent.name}"
-        memory = self._memory(fd, areas, parent.page_size, parent.uncovered, name)
+        left = fd
+        try:
+            if not self._may_fork(parent):
+                log.error(
+                    "%r has too many children or pages, or has ended; %s gets errors", self, name
+                )
+                left = -1
+                ranges = [
+                    (area.start, area.length, area.page_size)
+                    for area in parent.areas
+                    if area.store is not None
+                ]
+                self.server.run(refuse(fd, ranges, name))
+                return
+            pages = parent.areas.pages
+            self.pages += pages  # already, for there may be more than one at a time
+            try:
+                areas = yield from parent.areas.copying()
+            finally:
+                self.pages -= pages
+            left = -1
+            memory = self._memory(fd, areas, parent.page_size, parent.uncovered, name)
+        finally:
+            if left >= 0:
+                os.close(left)
         memory.sole = True
-        if self._ending or len(self.memories) >= self.server.limits.memories:
-            log.error("%r has too many children, or has ended; %r gets errors", self, memory)
-            memory.close()
-            return
         memory.background = parent.background
         memory.recording = parent.recording
-        self.memories.append(memory)
+        self._add(memory)
         self._start(memory)
+
+    def _may_fork(self, parent: Memory) -> bool:
+        if self._ending or len(self.memories) >= self.server.limits.memories:
+            return False
+        try:
+            self._check_pages(parent.areas.pages)
+        except PeerError:
+            return False
+        return True
 
     def _gone(self, memory: Memory) -> None:
         if memory in self.memories:
             self.memories.remove(memory)
+            self.pages -= memory.charged
             self._past += memory.stats
         self._check_ended()
 
@@ -367,11 +441,11 @@ class Client:
         try:
             await on_client(self)
         except (AiouffdError, OSError) as error:
-            refuse = getattr(self.server.dialect, "refuse", None)
-            if refuse is not None:
+            refusal = getattr(self.server.dialect, "refusal", None)
+            if refusal is not None:
                 # What others than PeerError say may be nobody's business.
                 text = error.message if isinstance(error, PeerError) else "the server's own reasons"
-                await refuse(self, f"turned away: {text}")
+                await self.channel.dismiss(refusal(f"turned away: {text}", False), 1.0)
             raise PeerError(f"it is turned away: {error}") from error
 
     def _peer_ended(self) -> None:
@@ -429,17 +503,30 @@ class Client:
         self._ending = True
         for task in self._tasks:
             task.cancel()
-        while self.memories:
-            memory = self.memories.pop()
-            memory.sole = self._is_sole(memory)
-            if handed:
-                memory.let_go()
-            else:
-                memory.close()
-            self._past += memory.stats
-        self.channel.close()
-        self.peer.close()
-        self.ended.set()
+        try:
+            while self.memories:
+                memory = self.memories.pop()
+                memory.sole = self._is_sole(memory)
+                self._past += memory.stats
+                try:
+                    if handed:
+                        memory.let_go()
+                    else:
+                        memory.close()
+                except Exception as error:
+                    # The others are to be closed all the same.
+                    log.error("%r could not be closed: %r", memory, error)
+        finally:
+            self.pages = 0
+            self.channel.close()
+            self.peer.close()
+            self.ended.set()
+
+    async def give_up(self) -> None:
+        """Make errors of what is missing wherever nobody else has a copy of the descriptor, and
+        let go of that: `close` in steps."""
+        for memory in [memory for memory in self.memories if self._is_sole(memory)]:
+            await memory.give_up()
 
     def __repr__(self) -> str:
         return f"<Client {self.number}, process {self.peer.pid}>"

@@ -10,15 +10,18 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
 import time
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from .._lib import ffi, lib
 from .areas import AreaMap
 from .filling import AGAIN_FIRST
+from .states import STEP
 from .stats import MemoryStats
 
-__all__ = ["Ending", "make_errors", "make_errors_now"]
+__all__ = ["Ending", "make_errors", "make_errors_now", "refuse"]
 
 log = logging.getLogger("aiouffd")
 
@@ -27,6 +30,10 @@ _POISON: int = lib.AU_OP_POISON
 #: Seconds that making errors of all pages may take, if a stopped thread is in the way; and where
 #: the loop has to wait for it.
 GIVE_UP, GIVE_UP_NOW = 2.0, 0.01
+
+
+#: Pages that become errors in one call, which takes some 0.2 ms.
+PIECE = 4096
 
 
 class Ending(Protocol):
@@ -39,48 +46,102 @@ class Ending(Protocol):
     @property
     def closed(self) -> bool: ...
 
+    @property
+    def settling(self) -> bool:
+        """Whether the areas are not what they should be, because they are being changed."""
+
+    async def settled(self) -> None:
+        """Until that is over."""
+
     def read(self) -> dict[int, int]:
         """Read all there is to read."""
 
 
 async def make_errors(memory: Ending) -> None:
-    """Errors of all that is missing. Returns once that is so, or cannot be."""
+    """Errors of all that is missing. Returns once that is so, or cannot be. In steps."""
     loop = asyncio.get_running_loop()
     limit = loop.time() + GIVE_UP
-    while not memory.closed and _make_errors(memory):
-        if loop.time() > limit:
-            _complain(memory)
-            return
-        await asyncio.sleep(AGAIN_FIRST)
+    again = True
+    while again and not memory.closed:
+        await memory.settled()
+        again, version = False, memory.areas.version
+        for in_the_way in _make_errors(memory):
+            again = again or in_the_way
+            if not in_the_way:
+                limit = max(limit, loop.time() + GIVE_UP)
+            await asyncio.sleep(0)
+            if memory.closed:
+                return
+            if memory.settling or memory.areas.version != version:
+                again = True
+                break  # pages may be elsewhere now
+        else:
+            if again and loop.time() > limit:
+                _complain(memory)
+                return
+            if again:
+                await asyncio.sleep(AGAIN_FIRST)
 
 
 def make_errors_now(memory: Ending) -> None:
     """The same where the loop has to wait for it."""
     limit = time.monotonic() + GIVE_UP_NOW
-    while _make_errors(memory):
+    while any(list(_make_errors(memory))):
         if time.monotonic() > limit:
             _complain(memory)
             return
         time.sleep(20e-6)  # for the thread that is in the way: microseconds
 
 
-def _complain(memory: Ending) -> None:
+def _complain(memory: object) -> None:
     log.error("%r: it is stopped, and what it lacks may read as zeros later", memory)
 
 
-def _make_errors(memory: Ending) -> bool:
-    """Errors where something is missing. True if that cannot be yet."""
+def _make_errors(memory: Ending) -> Iterator[bool]:
+    """Errors where something is missing, piece by piece. True: that cannot be yet."""
     memory.read()
-    again = False
     for area in list(memory.areas) if not memory.closed else ():
         if area.store is None:
             continue
-        area.forget_absent()
         size = area.page_size
-        for low, high in area.missing(area.start, area.end):
-            result = lib.au_foreign_put(memory.fd, _POISON, low, ffi.NULL, high - low, size)
-            done = high - low if result >= 0 else ~result >> 8
-            area.mark_installed(low, low + done)
-            memory.stats.poisoned_pages += done // size
-            again = again or (result < 0 and ~result & 0xFF == errno.EAGAIN)
-    return again
+        for start in range(area.start, area.end, STEP * size):
+            end = min(start + STEP * size, area.end)
+            area.forget_absent(start, end)
+            for low, high in area.missing(start, end):
+                for at in range(low, high, PIECE * size):
+                    length = min(PIECE * size, high - at)
+                    result = lib.au_foreign_put(memory.fd, _POISON, at, ffi.NULL, length, size)
+                    done = length if result >= 0 else ~result >> 8
+                    area.mark_installed(at, at + done)
+                    memory.stats.poisoned_pages += done // size
+                    yield result < 0 and ~result & 0xFF == errno.EAGAIN
+
+
+async def refuse(fd: int, ranges: Sequence[tuple[int, int, int]], name: str) -> None:
+    """Errors in all ``ranges`` (first address, length, page size) of a process that is not served,
+    where nothing is there yet, and close its descriptor ``fd``, of which it has no copy. In
+    steps."""
+    loop = asyncio.get_running_loop()
+    messages = ffi.new("struct au_uffd_msg[]", 16)
+    limit = loop.time() + GIVE_UP
+    try:
+        for start, length, size in ranges:
+            at, end = start, start + length
+            while at < end:
+                piece = min(PIECE * size, end - at)
+                result = lib.au_foreign_put(fd, _POISON, at, ffi.NULL, piece, size)
+                done = piece if result >= 0 else ~result >> 8
+                at += done
+                if done:
+                    limit = loop.time() + GIVE_UP
+                elif ~result & 0xFF != errno.EAGAIN:
+                    return  # its process has ended, most likely
+                if loop.time() > limit:
+                    _complain(name)
+                    return
+                for message in messages[0 : max(0, lib.au_foreign_read(fd, messages, 16))]:
+                    if message.event == lib.AU_EVENT_FORK:
+                        os.close(message.arg.fork.ufd)
+                await asyncio.sleep(0 if done else AGAIN_FIRST)
+    finally:
+        os.close(fd)

@@ -13,10 +13,15 @@ Clients whose dialect connects again by itself (``Client.reconnects``) are simpl
 find the successor at the same path. But their forked children cannot, and are handed over as a
 client of their own, without a connection.
 
+Who the other one is, is asked of the kernel before a word is said: a process of our own user (or
+root's), behind a socket that nobody else can have put there. What it says is still not obeyed: it
+names objects, which have to be among those that the successor itself was given; and of the clients
+it sends the connections, of which the kernel says whose they are, and not numbers of processes.
+
 On the wire: `HELLO` from the successor; `READY` from it at the end, and `YOURS` back; between
-messages of `LENGTH` and that many bytes of JSON,
-compressed by zlib, and before each the descriptors that it names, `BATCH` at most per sendmsg.
-Both ends are of one version of this package or refuse each other.
+messages of `LENGTH` and that many bytes of JSON, compressed by zlib, and before each the
+descriptors that it names, `BATCH` at most per sendmsg. Page states are in a file of their own, one
+for each client. Both ends are of one version of this package or refuse each other.
 """
 
 from __future__ import annotations
@@ -28,10 +33,16 @@ import os
 import socket
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import AiouffdError, PeerError, SourceChangedError
+from ..errors import AiouffdError, PeerError, SourceChangedError, UsageError
+from ..once import cancelled_from_outside
+from ..places import Unsafe, check_directory
+from ..unix_sockets import bind_at, connect_to_own, unlink_own
+from . import states
 from .areas import Area
 from .channel import Channel
 from .client import Client
@@ -44,22 +55,18 @@ __all__ = ["Handover", "take_over"]
 
 log = logging.getLogger("aiouffd")
 
-HELLO = b"aiouffd handover 2\n"
+HELLO = b"aiouffd handover 3\n"
 #: Length of the JSON and number of descriptors that go before it.
 LENGTH = struct.Struct("<QQ")
 BATCH = 128
-#: Bytes of JSON in one message, before and after compression, that are believed.
-MESSAGE_MAX = 1 << 30
+#: Bytes of JSON in one message, before and after compression, and descriptors with it, that are
+#: believed.
+MESSAGE_MAX, FDS_MAX = 1 << 26, 1 << 16
 #: Seconds that each step of the other end may take.
 PATIENCE = 30.0
 READY, YOURS = b"ready\n", b"yours\n"
 #: Seconds for the old server's process to end, once its connection has.
 DYING = 2.0
-
-
-def handover_path(path: Path) -> Path:
-    """Where the server at ``path`` waits for its successor."""
-    return path.with_name(path.name + ".handover")
 
 
 # ----------------------------------------------------------------------- wire
@@ -76,7 +83,7 @@ async def _send(channel: Channel, content: Any, fds: list[int]) -> None:
 async def _receive(channel: Channel) -> tuple[Any, list[int]]:
     head, _ = await channel.recv_exactly(LENGTH.size)
     length, count = LENGTH.unpack(head)
-    if length > MESSAGE_MAX or count > 1 << 20:
+    if length > MESSAGE_MAX or count > FDS_MAX:
         raise PeerError("the other server sends what cannot be")
     fds: list[int] = []
     try:
@@ -105,18 +112,46 @@ def _close_all(fds: list[int]) -> None:
 # ------------------------------------------------------------------ describing
 
 
-def _describe(client: Client) -> tuple[dict[str, Any] | None, list[int]]:
-    """A client as JSON and descriptors: its connection, its pidfd, then its memories; for one that
-    reconnects those of its children alone. None if it has ended."""
+async def _send_client(channel: Channel, client: Client) -> None:
+    """Send a client as JSON and descriptors: its connection, its pidfd if it has one, its page
+    states, then its memories; of one that reconnects those of its children alone. None if it has
+    ended."""
     if client.ended.is_set():
-        return None, []
-    alone = client.reconnects
-    fds = [] if alone else [client.channel.fileno()]
-    pidfd = -1 if alone else client.peer.pidfd
-    if pidfd >= 0:
-        fds.append(pidfd)
-    memories = []
+        await _send(channel, None, [])
+        return
+    pages = states.new_file("aiouffd-handover")
+    try:
+        described = await _describe(client, pages)
+        if client.ended.is_set():  # meanwhile
+            await _send(channel, None, [])
+            return
+        content, memories = described
+        fds = [client.channel.fileno(), pages, *memories]
+        if content["pidfd"]:
+            fds.insert(1, client.peer.pidfd)
+        await _send(channel, content, fds)
+    finally:
+        os.close(pages)
+
+
+async def _describe(client: Client, pages: int) -> tuple[dict[str, Any], list[int]]:
+    """A client as JSON, the descriptors of its memories, and into the file ``pages`` the states
+    of all areas, one after the other."""
+    memories, fds, at = [], [], 0
     for memory in client.to_hand_over():
+        areas = []
+        for area in memory.areas:
+            assert area.states is not None
+            await states.save(area.states, pages, at)
+            at += len(area.states)
+            areas.append(
+                {
+                    "start": area.start,
+                    "length": area.length,
+                    "offset": area.offset,
+                    "store": None if area.store is None else client.server.reference_of(area.store),
+                }
+            )
         fds.append(memory.fd)
         memories.append(
             {
@@ -125,29 +160,16 @@ def _describe(client: Client) -> tuple[dict[str, Any] | None, list[int]]:
                 "uncovered": memory.uncovered,
                 "background": memory.background,
                 "sole": memory.sole,
-                "areas": [
-                    {
-                        "start": area.start,
-                        "length": area.length,
-                        "offset": area.offset,
-                        "store": None
-                        if area.store is None
-                        else client.server.reference_of(area.store),
-                        "states": zlib.compress(bytes(area.states or b""), 1).hex(),
-                    }
-                    for area in memory.areas
-                ],
+                "areas": areas,
             }
         )
-    peer = client.peer
     return {
-        "pid": peer.pid,
-        "uid": peer.uid,
-        "gid": peer.gid,
-        "pidfd": pidfd >= 0,
-        "connection": not alone,
+        "pidfd": client.peer.pidfd >= 0,
+        "alone": client.reconnects or client.alone,
         "complete_on_close": client.complete_on_close,
         "connected": client.connected,
+        "asked": client.asked,
+        "states": at,
         "memories": memories,
     }, fds
 
@@ -157,44 +179,83 @@ async def _restore(server: Server, item: dict[str, Any], fds: list[int]) -> Clie
     left = list(fds)
     client: Client | None = None
     try:
-        if item["connection"]:
-            connection = socket.socket(fileno=left.pop(0))
-        else:
-            connection, other = socket.socketpair()
-            other.close()
-        pidfd = left.pop(0) if item["pidfd"] else -1
-        peer = Peer(item["pid"], item["uid"], item["gid"], pidfd)
+        if len(left) != 2 + bool(item["pidfd"]) + len(item["memories"]):
+            raise PeerError(f"the other server sends a client with {len(left)} descriptors")
+        connection = socket.socket(fileno=left.pop(0))
+        try:
+            peer = Peer.of(connection, left.pop(0) if item["pidfd"] else -1)
+        except BaseException:
+            connection.close()
+            raise
         client = server.restored(Channel(connection, peer))
-        client.complete_on_close = item["complete_on_close"]
-        client.restore(item["connected"])
+        client.alone = bool(item["alone"])
+        client.complete_on_close = bool(item["complete_on_close"])
+        client.restore(connected=bool(item["connected"]) and not client.alone)
+        await _introduce(server, client, item["asked"])
+        pages = left.pop(0)
+        try:
+            known = await states.load(pages, item["states"])
+        finally:
+            os.close(pages)
+        at = 0
         for memory in item["memories"]:
-            areas = [
-                Area(
-                    area["start"],
-                    area["length"],
-                    await server.store_of(area["store"], client),
-                    area["offset"],
-                    memory["page_size"],
-                    memoryview(bytearray(zlib.decompress(bytes.fromhex(area["states"])))),
+            areas, size = [], memory["page_size"]
+            for area in memory["areas"]:
+                count = area["length"] // size
+                areas.append(
+                    Area(
+                        area["start"],
+                        area["length"],
+                        server.store_of(area["store"], client),
+                        area["offset"],
+                        size,
+                        known[at : at + count],
+                    )
                 )
-                for area in memory["areas"]
-            ]
+                at += count
+            if memory["uncovered"] not in ("poison", "zero"):
+                raise PeerError(f"the other server has memory that is {memory['uncovered']!r}")
             adopted = client.adopt(
                 left.pop(0),
                 areas,
-                page_size=memory["page_size"],
+                page_size=size,
                 uncovered=memory["uncovered"],
-                background=memory["background"],
-                name=memory["name"],
+                background=bool(memory["background"]),
+                name=str(memory["name"])[:200],
                 start=False,
             )
-            adopted.sole = memory["sole"]
+            adopted.sole = bool(memory["sole"])
         return client
-    except BaseException:
+    except BaseException as error:
         _close_all(left)
         if client is not None:
             server.drop_restored(client)
+        if isinstance(error, KeyError | TypeError | AttributeError | ZeroDivisionError | OSError):
+            raise PeerError(f"the other server says what cannot be: {error!r}") from error
         raise
+
+
+async def _introduce(server: Server, client: Client, asked: Any) -> None:
+    """Have a client get its objects as one that comes anew does: from our own configuration."""
+    if not server.may_serve(client.peer):
+        raise UsageError(
+            f"the other server serves {client.peer!r}, which this one may not",
+            hint="give both the same allow=",
+        )
+    try:
+        if server.on_client is not None:
+            await server.on_client(client)
+        restore = getattr(server.dialect, "restore", None)
+        if restore is not None and asked is not None:
+            await restore(client, str(asked))
+    except asyncio.CancelledError as error:
+        if cancelled_from_outside():
+            raise
+        raise UsageError(f"on_client has failed for {client!r}: {error!r}") from error
+    except (AiouffdError, OSError) as error:
+        raise UsageError(f"{client!r} of the other server is turned away: {error}") from error
+    except Exception as error:
+        raise UsageError(f"on_client has failed for {client!r}: {error!r}") from error
 
 
 # ------------------------------------------------------------------- old server
@@ -203,20 +264,14 @@ async def _restore(server: Server, item: dict[str, Any], fds: list[int]) -> Clie
 class Handover:
     """The side of the server that is asked to go. On its loop."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, path: Path) -> None:
+        """Raises Unsafe where somebody else could put another socket in the place of ours."""
         self._server = server
-        self._path = handover_path(server.path)
+        self._path = path
         self._loop = asyncio.get_running_loop()
-        self._path.unlink(missing_ok=True)
-        self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        before = os.umask(0o177)
-        try:
-            self._listening.bind(str(self._path))
-        except BaseException:
-            self._listening.close()
-            raise
-        finally:
-            os.umask(before)
+        check_directory(os.path.dirname(os.path.abspath(path)))
+        self._listening, self._identity = bind_at(path, 0o600)
+        self._listening.setblocking(False)
         self._listening.listen(1)
         self._loop.add_reader(self._listening.fileno(), self._accept)
         self._task: asyncio.Task[None] | None = None
@@ -226,8 +281,14 @@ class Handover:
             connection, _ = self._listening.accept()
         except OSError:
             return
-        peer = Peer.of(connection)
+        try:
+            peer = Peer.of(connection)
+        except OSError:
+            connection.close()
+            return
         if self._task is not None or not same_user(peer):
+            if not same_user(peer):
+                log.warning("%r wants to take over from %r, and may not", peer, self._server)
             peer.close()
             connection.close()
             return
@@ -246,10 +307,10 @@ class Handover:
             async with asyncio.timeout(PATIENCE):
                 listening = server.listening_fd()
                 # Also of clients that connect again by themselves: they would be turned away.
-                head = {"clients": len(clients), "mode": server.mode, "object": server.shown()}
+                head = {"clients": len(clients), "object": server.shown()}
                 await _send(channel, head, [listening] if listening >= 0 else [])
                 for client in clients:
-                    await _send(channel, *_describe(client))
+                    await _send_client(channel, client)
                 said, _ = await channel.recv_exactly(len(READY))
             # No waiting from here on. If it cannot be said the successor has died, or finds us
             # alive and gives up: then it is for us to go on.
@@ -268,43 +329,45 @@ class Handover:
             server.was_taken_over()
 
     async def aclose(self) -> None:
-        """Wait for no successor any more. Idempotent."""
-        if self._listening.fileno() < 0:
-            return
-        self._loop.remove_reader(self._listening.fileno())
-        self._listening.close()
-        if self._task is not None and self._task is not asyncio.current_task():
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-
-    def remove(self) -> None:
-        """Remove the socket, which after a take-over is the successor's."""
-        self._path.unlink(missing_ok=True)
+        """Wait for no successor any more. The socket is removed, unless another one is there by
+        now: a successor's. Idempotent."""
+        if self._listening.fileno() >= 0:
+            self._loop.remove_reader(self._listening.fileno())
+            unlink_own(self._path, self._identity)
+            self._listening.close()
+        task = self._task
+        if task is not None and task is not asyncio.current_task():
+            task.cancel()
+            await asyncio.wait((task,))
 
 
 # ------------------------------------------------------------------- successor
 
 
 async def take_over(server: Server) -> socket.socket | None:
-    """Take over from the server at ``server.path``: its clients, and its listening socket, which is
-    returned. None if nobody is there.
+    """Take over from the server at ``server.handover_path``: its clients, and its listening socket,
+    which is returned. None if nobody is there.
 
-    Raises SourceChangedError when this server's object is not what the clients' memory shows, and
-    PeerError when the other one does not keep to the protocol, or gives up; it then goes on. If it
-    dies in the middle, the clients that it has given are served, and None may be returned.
+    Raises Unsafe (a PermissionError) when others than root and this user may have put there what
+    listens; UsageError and SourceChangedError when this server was not given the objects that the
+    clients' memory shows, or may not serve them; and PeerError when the other one does not keep to
+    the protocol, or gives up; it then goes on. If it dies in the middle, the clients that it has
+    given are served, and None may be returned.
     """
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    path = server.handover_path
+    assert path is not None
     try:
-        connection.connect(str(handover_path(server.path)))
+        connection, identity = connect_to_own(path)
     except (FileNotFoundError, ConnectionRefusedError):
-        connection.close()
         return None
+    except Unsafe as error:
+        raise Unsafe(
+            f"{error.strerror}: others may pose as the server to take over from"
+            " (give both servers handover=, a path in a directory of their own)",
+            error.filename,
+        ) from error
     except BlockingIOError:
-        connection.close()
         raise PeerError(f"others wait to take over from the server at {server.path}") from None
-    except BaseException:
-        connection.close()
-        raise
     channel = Channel(connection, Peer.of(connection))
     clients: list[Client] = []
     listening: socket.socket | None = None
@@ -314,12 +377,16 @@ async def take_over(server: Server) -> socket.socket | None:
                 await channel.send(HELLO)
                 head, fds = await _receive(channel)
                 if fds:
-                    listening = socket.socket(fileno=fds[0])
-                if head.get("object") is not None:
-                    server.check_shows(head["object"])
-                for _ in range(head["clients"]):
+                    listening = _listening_socket(fds)
+                with _plausible():
+                    count, shown = int(head["clients"]), head["object"]
+                    if shown is not None:
+                        server.check_shows(shown)
+                for _ in range(count):
                     item, fds = await _receive(channel)
-                    if item is not None:
+                    if item is None:
+                        _close_all(fds)
+                    else:
                         clients.append(await _restore(server, item, fds))
                 await channel.send(READY)
             await _until_ours(channel)
@@ -332,18 +399,41 @@ async def take_over(server: Server) -> socket.socket | None:
             )
         for client in clients:
             client.start_all()
+        unlink_own(path, identity)  # it has said its last word there
         return listening
-    except BaseException as error:
+    except BaseException:
         for client in clients:
             server.drop_restored(client)
         if listening is not None:
             listening.close()
-        if isinstance(error, KeyError | TypeError):
-            raise PeerError(f"the other server says what cannot be: {error!r}") from error
         raise
     finally:
         channel.close()
         channel.peer.close()
+
+
+@contextmanager
+def _plausible() -> Iterator[None]:
+    """What another server says is taken apart here."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise PeerError(f"the other server says what cannot be: {error!r}") from error
+
+
+def _listening_socket(fds: list[int]) -> socket.socket:
+    """The one of ``fds`` that came, all of which it takes."""
+    try:
+        found = socket.socket(fileno=fds[0])
+    except OSError as error:
+        _close_all(fds)
+        raise PeerError("the other server sends something else for its socket") from error
+    _close_all(fds[1:])
+    kind = (found.family, found.type, found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    if kind != (socket.AF_UNIX, socket.SOCK_STREAM, 1):
+        found.close()
+        raise PeerError("the other server sends a socket that does not listen")
+    return found
 
 
 def _say(channel: Channel, word: bytes) -> bool:

@@ -13,6 +13,8 @@ Facts about the kernel that shape this file (Linux 6.18; all since 4.11):
 - An event is told before it takes effect (REMOVE) or after (the others). A page that is filled
   between the two is dropped again with the rest, and its next touch is another fault.
 - Who waits for a page is not woken when the page goes: after UNMAP and REMAP we wake the old range.
+- What is much to note down (a madvise over terabytes) is noted in steps, between which others have
+  their turn. Meanwhile nothing of this client is read or filled: it waits for what it asked for.
 - A forked child has its own descriptor, which comes with the event, and its memory is a copy as of
   the fork. Nothing can be filled between the copying and our reading of the event.
 
@@ -25,16 +27,18 @@ SIGBUS, or zeros if that is the dialect's rule. It never gets zeros in place of 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
 import struct
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from .._lib import ffi, lib, pin
 from ..errors import ClosedError
-from .areas import INSTALLED, REMOVED, Area, AreaMap
+from .areas import INSTALLED, REMOVED, Area, AreaMap, Steps, at_once
 from .bringing import Bringer
 from .ending import make_errors, make_errors_now
 from .filling import Filler
@@ -73,6 +77,14 @@ _BATCHES = 2
 #: in a system call that has a signal faults over and over until its page comes.
 REPEATS, REPEATS_PAUSE = 16, 0.001
 
+#: Work of events (see `AreaMap.work`) that is done before others have their turn; some 0.2 ms.
+WORK_MAX = 1 << 18
+#: Areas with which messages are answered natively; where there are more, changes cost too much.
+AT_HAND_MAX = 512
+#: Addresses for which threads wait, or that are to become errors, before the oldest are forgotten:
+#: who still waits there asks again.
+WAITING_MAX = 1 << 16
+
 
 class Memory:
     """One address space of another process. Made by `Client.adopt`. One loop; not thread-safe.
@@ -91,7 +103,7 @@ class Memory:
         readahead: int = 0,
         page_size: int = 4096,
         name: str = "",
-        forked: Callable[[Memory, int], None] | None = None,
+        forked: Callable[[Memory, int], Steps[None]] | None = None,
         gone: Callable[[Memory], None] | None = None,
         failed: Callable[[Memory, BaseException], bool] | None = None,
         reserve: Reserve | None = None,
@@ -111,6 +123,8 @@ class Memory:
         #: The process has no copy of the descriptor, as forked children have none: with ours the
         #: last one goes, and what is missing would read as zeros. So it becomes errors before.
         self.sole = False
+        #: Pages that its client was charged for it.
+        self.charged = 0
         #: While somebody records: (store, block) in the order of their first need.
         self.recording: dict[tuple[BlockStore, int], None] | None = None
         self._reactor = reactor
@@ -132,6 +146,11 @@ class Memory:
         self._forked, self._gone, self._failed = forked, gone, failed
         self._reserve = reserve
         self._closed = self._paused = self._muted = False
+        # Events that are read and not applied yet, because that takes steps.
+        self._backlog: deque[tuple[int, int, int, int]] = deque()
+        self._applying: Steps[None] | None = None
+        self._settling: asyncio.Task[None] | None = None
+        self._work = 0
         self._zeros: Any = ffi.NULL if page_size == 4096 else ffi.new("uint8_t[]", page_size)
 
     # ------------------------------------------------------------------ begin
@@ -159,6 +178,7 @@ class Memory:
 
     def serve_some(self) -> None:
         """Read all that there is to read, then act. Called when the descriptor is readable."""
+        self._work = 0
         try:
             self._serve_some()
         except Exception as error:
@@ -205,7 +225,7 @@ class Memory:
         self._at_hand_version = self.areas.version
         self._keep.clear()
         found = []
-        for area in self.areas:
+        for area in self.areas if len(self.areas) <= AT_HAND_MAX else ():
             data = None if area.store is None else area.store.memory
             if data is None or area.offset + area.length > len(data) or area.states is None:
                 continue
@@ -223,7 +243,7 @@ class Memory:
         self._repeated = 0
         self._serve_all(faults)
         self._repeats = self._repeats + 1 if faults and self._repeated == len(faults) else 0
-        if self._repeats >= REPEATS and not self._closed and not self._muted:
+        if self._repeats >= REPEATS and not self._closed and not self._muted and not self._off:
             self._repeats = 0
             self._mute()
             self._loop.call_later(REPEATS_PAUSE, self._unmute)
@@ -233,7 +253,7 @@ class Memory:
         self._muted = True
 
     def _unmute(self) -> None:
-        if self._muted and not self._closed and not self._paused:
+        if self._muted and not self._closed and not self._off:
             self._muted = False
             try:
                 self._reactor.add(self)
@@ -242,7 +262,7 @@ class Memory:
 
     def _serve_all(self, faults: dict[int, int]) -> None:
         for address, flags in faults.items():
-            if self._closed:
+            if self._closed or self._off:
                 return
             self.serve(address, flags)
 
@@ -250,7 +270,7 @@ class Memory:
         """Drain the descriptor and apply the events. Returns addresses of faults, and flags."""
         faults: dict[int, int] = {}
         for _ in range(_BATCHES):
-            if self._closed:
+            if self._closed or self._settling is not None:
                 break
             count = lib.au_foreign_read(self.fd, self._messages, _BATCH)
             if count < 0:
@@ -269,6 +289,7 @@ class Memory:
 
     def hear(self) -> dict[int, int]:
         """The same, and from now on whenever there is something to read."""
+        self._work = 0
         self._unmute()
         return self.read()
 
@@ -278,24 +299,40 @@ class Memory:
             if event == _PAGEFAULT:
                 self.stats.faults += b not in faults
                 faults[b] = a
+            elif self._backlog or self._is_much(event, a, b, c):
+                self._backlog.append((event, a, b, c))
             else:
-                self._apply(event, a, b, c, faults)
+                at_once(self._apply(event, a, b, c, faults))
+        if self._backlog and self._settling is None and not self._closed:
+            self._halt()
+            self._settling = self._loop.create_task(self._settle())
 
-    def _apply(self, event: int, a: int, b: int, c: int, faults: dict[int, int]) -> None:
+    def _is_much(self, event: int, a: int, b: int, c: int) -> bool:
+        """Whether an event makes more work than is done in one go, with those before it."""
+        areas = self.areas
+        if event == _FORK:
+            self._work += areas.pages + len(areas)
+        elif event == _REMAP:
+            self._work += areas.work(a, a + c) + areas.work(b, b + c)
+        else:
+            self._work += areas.work(a, b)
+        return self._work > WORK_MAX
+
+    def _apply(self, event: int, a: int, b: int, c: int, faults: dict[int, int]) -> Steps[None]:
         self.stats.events += 1
         if event == _REMOVE:
-            self.areas.removed(a, b)
+            yield from self.areas.removing(a, b)
             # Who waits there is owed zeros now, not the bytes that are under way.
             for address in self._waiting_in(a, b):
                 faults.setdefault(address, 0)
             self._owe_nothing(a, b)
         elif event == _UNMAP:
-            self.areas.unmapped(a, b)
+            yield from self.areas.unmapping(a, b)
             self._filler.not_again(a, b)
             self._owe_nothing(a, b)
             lib.au_abi_wake(self.fd, a, b - a)
         elif event == _REMAP:
-            self.areas.moved(a, b, c)
+            yield from self.areas.moving(a, b, c)
             self._filler.not_again(a, a + c)
             self._filler.not_again(b, b + c)
             self._owe_nothing(a, a + c)
@@ -305,13 +342,64 @@ class Memory:
             self.stats.forks += 1
             child = a & 0xFFFFFFFF
             if self._forked is not None:
-                self._forked(self, child)
+                yield from self._forked(self, child)
             else:
                 os.close(child)
             if self._reserve is not None:
                 self._reserve.fill()
         else:
             log.debug("%r: an unknown event %#x", self, event)
+
+    # --------------------------------------------------------------- in steps
+
+    async def _settle(self) -> None:
+        """Apply the events of the backlog in steps, and then go on. Who waits meanwhile has been
+        forgotten, is woken at the end, and asks again."""
+        try:
+            while not self._closed:
+                if not self._step():
+                    break
+                await asyncio.sleep(0)
+        except Exception as error:
+            self.broken(error)
+        finally:
+            self._settling = None
+        if not self._closed:
+            self._go_on()
+
+    def _step(self) -> bool:
+        """One step of the backlog; whether there may be another one."""
+        if self._applying is None:
+            if not self._backlog:
+                return False
+            # Nobody waits whom it could owe anything.
+            self._applying = self._apply(*self._backlog.popleft(), {})
+        try:
+            next(self._applying)
+        except StopIteration:
+            self._applying = None
+        return True
+
+    async def settled(self) -> None:
+        """Until all events that were read have been applied."""
+        while self._settling is not None and not self._closed:
+            await asyncio.wait((self._settling,))
+
+    def settle_now(self) -> None:
+        """The same, however long it takes."""
+        while self._step():
+            pass
+        self._settling = None
+
+    @property
+    def settling(self) -> bool:
+        """Whether events were read that are not applied yet."""
+        return self._settling is not None
+
+    @property
+    def _off(self) -> bool:
+        """Nothing is read or filled now."""
+        return self._paused or self._settling is not None
 
     def _owe_nothing(self, start: int, end: int) -> None:
         """No error is to be made where something else may be now."""
@@ -331,6 +419,8 @@ class Memory:
     def serve(self, address: int, flags: int = 0) -> None:
         """A thread waits for ``address``, or something is to be tried again there. Gives it what it
         is owed, or has it brought."""
+        if self._off:
+            return
         area = self.areas.find(address)
         size = self.page_size if area is None else area.page_size
         page = address & -size
@@ -375,6 +465,8 @@ class Memory:
             waiting = self._wanted.setdefault((store, block), [])
             if not waiting:
                 store.want(block, self)
+                if len(self._wanted) > WAITING_MAX:
+                    self._forget_oldest()
             if page in waiting:
                 self._repeated += 1
             else:
@@ -382,11 +474,16 @@ class Memory:
         if self.readahead and self.recording is None:
             self._bringer.ahead(store, block, self.readahead)
 
+    def _forget_oldest(self) -> None:
+        """Threads that wait for so many blocks there are hardly; some are gone, by a signal."""
+        for page in self._wanted.pop(next(iter(self._wanted))):
+            lib.au_abi_wake(self.fd, page, self.page_size)
+
     def landed(self, store: BlockStore, block: int, data: memoryview | None) -> None:
         """A block has come. The map says where it belongs by now, if anywhere."""
         waiting = self._wanted.pop((store, block), ())
         liked = self._bringer.heard(store, block)
-        if self._closed or self._paused:
+        if self._closed or self._off:
             return
         for page in waiting:
             area = self._still(store, block, page)
@@ -414,7 +511,7 @@ class Memory:
         """A block could not be had, for good."""
         waiting = self._wanted.pop((store, block), ())
         self._bringer.heard(store, block)
-        if waiting and not self._closed and not self._paused:
+        if waiting and not self._closed and not self._off:
             self.lost(store, block, error, waiting)
 
     def lost(
@@ -485,6 +582,10 @@ class Memory:
             lib.au_abi_wake(self.fd, page, size)
         elif not self._closed:
             self._owed[page] = why
+            if len(self._owed) > WAITING_MAX:
+                oldest = next(iter(self._owed))
+                del self._owed[oldest]
+                lib.au_abi_wake(self.fd, oldest, size)
 
     # ------------------------------------------------------------- background
 
@@ -495,6 +596,7 @@ class Memory:
     async def complete(self) -> None:
         """Bring everything that is still missing, in the background. Returns once it is there, or
         the memory has ended. Raises SourceError when a part could not be had."""
+        await self.settled()
         await self._bringer.complete()
 
     def caught_up(self) -> None:
@@ -526,7 +628,7 @@ class Memory:
             # There may be events, of a fork for example. Who waits is woken by closing.
             self._serve_all(self.read())
         if not self._closed:
-            if self._bringer.may_miss():
+            if self.settling or self._bringer.may_miss():
                 return False
             self._end()
         return True
@@ -542,6 +644,9 @@ class Memory:
         """Read nothing and fill nothing until `resume`, because somebody else may begin to. What is
         under way is forgotten: who waits is woken by whoever starts next, and asks again."""
         self._paused = True
+        self._halt()
+
+    def _halt(self) -> None:
         self._filler.rest()
         self._reactor.remove(self.fd)
         self._forget()
@@ -550,8 +655,16 @@ class Memory:
         """Serve again after `pause`, or for the first time."""
         if not self._closed:
             self._paused = False
-            self._filler.go_on()
+            self._go_on()
+
+    def _go_on(self) -> None:
+        if self._off:
+            return
+        self._filler.go_on()
+        try:
             self.start()
+        except OSError as error:
+            self.broken(error)
 
     def close(self) -> None:
         """Stop, and close the descriptor. Threads that wait stay blocked for as long as
@@ -562,6 +675,7 @@ class Memory:
         if not self._closed:
             if self.sole:
                 self.sole = False
+                self.settle_now()
                 make_errors_now(self)
             if not self._closed:
                 self.release(self._stop())
@@ -577,6 +691,7 @@ class Memory:
 
     def _stop(self) -> int:
         self._closed = True
+        self._drop_backlog()
         self._filler.stop()
         self._reactor.remove(self.fd)
         self._forget()
@@ -586,6 +701,16 @@ class Memory:
         self.ended.set()
         fd, self.fd = self.fd, -1
         return fd
+
+    def _drop_backlog(self) -> None:
+        applying, self._applying = self._applying, None
+        if applying is not None:
+            with contextlib.suppress(ValueError):  # it is what ends us
+                applying.close()
+        for event, a, _, _ in self._backlog:
+            if event == _FORK:
+                os.close(a & 0xFFFFFFFF)
+        self._backlog.clear()
 
     def _forget(self) -> None:
         self._muted = False

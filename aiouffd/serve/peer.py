@@ -12,14 +12,15 @@ import errno
 import os
 import signal
 import socket
-import struct
 from collections.abc import Callable
 from typing import TypeAlias
+
+from ..places import is_trusted
+from ..unix_sockets import credentials
 
 __all__ = ["Peer", "Policy", "anybody", "same_user"]
 
 _SO_PEERPIDFD = 77
-_CREDENTIALS = struct.Struct("3i")
 
 
 class Peer:
@@ -32,21 +33,30 @@ class Peer:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @classmethod
-    def of(cls, connection: socket.socket) -> Peer:
-        """Who connected ``connection``, an accepted Unix socket."""
-        size = _CREDENTIALS.size
-        raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-        pid, uid, gid = _CREDENTIALS.unpack(raw)
-        pidfd = -1
+    def of(cls, connection: socket.socket, noted: int | None = None) -> Peer:
+        """Who connected ``connection``, a Unix socket that was accepted just now. Raises OSError.
+
+        :param noted: where that is longer ago: the pidfd that was noted then, or -1, which is used
+            where the kernel does not know by itself. Taken over, also when this fails.
+        """
         try:
-            pidfd = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
-        except OSError as error:
-            # Where the kernel knows the option, a process that it does not find has ended, and its
-            # number may be somebody else's by now.
-            if pid and error.errno == errno.ENOPROTOOPT:
-                with contextlib.suppress(OSError):
-                    pidfd = os.pidfd_open(pid)
-        return cls(pid, uid, gid, pidfd)
+            pid, uid, gid = credentials(connection)
+            pidfd = -1
+            try:
+                pidfd = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+            except OSError as error:
+                # Where the kernel knows the option, a process that it does not find has ended, and
+                # its number may be somebody else's by now.
+                if pid and error.errno == errno.ENOPROTOOPT:
+                    if noted is None:
+                        with contextlib.suppress(OSError):
+                            pidfd = os.pidfd_open(pid)
+                    elif _pid_of(noted) == pid:
+                        pidfd, noted = noted, -1
+            return cls(pid, uid, gid, pidfd)
+        finally:
+            if noted is not None and noted >= 0:
+                os.close(noted)
 
     @property
     def alive(self) -> bool | None:
@@ -96,13 +106,26 @@ class Peer:
         return f"<Peer process {self.pid}, user {self.uid}>"
 
 
+def _pid_of(pidfd: int) -> int:
+    """Whose pidfd it is, by the kernel's word; -1 if it is none, or its process has ended."""
+    try:
+        with open(f"/proc/self/fdinfo/{pidfd}") as file:
+            for line in file:
+                name, _, value = line.partition(":")
+                if name == "Pid":
+                    return int(value)
+    except (OSError, ValueError):
+        pass
+    return -1
+
+
 #: Says whether a process may be served.
 Policy: TypeAlias = Callable[[Peer], bool]
 
 
 def same_user(peer: Peer) -> bool:
     """This process's own user, and root: what the socket's mode 0600 says as well."""
-    return peer.uid in (0, os.geteuid())
+    return is_trusted(peer.uid)
 
 
 def anybody(peer: Peer) -> bool:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import inspect
 import logging
 import os
 import socket
-import stat
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from ..errors import ClosedError, PeerError, UsageError
+from ..once import Once, cancelled_from_outside
+from ..places import Unsafe, is_trusted
+from ..unix_sockets import Identity, bind_at, identity_of, unlink_own
 from ..workingset import WorkingSet
-from .blocks import BLOCK_SIZE, KEEP, BlockStore
+from .blocks import BLOCK_SIZE, KEEP, BlockStore, end_all
 from .channel import Channel
 from .client import Client, Limits, OnFailure
 from .dialects import Dialect, dialect_named
@@ -36,6 +40,12 @@ PROBE = 2.0
 #: Connections accepted in one turn of the loop (others are served meanwhile), and the pause when no
 #: descriptor is free, seconds.
 ACCEPTS, ACCEPT_PAUSE = 4, 0.1
+#: Connections that may wait to be accepted.
+BACKLOG = 128
+#: Seconds after which one that has handed nothing over may lose its place to anybody who comes.
+SILENT = 1.0
+#: Who is told at a time why it is turned away, and for how many seconds it is listened to then.
+REFUSING, REFUSAL = 16, 1.0
 #: How many times in so many seconds it is told that a process is dropped for the same reason, and
 #: how many such cases are told in that time.
 TELL_TIMES, TELL_AGAIN, TOLD_MAX = 5, 30.0, 100
@@ -60,7 +70,7 @@ def listen(
     on_failure: OnFailure | None = None,
     prefetch: WorkingSet | str | os.PathLike[str] | None = None,
     record: bool = False,
-    handover: bool = True,
+    handover: bool | str | os.PathLike[str] = True,
     take_over: bool = False,
     **options: Any,
 ) -> Server:
@@ -92,12 +102,16 @@ def listen(
         Firecracker, because KVM may take a page with an error for a device.
     :param prefetch: a working set that is brought ahead for every client.
     :param record: note what clients need; `Client.working_set` has it.
-    :param handover: let a successor take over, through a second socket beside the first.
-    :param take_over: be the successor of the server at ``path``, if there is one.
+    :param handover: let a successor take over, through a second socket: ``path`` with
+        ``.handover`` behind it, or another path. It is only made where nobody but root and this
+        user could put another one in its place.
+    :param take_over: be the successor of the server at ``path``, if there is one; give both the
+        same ``handover``. Its clients get no other objects than this server was given: by
+        ``source``, by the dialect, or by ``on_client``, which is called for them too.
     :param options: the rest goes to the source.
 
-    Raises, when entered, what opening the source raises, OSError when the socket cannot be made,
-    and UsageError.
+    Raises, when entered, what opening the source raises, OSError when the socket cannot be made
+    (PermissionError for ``take_over`` where others may pose as the server), and UsageError.
     """
     if prefetch is not None and not isinstance(prefetch, WorkingSet):
         prefetch = WorkingSet.load(prefetch)
@@ -151,7 +165,7 @@ class Server:
         on_failure: OnFailure,
         prefetch: WorkingSet | None,
         record: bool,
-        handover: bool,
+        handover: bool | str | os.PathLike[str],
         take_over: bool,
         options: dict[str, Any],
     ) -> None:
@@ -176,45 +190,83 @@ class Server:
         self.refused = 0
         self._source, self._options = source, options
         self._allow, self.mode = allow, mode
-        self._may_hand_over, self._take_over = handover, take_over
+        #: Where a successor connects; None if there can be none.
+        self.handover_path: Path | None = None
+        if handover is True:
+            self.handover_path = path.with_name(path.name + ".handover")
+        elif handover is not False:
+            self.handover_path = Path(handover)
+        if take_over and self.handover_path is None:
+            raise UsageError("take_over goes with handover")
+        self._take_over = take_over
         self._handover: Handover | None = None
         #: Set once a successor serves all clients. Nothing is left to do but close.
         self.taken_over = asyncio.Event()
         self._max_clients = max_clients
+        self._settings = {"block_size": block_size, "keep": keep, "deadline": deadline}
         #: What clients are served from.
-        self.stores = Stores(block_size=block_size, keep=keep, deadline=deadline)
+        self.stores = Stores(**self._settings)
         self._past = MemoryStats()
         self._listening: socket.socket | None = None
-        self._identity: tuple[int, int] | None = None
+        self._identity: Identity | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        # Who has handed nothing over yet, the oldest first.
+        self._silent: dict[Client, None] = {}
         self._number = 0
         self._told: dict[tuple[int, str], tuple[float, int]] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._refusing: set[asyncio.Task[None]] = set()
         self._open = self._closed = self._handed = False
+        self._opening: Once[None] = Once("opening the server", abandon=True)
+        # Bringing what clients are owed first can be given up, what comes after it cannot.
+        self._draining: Once[None] = Once("draining the server", keep_failure=True, abandon=True)
+        self._ending: Once[None] = Once("closing the server", keep_failure=True)
 
     # ------------------------------------------------------------------- open
 
     async def open(self) -> Server:
-        """Open the source and listen. What ``async with`` does."""
+        """Open the source and listen. What ``async with`` does. One that has failed can be tried
+        again. Raises ClosedError if the server is closed, also meanwhile."""
         if self._closed:
             raise ClosedError("the server is closed")
-        if self._open:
-            return self
+        try:
+            await self._opening(self._open_all, self._close_all)
+        except asyncio.CancelledError:
+            if cancelled_from_outside():
+                raise
+            raise ClosedError("the server was closed while it opened") from None
+        return self
+
+    async def _open_all(self) -> None:
         self._loop = asyncio.get_running_loop()
         self.reactor, self.reserve = Reactor(), Reserve()
         try:
+            if self.stores.closed:  # by an attempt before
+                self.stores = Stores(**self._settings)
             if self._source is not None:
                 self.store = await self.stores.get(self._source, self._options, self)
             if self._take_over:
                 self._listening = await take_over(self)
             self._listen()
-            if self._may_hand_over:
-                self._handover = Handover(self)
+            self._listen_for_successor()
+            self._open = True
         except BaseException:
             await self._close_all()
             raise
-        self._open = True
-        return self
+
+    def _listen_for_successor(self) -> None:
+        if self.handover_path is None:
+            return
+        try:
+            self._handover = Handover(self, self.handover_path)
+        except Unsafe as error:
+            log.warning(
+                "%r: no successor can take over, for others could pose as one: %s"
+                " (give handover= a path in a directory of your own)",
+                self, error,
+            )  # fmt: skip
+        except OSError as error:
+            raise self._named(error, self.handover_path) from error
 
     async def __aenter__(self) -> Server:
         return await self.open()
@@ -229,54 +281,26 @@ class Server:
 
     def _listen(self) -> None:
         if self._listening is None:
-            self._bind()
-        assert self._listening is not None
+            try:
+                self._listening, self._identity = bind_at(self.path, self.mode)
+            except OSError as error:
+                raise self._named(error, self.path) from error
+            self._listening.listen(BACKLOG)
+        else:
+            self._identity = identity_of(self.path)
         self._listening.setblocking(False)
-        status = self.path.stat()
-        self._identity = (status.st_dev, status.st_ino)
         self._loop.add_reader(self._listening.fileno(), self._accept)
 
-    def _bind(self) -> None:
-        self._remove_stale()
-        self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        # The mode has to be right from the first moment on.
-        before = os.umask(0o777 & ~self.mode)
-        try:
-            self._listening.bind(str(self.path))
-        except BaseException as error:
-            self._listening.close()
-            self._listening = None
-            if isinstance(error, OSError):
-                raise self._named(error) from error
-            raise
-        finally:
-            os.umask(before)
-        self._listening.listen(128)
-
-    def _named(self, error: OSError) -> Exception:
-        """Why the socket cannot be made, with its name."""
+    @staticmethod
+    def _named(error: OSError, path: Path) -> Exception:
+        """Why a socket cannot be made, with its name."""
         if error.errno is None:  # Python's own check
-            return UsageError(f"{self.path}: {error}", hint="use a shorter path for the socket")
+            return UsageError(f"{path}: {error}", hint="use a shorter path for the socket")
+        if error.errno != errno.EADDRINUSE:
+            return error
         text = os.strerror(error.errno)
-        if error.errno == errno.EADDRINUSE:
-            text += " (another server, which a successor with take_over could continue, or a file)"
-        return OSError(error.errno, text, str(self.path))
-
-    def _remove_stale(self) -> None:
-        """A socket that a dead server left is in the way; anything else stays."""
-        try:
-            if not stat.S_ISSOCK(self.path.lstat().st_mode):
-                return
-        except OSError:
-            return
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.setblocking(False)
-            try:
-                probe.connect(str(self.path))
-            except ConnectionRefusedError:
-                self.path.unlink(missing_ok=True)
-            except OSError:
-                pass
+        text += " (another server, which a successor with take_over could continue, or a file)"
+        return OSError(error.errno, text, str(path))
 
     # ---------------------------------------------------------------- clients
 
@@ -290,13 +314,7 @@ class Server:
             except BlockingIOError:
                 return
             except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE) and self.reserve.give():
-                    # Turn it away, which takes a descriptor, instead of letting it wait for ever.
-                    with contextlib.suppress(OSError):
-                        listening.accept()[0].close()
-                    self.reserve.fill()
-                    self.refused += 1
-                    log.error("no descriptor is free for another client")
+                if error.errno in (errno.EMFILE, errno.ENFILE) and self._find_descriptor(listening):
                     continue
                 log.error("accepting a client failed: %s", error)
                 self._loop.remove_reader(listening.fileno())
@@ -304,33 +322,151 @@ class Server:
                 return
             self._welcome(connection)
 
+    def _find_descriptor(self, listening: socket.socket) -> bool:
+        """Do something about a client that waits, where no descriptor is free. False: nothing can
+        be done."""
+        silent = self._silent_one(None)
+        if silent is not None:
+            self._drop_silent(silent)
+            return True
+        if not self.reserve.give():
+            return False
+        # Turn it away, which takes a descriptor, instead of letting it wait for ever.
+        with contextlib.suppress(OSError):
+            listening.accept()[0].close()
+        self.reserve.fill()
+        self.refused += 1
+        log.error("no descriptor is free for another client")
+        return True
+
     def _accept_again(self) -> None:
         if self._listening is not None:
             self._loop.add_reader(self._listening.fileno(), self._accept)
 
     def _welcome(self, connection: socket.socket) -> None:
         self.reactor.give_way()
-        peer = Peer.of(connection)
         try:
-            welcome = len(self.clients) < self._max_clients and self._allow(peer)
-        except Exception as error:
-            self._loop.call_exception_handler(
-                {"message": f"whether {peer!r} may be served is not known", "exception": error}
-            )
-            welcome = False
-        if not welcome:
-            log.warning("%r is turned away", peer)
-            self.refused += 1
+            peer = Peer.of(connection)
+        except OSError as error:
+            connection.close()
+            log.error("who has connected is not known: %s", error)
+            return
+        try:
+            channel = Channel(connection, peer)
+            why, later = self._why_not(peer)
+        except BaseException:
             peer.close()
             connection.close()
+            raise
+        if why:
+            log.warning("%r is turned away: %s", peer, why)
+            self.refused += 1
+            self._refuse(channel, why, later)
             return
         self._number += 1
-        client = Client(self, Channel(connection, peer), self._number)
+        client = Client(self, channel, self._number)
         self.clients.append(client)
+        self._silent[client] = None
         task = self._loop.create_task(self._talk(client))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         self._look_later()
+
+    def _why_not(self, peer: Peer) -> tuple[str, bool]:
+        """Why a process is not served ("": it is), and whether it may be later."""
+        if not self.may_serve(peer):
+            return f"the server does not serve the user {peer.uid}", False
+        if not is_trusted(peer.uid):
+            have = sum(client.peer.uid == peer.uid for client in self.clients)
+            if have >= self.limits.user_clients:
+                return f"the user {peer.uid} has {have} clients already", True
+        if len(self.clients) < self._max_clients:
+            return "", False
+        silent = self._silent_one(peer)
+        if silent is None:
+            return f"the server has {len(self.clients)} clients already", True
+        self._drop_silent(silent)
+        return "", False
+
+    def may_serve(self, peer: Peer) -> bool:
+        """Whether ``allow`` says so. If it fails, it does not."""
+        problem: BaseException | None = None
+        allowed: Any = False
+        try:
+            allowed = self._allow(peer)
+            if inspect.isawaitable(allowed):
+                close = getattr(allowed, "close", None)
+                if close is not None:
+                    close()
+                raise UsageError("allow= is a plain function, not a coroutine function")
+            allowed = bool(allowed)
+        except (Exception, asyncio.CancelledError) as error:
+            problem, allowed = error, False
+        if problem is not None:
+            self._loop.call_exception_handler(
+                {"message": f"whether {peer!r} may be served is not known", "exception": problem}
+            )
+        return bool(allowed)
+
+    def _silent_one(self, comer: Peer | None) -> Client | None:
+        """Whom to drop of those that have handed nothing over yet, so that ``comer`` finds a place
+        (None: a descriptor): the oldest of the process that has most of them."""
+        if not self._silent:
+            return None
+        users = Counter(client.peer.uid for client in self._silent)
+        processes = Counter(client.peer.pid for client in self._silent)
+        # max() takes the first of several, which is the oldest.
+        found = max(self._silent, key=lambda one: (users[one.peer.uid], processes[one.peer.pid]))
+        if (
+            comer is None
+            or users[found.peer.uid] > users[comer.uid] + 1
+            or processes[found.peer.pid] > processes[comer.pid] + 1
+            or self._loop.time() - found.since > SILENT
+        ):
+            return found
+        return None
+
+    def _drop_silent(self, client: Client) -> None:
+        self._tell(client, "it has said nothing yet, and others need its place")
+        self.refused += 1
+        self._end(client)
+
+    def spoke(self, client: Client) -> None:
+        """A client has handed something over."""
+        self._silent.pop(client, None)
+
+    def run(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do something beside everything else; cancelled when the server closes."""
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def pages_of(self, user: int | None = None) -> int:
+        """Pages of all clients, or of those of one user."""
+        return sum(
+            client.pages for client in self.clients if user is None or client.peer.uid == user
+        )
+
+    # ----------------------------------------------------------------- refusing
+
+    def _refuse(self, channel: Channel, why: str, later: bool) -> None:
+        """Hang up, and if the dialect has words for it, say why before."""
+        refusal = getattr(self.dialect, "refusal", None)
+        if refusal is None or len(self._refusing) >= REFUSING:
+            channel.peer.close()
+            channel.close()
+            return
+        task = self._loop.create_task(self._say_why(channel, refusal(why, later)))
+        self._refusing.add(task)
+        task.add_done_callback(self._refusing.discard)
+
+    @staticmethod
+    async def _say_why(channel: Channel, refusal: bytes) -> None:
+        try:
+            await channel.dismiss(refusal, REFUSAL)
+        finally:
+            channel.peer.close()
+            channel.close()
 
     async def _talk(self, client: Client) -> None:
         try:
@@ -340,15 +476,17 @@ class Server:
                 self._tell(client, str(error) or "it took too long")
                 self.refused += 1
                 self._end(client)
-        except asyncio.CancelledError:
-            raise
-        except Exception as error:
-            self._loop.call_exception_handler(
-                {"message": f"serving {client!r} failed", "exception": error}
-            )
-            self.refused += 1
-            self._end(client)
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and cancelled_from_outside():
+                raise
+            if not client.ended.is_set():
+                self._loop.call_exception_handler(
+                    {"message": f"serving {client!r} failed", "exception": error}
+                )
+                self.refused += 1
+                self._end(client)
         finally:
+            self._silent.pop(client, None)
             if client.ended.is_set():
                 self.stores.release(client)  # what it got since
 
@@ -368,32 +506,52 @@ class Server:
     def _end(self, client: Client, *, handed: bool = False) -> None:
         if client in self.clients:
             self.clients.remove(client)
-            client.close(handed=handed)
-            self.stores.release(client)
-            self._past += client.stats
+            self._silent.pop(client, None)
+            try:
+                client.close(handed=handed)
+            except Exception as error:
+                self._loop.call_exception_handler(
+                    {"message": f"{client!r} could not be closed", "exception": error}
+                )
+            finally:
+                self.stores.release(client)
+                self._past += client.stats
 
     # --------------------------------------------------------------- hand-over
 
     def reference_of(self, store: BlockStore) -> dict[str, Any]:
-        """How a successor finds the object of ``store``. Raises UsageError if it cannot."""
-        source, options = self.stores.given(store)
-        found: dict[str, Any] = {"size": store.size, "version": store.version}
-        if store is not self.store:
-            if not isinstance(source, str):
-                raise UsageError(f"a successor cannot open {source!r}", hint="serve it by its URL")
-            found |= {"source": source, "options": options}
-        return found
+        """What the object of ``store`` is called among servers: how it is recognised, but not how
+        it is opened."""
+        return {
+            "own": store is self.store,
+            "name": self.stores.name_of(store),
+            "size": store.size,
+            "version": store.version,
+        }
 
-    async def store_of(self, reference: dict[str, Any] | None, client: Client) -> BlockStore | None:
-        """The store that another server's `reference_of` means, for ``client``."""
+    def store_of(self, reference: dict[str, Any] | None, client: Client) -> BlockStore | None:
+        """The store that another server's `reference_of` means: of our own objects, or of those
+        that ``client`` was given by us. Raises UsageError if it has none like that, and
+        SourceChangedError if that is another version."""
         if reference is None:
             return None
-        if "source" in reference:
-            store = await client.store_for(reference["source"], **reference["options"])
+        if reference["own"]:
+            self.check_shows(reference)
+            return self.store
+        known = [
+            store
+            for store in self.stores.of(client)
+            if store is not self.store and self.stores.name_of(store) == reference["name"]
+        ]
+        for store in known:
+            if (store.size, store.version) == (reference["size"], reference["version"]):
+                return store
+        for store in known:
             check_same_object(self.stores.name_of(store), store.size, store.version, reference)
-            return store
-        self.check_shows(reference)
-        return self.store
+        raise UsageError(
+            f"the memory of {client!r} shows {reference['name']!r}, which is not of this server",
+            hint="on_client= is called for the clients of another server too",
+        )
 
     def shown(self) -> dict[str, Any] | None:
         """The `reference_of` our own object, if any client's memory shows it."""
@@ -427,6 +585,8 @@ class Server:
                 await client.talked.wait()
         for client in self.clients:
             client.pause()
+        for client in list(self.clients):
+            await client.settled()
 
     def go_on(self) -> None:
         """Serve again after `quiesce`."""
@@ -465,7 +625,7 @@ class Server:
             self._look_later()
 
     def _look_later(self) -> None:
-        if self._timer is None and not self._closed:
+        if self._timer is None and not self._ending.running:
             self._timer = self._loop.call_later(PROBE, self._probe)
 
     @property
@@ -485,46 +645,59 @@ class Server:
         if listening is None:
             return
         self._loop.remove_reader(listening.fileno())
-        with contextlib.suppress(OSError):
-            status = self.path.lstat()
-            if not self._handed and (status.st_dev, status.st_ino) == self._identity:
-                self.path.unlink()
+        if not self._handed:
+            unlink_own(self.path, self._identity)
         listening.close()
 
     async def aclose(self) -> None:
         """Serve nobody any more. Clients that keep a copy of their descriptor (all but CRIU's)
         stay blocked at their next fault until somebody serves them; those that keep none are given
-        everything first, which may take long. Idempotent."""
-        if self._closed:
-            return
+        everything first, which may take long. Cancelling gives that up: what they lack becomes
+        errors, and the server is closed. Idempotent."""
         self._closed = True
         try:
-            if self._open:
-                self.stop_listening()
-                last = [client.complete() for client in self.clients if client.complete_on_close]
-                for failure in await asyncio.gather(*last, return_exceptions=True):
-                    if isinstance(failure, BaseException):
-                        log.error("a client could not be given everything: %s", failure)
+            await self._draining(self._drain)
         finally:
-            await self._close_all()
+            if not self._draining.running:
+                await self._ending(self._close_all)
+
+    async def _drain(self) -> None:
+        await self._opening.stop()
+        if self._open:
+            self.stop_listening()
+            last = [client.complete() for client in self.clients if client.complete_on_close]
+            for failure in await asyncio.gather(*last, return_exceptions=True):
+                if isinstance(failure, BaseException):
+                    log.error("a client could not be given everything: %s", failure)
 
     async def _close_all(self) -> None:
-        self._closed = True
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._handover is not None:
-            await self._handover.aclose()
-            if not self._handed:
-                self._handover.remove()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        for client in list(self.clients):
-            self._end(client)
-        self.stop_listening()
-        await self.stores.aclose()
-        self.reactor.close()
-        self.reserve.close()
+        """Let go of everything. Afterwards it can be opened again, unless it was closed."""
+        try:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            if self._handover is not None:
+                handover, self._handover = self._handover, None
+                await handover.aclose()
+            tasks = self._tasks | self._refusing
+            for task in tasks:
+                task.cancel()
+            await end_all(self, tasks)
+            for client in list(self.clients):
+                if not self._handed:
+                    await client.give_up()
+        finally:
+            try:
+                for client in list(self.clients):
+                    self._end(client)
+                self.stop_listening()
+                self._open = False
+            finally:
+                try:
+                    await self.stores.aclose()
+                finally:
+                    self.reactor.close()
+                    self.reserve.close()
 
     def __repr__(self) -> str:
         return f"<Server at {self.path}, {len(self.clients)} clients>"

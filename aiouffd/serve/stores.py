@@ -12,8 +12,9 @@ import logging
 import os
 from typing import Any
 
+from ..errors import ClosedError
+from ..once import Once, cancelled_from_outside
 from ..sources import as_source
-from ..sources.base import aclose_source, open_source
 from ..sources.names import display_name
 from .blocks import BlockStore
 
@@ -57,11 +58,13 @@ class Stores:
         self._entries: dict[Any, _Entry] = {}
         self._open: set[_Entry] = set()
         self._closing: set[asyncio.Task[None]] = set()
-        self._closed = False
+        self._ending: Once[None] = Once("closing the stores", keep_failure=True)
+        self.closed = False
 
     async def get(self, source: Any, options: dict[str, Any], user: Any) -> BlockStore:
         """The store of an object, for as long as ``user`` does not `release` it. Raises what
-        opening the object raises."""
+        opening the object raises, and ClosedError."""
+        self._check_open()
         try:
             key: Any = (source, *sorted(options.items()))
             hash(key)
@@ -70,6 +73,7 @@ class Stores:
         entry = self._entries.get(key)
         if entry is not None and entry.named and entry.store is not None:
             entry = await self._checked(entry, entry.store, user)
+        self._check_open()  # still
         if entry is None:
             entry = self._entries[key] = _Entry(key, source, options)
             entry.opening = asyncio.ensure_future(self._open_store(entry))
@@ -83,7 +87,13 @@ class Stores:
                 self._forget(entry)
             else:
                 self._leave(entry, user)
+            if self.closed and entry.opening.cancelled() and not cancelled_from_outside():
+                raise ClosedError("the server is closed") from None
             raise
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ClosedError("the server is closed")
 
     async def _checked(self, entry: _Entry, store: BlockStore, user: Any) -> _Entry | None:
         """The entry, if its name still means the same; else the one that is newer, if any."""
@@ -110,22 +120,28 @@ class Stores:
 
     async def _is_current(self, entry: _Entry, store: BlockStore) -> bool:
         source = as_source(entry.source, **entry.options)
+        looking = BlockStore(source)
         try:
-            await open_source(source)
-            return (source.size, getattr(source, "version", None)) == (store.size, store.version)
+            await looking.open()
+            return (source.size, looking.version) == (store.size, store.version)
         finally:
-            await aclose_source(source)
+            await looking.aclose()
 
-    def given(self, store: BlockStore) -> tuple[Any, dict[str, Any]]:
-        """What a store was opened from: the source and its options."""
+    def of(self, user: Any) -> list[BlockStore]:
+        """The stores that ``user`` has, and has not released."""
+        found = (entry.store for entry in self._open if user in entry.users)
+        return [store for store in found if store is not None]
+
+    def given(self, store: BlockStore) -> Any:
+        """What a store was opened from."""
         for entry in self._open:
             if entry.store is store:
-                return entry.source, entry.options
-        return None, {}
+                return entry.source
+        return None
 
     def name_of(self, store: BlockStore) -> str:
         """What people call the object of a store."""
-        source, _ = self.given(store)
+        source = self.given(store)
         if isinstance(source, str | os.PathLike):
             return display_name(str(source))
         return type(store.source).__name__
@@ -140,7 +156,7 @@ class Stores:
 
     def _leave(self, entry: _Entry, user: Any) -> None:
         entry.users.discard(user)
-        if entry.users or not entry.named or self._closed:
+        if entry.users or not entry.named or self.closed:
             return
         if entry.timer is not None:
             entry.timer.cancel()
@@ -148,7 +164,7 @@ class Stores:
         entry.timer = asyncio.get_running_loop().call_later(pause, self._unused, entry)
 
     def _unused(self, entry: _Entry) -> None:
-        if not entry.users and entry in self._open and not self._closed:
+        if not entry.users and entry in self._open and not self.closed:
             self._forget(entry)
             task = asyncio.get_running_loop().create_task(self._close(entry))
             self._closing.add(task)
@@ -160,22 +176,26 @@ class Stores:
             del self._entries[entry.key]
 
     async def _close(self, entry: _Entry) -> None:
-        assert entry.opening is not None
-        entry.opening.cancel()
-        await asyncio.gather(entry.opening, return_exceptions=True)
+        opening = entry.opening
+        assert opening is not None
+        opening.cancel()
+        await asyncio.wait((opening,))
         store = entry.store
         if store is not None:
-            try:
-                await store.aclose()
-            except Exception as error:
-                log.error("%r could not be closed: %s", store, error)
+            await store.aclose()
 
     async def aclose(self) -> None:
         """Close all. Idempotent."""
-        self._closed = True
+        self.closed = True
+        await self._ending(self._aclose)
+
+    async def _aclose(self) -> None:
+        loop = asyncio.get_running_loop()
         for entry in list(self._open):
             if entry.timer is not None:
                 entry.timer.cancel()
             self._forget(entry)
-            await self._close(entry)
-        await asyncio.gather(*self._closing, return_exceptions=True)
+            self._closing.add(loop.create_task(self._close(entry)))
+        for failure in await asyncio.gather(*self._closing, return_exceptions=True):
+            if isinstance(failure, BaseException):
+                log.error("a store could not be closed: %r", failure)

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Final
 
 from ...errors import ClosedError, PeerError, SourceError, UsageError
 from ..areas import Area
+from ..blocks import end_all
 from .images import Dump, TaskImage
 from .page_server import PageServer, PageServerSource
 from .plan import ELSEWHERE
@@ -101,6 +102,13 @@ class CriuDialect:
         self._finish.set()
         while self._talks:
             await asyncio.wait(self._talks)
+
+    async def give_up(self) -> None:
+        """End the restores that are under way: they have failed."""
+        talks = list(self._talks)
+        for talk in talks:
+            talk.cancel()
+        await end_all(self, talks)
 
     # ------------------------------------------------------------------- talk
 

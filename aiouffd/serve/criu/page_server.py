@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from typing import cast
 
 from ...errors import AiouffdError, ClosedError, SourceError, SourceTimeoutError, UsageError
+from ...once import Once
 from ...ranges import Ranges
 from ...sources.base import BaseSource, Buffer, check_range
 from ...waiting import countdown, retrieve
@@ -227,6 +228,7 @@ class PageServer:
         self._suspect: tuple[int, int] | None = None
         self._users = 0
         self._closed = False
+        self._ending: Once[None] = Once("closing the page server", keep_failure=True)
         #: Connections made so far.
         self.connected = 0
 
@@ -362,14 +364,18 @@ class PageServer:
 
     async def aclose(self) -> None:
         """Say goodbye and close: a dump that serves its memory then ends. Idempotent."""
-        if self._closed:
-            return
         self._closed = True
-        if self._connecting is not None:
-            self._connecting.cancel()
-            await asyncio.gather(self._connecting, return_exceptions=True)
-        if self._connection is not None:
-            await self._connection.close()
+        await self._ending(self._aclose)
+
+    async def _aclose(self) -> None:
+        connecting = self._connecting
+        try:
+            if connecting is not None:
+                connecting.cancel()
+                await asyncio.wait((connecting,))
+        finally:
+            if self._connection is not None:
+                await self._connection.close()
 
 
 class PageServerSource(BaseSource):

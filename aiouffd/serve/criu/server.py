@@ -10,7 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-from ...errors import UsageError
+from ...errors import ClosedError, UsageError
+from ...once import Once, cancelled_from_outside
 from ..blocks import KEEP
 from ..client import Limits
 from ..peer import Policy, same_user
@@ -30,7 +31,15 @@ KEEP_ONCE: Final = 4 << 20
 #: Longest path that fits into a socket's address, in bytes.
 _PATH_MAX: Final = 107
 #: Our own images say how much there is, not the peer; and a restore takes its time.
-_LIMITS: Final = Limits(memories=1 << 16, areas=1 << 24, bytes=1 << 47, handshake=24 * 3600.0)
+_LIMITS: Final = Limits(
+    memories=1 << 16,
+    areas=1 << 24,
+    bytes=1 << 47,
+    pages=1 << 35,
+    all_pages=1 << 35,
+    user_pages=1 << 35,
+    handshake=24 * 3600.0,
+)
 
 
 class CriuServer:
@@ -94,7 +103,10 @@ class CriuServer:
         self._complete, self._keep, self._everything = complete, keep, everything
         self._allow, self._block_size, self._deadline = allow, block_size, deadline
         self._folder_fd = -1
-        self._closed = False
+        self._closed = self._is_open = False
+        self._opening: Once[None] = Once("opening the restore's server", abandon=True)
+        self._settling: Once[None] = Once("waiting for restores", keep_failure=True, abandon=True)
+        self._ending: Once[None] = Once("closing the restore's server", keep_failure=True)
         self.dialect: CriuDialect
         self.server: Server
 
@@ -109,8 +121,19 @@ class CriuServer:
         return self.server.stats
 
     async def __aenter__(self) -> CriuServer:
-        dump = await load(self._images, everything=self._everything)
+        if self._closed:
+            raise ClosedError(f"{self!r} is closed")
         try:
+            await self._opening(self._open, self._close_all)
+        except asyncio.CancelledError:
+            if cancelled_from_outside():
+                raise
+            raise ClosedError(f"{self!r} was closed while it opened") from None
+        return self
+
+    async def _open(self) -> None:
+        try:
+            dump = await load(self._images, everything=self._everything)
             if self._page_server is not None and _needs(dump):
                 await self._page_server.connect()
             self.dialect = CriuDialect(
@@ -129,10 +152,10 @@ class CriuServer:
                 keep=KEEP if self._keep else KEEP_ONCE,
             )
             await self.server.open()
+            self._is_open = True
         except BaseException:
             await self._close_rest()
             raise
-        return self
 
     def _bindable(self) -> Path:
         """A name of the socket that is short enough. criu uses a relative one, in its process."""
@@ -159,17 +182,32 @@ class CriuServer:
         With ``now``, or when this is cancelled, nothing is waited for: a restore then fails, and of
         processes that were restored what is missing becomes an error (SIGBUS).
         """
-        if self._closed:
-            return
+        self._closed = True
         try:
             if not now:
-                self.server.stop_listening()
-                await self.dialect.settle()
+                await self._settling(self._settle)
         finally:
-            self._closed = True
-            await self._give_up()
-            await self.server.aclose()
-            await self._close_rest()
+            if now or not self._settling.running:
+                await self._ending(self._close_all)
+
+    async def _settle(self) -> None:
+        await self._opening.stop()
+        if self._is_open:
+            self.server.stop_listening()
+            await self.dialect.settle()
+
+    async def _close_all(self) -> None:
+        try:
+            await self._opening.stop()
+            if self._is_open:
+                await self.dialect.give_up()
+                await self._give_up()
+        finally:
+            try:
+                if self._is_open:
+                    await self.server.aclose()
+            finally:
+                await self._close_rest()
 
     async def _give_up(self) -> None:
         """Errors for what is missing of whoever is still served, and would see zeros instead."""
@@ -179,11 +217,11 @@ class CriuServer:
                 await memory.give_up()
 
     async def _close_rest(self) -> None:
-        if self._page_server is not None:
-            await self._page_server.aclose()
         if self._folder_fd >= 0:
             os.close(self._folder_fd)
             self._folder_fd = -1
+        if self._page_server is not None:
+            await self._page_server.aclose()
 
     def __repr__(self) -> str:
         return f"<CriuServer {self._images.name}>"

@@ -19,7 +19,13 @@ __all__ = ["Dialect", "dialect_named"]
 
 @runtime_checkable
 class Dialect(Protocol):
-    """How a client hands over its memory."""
+    """How a client hands over its memory.
+
+    May have as well: ``refusal(text, later) -> bytes``, which is sent to a process that is turned
+    away before it has said anything, ``later`` if it may try again; and ``async restore(client,
+    name)``, which gives a client of another server the object that it has asked that one for
+    (`Client.asked`), as the server takes over.
+    """
 
     name: str
 

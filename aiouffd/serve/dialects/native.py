@@ -339,6 +339,7 @@ class NativeDialect:
                 record = await _receive(client.channel, decoder, fds)
                 if record is None:
                     return
+                client.asked = record.name
                 store = await self._find(client, record.name)
                 if isinstance(record, Query):
                     if fds:
@@ -360,22 +361,25 @@ class NativeDialect:
             for fd in fds:
                 os.close(fd)
 
-    async def refuse(self, client: Client, text: str) -> None:
-        """Tell a client that it is turned away, in answer to whatever it says first."""
-        fds = list[int]()
-        try:
-            await _receive(client.channel, Decoder(), fds)
-            await _send(client, REFUSED, None, text)
-        finally:
-            for fd in fds:
-                os.close(fd)
+    def refusal(self, text: str, later: bool) -> bytes:
+        """What a client is told that is turned away, whatever it says itself."""
+        return answer(UNAVAILABLE if later else REFUSED, text=text)
+
+    async def restore(self, client: Client, name: str) -> None:
+        """Have the object of a client that has asked another server for it. Raises Refusal."""
+        client.asked = name
+        await self._find(client, name)
 
     async def _find(self, client: Client, name: str) -> BlockStore | None:
         """The store of an object, None if there is none of that name."""
         if not name and client.source is not None:
             return client.source
         if callable(self._objects):
-            source = self._objects(name)
+            try:
+                source = self._objects(name)
+            except Exception as error:
+                log.error("%r: looking %r up has failed", client, name, exc_info=error)
+                raise Refusal(UNAVAILABLE, "looking the object up has failed") from error
         elif not name and len(self._objects) == 1:
             source = next(iter(self._objects.values()))
         else:
