@@ -27,7 +27,6 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from heapq import heappop, heappush
 from itertools import islice, pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from .errors import UsageError
