@@ -57,10 +57,37 @@ peers() {
     command -v qemu-nbd >/dev/null || packages="$packages qemu-utils"
     command -v redis-server >/dev/null || packages="$packages redis-server"
     command -v fusermount3 >/dev/null || packages="$packages fuse3"
+    # The path of a user may lack the last of these folders.
+    local program
+    for program in nginx lighttpd caddy apache2; do
+        PATH="$PATH:/usr/sbin" command -v "$program" >/dev/null ||
+            packages="$packages ${program/%apache2/apache2-bin}"
+    done
     [ -n "$packages" ] || return 0
-    if ! command -v apt-get >/dev/null || ! may_install || ! install_packages "$packages"; then
-        say "without $packages some tests and benchmarks will be skipped"
+    if command -v apt-get >/dev/null && may_install; then
+        install_packages "$packages" && return 0
+        # One that this release does not have must not keep the others away.
+        local package lacking=""
+        for package in $packages; do
+            install_packages "$package" || lacking="$lacking $package"
+        done
+        packages=$lacking
     fi
+    [ -z "$packages" ] || say "without $packages some tests and benchmarks will be skipped"
+}
+
+# Web servers of npm, for the same tests, where it is there. That is tried once.
+NPM_PACKAGES="http-server@14.1.1 @fastify/send@4.2.1"
+npm_peers() {
+    local asked=.venv-npm/.asked
+    [ "$(cat "$asked" 2>/dev/null)" != "$NPM_PACKAGES" ] || return 0
+    command -v npm >/dev/null || return 0
+    say ".venv-npm: $NPM_PACKAGES"
+    mkdir -p .venv-npm
+    # shellcheck disable=SC2086
+    timeout 120 npm install --silent --no-audit --no-fund --prefix .venv-npm $NPM_PACKAGES \
+        </dev/null >/dev/null 2>&1 || say "they cannot be had; their tests will be skipped"
+    printf '%s\n' "$NPM_PACKAGES" >"$asked"
 }
 
 as_root=""
@@ -178,6 +205,7 @@ native_module() {
 find_pythons >/dev/null # says what is wrong with the default one
 system_packages
 case " $* " in *" test "* | *" bench "*) peers ;; esac
+case " $* " in *" test "*) npm_peers ;; esac
 found=$(find_pythons)
 # All at a time, for most of it is unpacking and compiling; but the modules one by one, which share
 # what is generated for them.

@@ -37,6 +37,8 @@ INDEPENDENT = (
     "criu_page_server",
     "fsspec_source",
     "gil_yield_model",
+    "http_cancel",
+    "http_proxy",
     "http_source",
     "nbd_bad_servers",
     "nbd_client",
@@ -48,6 +50,7 @@ INDEPENDENT = (
     "redis_source",
     "safetensors",
     "serve_areas",
+    "web_servers",
 )
 #: Packages that short processes of the tests import; to compile all would take minutes.
 IMPORTED = (
