@@ -21,6 +21,7 @@ from aiouffd.errors import (
     UsageError,
 )
 from aiouffd.sources import SourcePermissionError, as_source
+from tests.cancelling import Cut, Way, cancel_everywhere
 from tests.scenarios import torture
 from tests.servers.redis import redis_server
 from tests.support import content, result_of
@@ -148,7 +149,28 @@ async def test_a_disk_cache(folder: Path, client: Any, tmp_path: Path) -> None:
     assert len(keys) == 36
     secret = RedisSource("unix:///s?password=geheim&db=2", "a").cache_key
     assert secret == "unix:///s/2/a#string"
-    assert RedisSource("redis://u:geheim@h/2", "a").cache_key == "redis://h/2/a#string"
+    assert RedisSource("redis://u:geheim@h/2", "a").cache_key == "redis://u@h/2/a#string"
+
+
+def test_users_and_options_choose_an_object() -> None:
+    def key(url: str = "redis://h/0", **options: Any) -> str | None:
+        return RedisSource(url, "a", **options).cache_key
+
+    keys = [
+        key(),
+        key("redis://one@h/0"),
+        key("redis://two@h/0"),
+        key(db=3),
+        key(username="one"),
+        key("redis://h/0?protocol=3&x=1"),
+    ]
+    assert len({*keys, None}) == len(keys) + 1
+    assert key("redis://h/0?socket_timeout=3", password="x", timeout=1.0, connections=2) == keys[0]
+    assert key("unix:///s?username=one") == key("unix:///s?username=one&password=x")
+    assert key("unix:///s?username=one") != key("unix:///s?username=two")
+    assert key(credential_provider=object()) is None, "who knows whom it names"
+    steps = [key(layout="hash", block_size=size) for size in (4096, 8192)]
+    assert steps[0] != steps[1], "the same fields are other bytes"
 
 
 @LAYOUTS
@@ -337,6 +359,150 @@ async def test_unclosed(folder: Path, client: Any) -> None:
         gc.collect()
     await inner.aclose()
     await inner.connection_pool.disconnect()
+
+
+@pytest.mark.parametrize(
+    ("size", "step"), [(10**30, 4096), (-1, 4096), (1 << 20, 1), (10, 0), (10, 10**30)]
+)
+async def test_what_a_server_says_has_bounds(
+    folder: Path, client: Any, size: int, step: int
+) -> None:
+    client.hset("a", mapping={"size": size, "block_size": step})
+    with pytest.raises(UsageError, match="cannot have"):
+        await RedisSource(f"unix://{folder}/redis", "a", layout="hash").open()
+
+
+# ------------------------------------------------------- once, and cut off anywhere
+
+
+def _connections(client: Any) -> Any:
+    """Counts those at the server, as it needs a moment to hear of an end."""
+    return lambda: {"connections": int(client.info("clients")["connected_clients"])}
+
+
+@LAYOUTS
+async def test_opening_may_be_cut_off_anywhere(folder: Path, client: Any, layout: str) -> None:
+    fill(client, layout)
+
+    async def run(cut: Cut) -> None:
+        source = RedisSource(f"unix://{folder}/redis", key_of(layout), layout=layout)  # type: ignore[arg-type]
+        await cut(source.open())
+        await source.open()
+        assert bytes(await source.read(9, 9)) == DATA[9:18]
+        await source.aclose()
+
+    await cancel_everywhere(run, also=_connections(client))
+
+
+@LAYOUTS
+async def test_reading_may_be_cut_off_anywhere(folder: Path, client: Any, layout: str) -> None:
+    fill(client, layout)
+
+    async def run(cut: Cut) -> None:
+        async with opened(folder, layout, connections=2) as source:
+            together = asyncio.ensure_future(source.read(18, 9))
+            await cut(source.read(9, 9))
+            assert bytes(await together) == DATA[18:27]
+            found = await asyncio.gather(*(source.read(at, 9) for at in range(5)))
+            assert [bytes(data) for data in found] == [DATA[at : at + 9] for at in range(5)]
+
+    await cancel_everywhere(run, also=_connections(client))
+
+
+async def test_closing_may_be_cut_off_anywhere(folder: Path, client: Any) -> None:
+    fill(client, "string")
+
+    async def run(cut: Cut) -> None:
+        source = RedisSource(f"unix://{folder}/redis", "a")
+        await source.open()
+        read = asyncio.ensure_future(source.read(9, 9))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        await cut(source.aclose())
+        await source.aclose()
+        found = await asyncio.gather(read, return_exceptions=True)
+        assert found == [DATA[9:18]] or isinstance(found[0], ClosedError)
+
+    await cancel_everywhere(run, also=_connections(client))
+
+
+async def test_the_end_of_a_loop_may_come_anywhere(folder: Path, client: Any) -> None:
+    fill(client, "hash")
+
+    async def run(cut: Cut) -> None:
+        source = RedisSource(f"unix://{folder}/redis", "a", layout="hash")
+
+        async def whole() -> None:
+            try:
+                await source.open()
+                await source.read(9, 9)
+            finally:
+                await source.aclose()
+
+        await cut.quiet(whole())
+        await source.aclose()
+
+    await cancel_everywhere(run, ways=[Way.TASK, Way.ALL], also=_connections(client))
+
+
+async def test_opened_and_closed_by_many_at_a_time(folder: Path, client: Any) -> None:
+    fill(client, "string")
+    source = RedisSource(f"unix://{folder}/redis", "a", connections=1)
+    await asyncio.gather(*(source.open() for _ in range(5)))
+    assert await source.read(0, 9) == DATA[:9]
+    await asyncio.gather(*(source.aclose() for _ in range(5)))
+
+    source = RedisSource(f"unix://{folder}/redis", "a")
+    opening = asyncio.ensure_future(source.open())
+    await asyncio.sleep(0)
+    await source.aclose()
+    with pytest.raises(ClosedError):
+        await opening
+    with pytest.raises(ClosedError):
+        await source.open()
+
+
+@pytest.mark.parametrize(
+    "error", [asyncio.CancelledError(), SystemExit(3), StopIteration(), KeyError("x")], ids=repr
+)
+async def test_code_of_others_may_raise_anything(
+    folder: Path, client: Any, error: BaseException
+) -> None:
+    """And a connection that was being made then is not used half-made, without its database."""
+    fill(client, "string")
+    client.swapdb(0, 3)
+    client.set("a", DATA[::-1])
+    raising = True
+
+    class Credentials(redis.CredentialProvider):
+        def get_credentials(self) -> tuple[str]:
+            if raising:
+                raise error
+            return ("default",)
+
+        async def get_credentials_async(self) -> tuple[str]:
+            return self.get_credentials()
+
+    client.config_set("requirepass", "default")
+    client.auth("default")
+    try:
+        source = RedisSource(
+            f"unix://{folder}/redis?db=3", "a", connections=2, credential_provider=Credentials()
+        )
+        with pytest.raises(SourceError):
+            await source.open()
+        raising = False
+        await source.open()
+        assert await source.read(0, 9) == DATA[:9]
+        raising = True
+        client.client_kill_filter(_type="normal", skipme=True)
+        with pytest.raises(SourceError):
+            await source.read(0, 9)
+        raising = False
+        assert await source.read(0, 9) == DATA[:9]
+        await source.aclose()
+    finally:
+        client.config_set("requirepass", "")
 
 
 @pytest.mark.parametrize("errors", ["hard", "soft"])

@@ -38,6 +38,8 @@ from ..errors import (
     UsageError,
 )
 from .base import BaseSource, Buffer, SourcePermissionError, check_range
+from .lifecycle import Life, is_failure
+from .names import identity
 
 __all__ = ["RedisSource"]
 
@@ -49,6 +51,18 @@ _FIELDS = ("size", "block_size", "version")
 
 #: Bytes of one transaction, if more is asked for at a time.
 _BATCH = 4 << 20
+#: Longest object, and shortest block of one that has many, in bytes: a server says what it likes.
+_SIZE_MAX, _BLOCK_MIN, _SMALL = (1 << 63) - 1, 64, 1 << 16
+#: Options of connections that say how to ask, and secrets; neither chooses what is read.
+_CHOOSE_NOTHING = (
+    "password", "max_connections", "timeout", "retry", "retry_on_timeout", "retry_on_error",
+    "socket_timeout", "socket_connect_timeout", "socket_keepalive", "socket_keepalive_options",
+    "socket_read_size", "socket_type", "health_check_interval", "client_name", "lib_name",
+    "lib_version", "driver_info", "encoding", "encoding_errors", "protocol", "event_dispatcher",
+    "ssl_keyfile", "ssl_certfile", "ssl_cert_reqs", "ssl_include_verify_flags",
+    "ssl_exclude_verify_flags", "ssl_ca_certs", "ssl_ca_path", "ssl_ca_data", "ssl_check_hostname",
+    "ssl_password", "ssl_min_version", "ssl_ciphers",
+)  # fmt: skip
 #: In what servers say to those who have no or a wrong password.
 _DENIED = ("NOAUTH", "NOPERM", "WRONGPASS", "already authenticated")
 
@@ -140,7 +154,7 @@ class RedisSource(BaseSource):
         self._waiting: list[_Read] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._closed = False
+        self._life = Life(f"<RedisSource {self._name}>")
 
     @classmethod
     def from_url(cls, url: str, **options: Any) -> RedisSource:
@@ -179,20 +193,28 @@ class RedisSource(BaseSource):
         return f"<RedisSource {self._name}>"
 
     def __del__(self) -> None:
-        if getattr(self, "_client", None) is not None and not self._closed:
+        if getattr(self, "_client", None) is not None and not self._life.closed:
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
 
     @property
-    def cache_key(self) -> str:
-        """What names these bytes for a disk cache: server, database, key and layout."""
+    def cache_key(self) -> str | None:
+        """What names these bytes for a disk cache: server, user, database, key, layout, and what
+        connections are told beside that. None if that cannot be written down."""
         parts = urlsplit(self._url)
         query = parse_qs(parts.query)
-        database = query.get("db", [parts.path.strip("/") if parts.netloc else ""])[0]
-        place = parts.netloc.rpartition("@")[2] or parts.path
+        database = query.pop("db", [parts.path.strip("/") if parts.netloc else ""])[0]
+        user, _, host = parts.netloc.rpartition("@")
+        name = user.partition(":")[0] or query.pop("username", [""])[0]
+        place = (f"{name}@" if name else "") + (host or parts.path)
         key = quote(self._key, safe="")
         # Zeros that stand for what is missing are bytes of these settings only.
         zeros = "#zeros" if self._zeros else ""
-        return f"{parts.scheme}://{place}/{database or 0}/{key}#{self._layout}{zeros}"
+        step = self._given[1] if self._layout != "string" else None
+        return identity(
+            f"{parts.scheme}://{place}/{database or 0}/{key}#{self._layout}{zeros}",
+            {**query, **self._options, "block_size": step},
+            _CHOOSE_NOTHING,
+        )
 
     @property
     def size(self) -> int:
@@ -204,11 +226,11 @@ class RedisSource(BaseSource):
     # ------------------------------------------------------------ open and close
 
     async def open(self) -> None:
-        """Connect, and ask for size, block size and version."""
-        if self._closed:
-            raise ClosedError(f"{self!r} is closed")
-        if self._client is not None:
-            return
+        """Connect, and ask for size, block size and version. Shared by all who call it at a
+        time."""
+        await self._life.open(self._open, self._let_go)
+
+    async def _open(self) -> None:
         asyncio_redis = importlib.import_module("redis.asyncio")
         settings = {
             "max_connections": self._connections,
@@ -218,25 +240,24 @@ class RedisSource(BaseSource):
             **self._options,
             "decode_responses": False,
         }
-        pool = asyncio_redis.BlockingConnectionPool.from_url(self._url, **settings)
-        # Retrying is the failure policy's.
-        client = asyncio_redis.Redis(connection_pool=pool)
         try:
+            pool = asyncio_redis.BlockingConnectionPool.from_url(self._url, **settings)
+            pool.connection_class = _all_or_nothing(pool.connection_class)
+            # Retrying is the failure policy's.
+            self._client = client = asyncio_redis.Redis(connection_pool=pool)
             size, block_size, pin = await self._describe(client)
+            if self._size is not None and (size, pin) != (self._size, self._pin):
+                raise self._changed()
         except BaseException as error:
-            await _disconnect(client, pool)
-            if not isinstance(error, Exception) or isinstance(error, FileNotFoundError):
+            await self._let_go()
+            if not is_failure(error) or isinstance(error, FileNotFoundError):
                 raise
             if isinstance(error, TypeError) and self._options:
                 # Said by the connection's class, which is made no sooner.
                 raise UsageError(f"redis-py: {error}") from error
             raise self._translated(error) from error
-        if self._size is not None and (size, pin) != (self._size, self._pin):
-            await _disconnect(client, pool)
-            raise self._changed()
         self._size, self._block_size, self._pin = size, block_size, pin
         self.version = _text(pin[2])
-        self._client = client
         self._loop = asyncio.get_running_loop()
 
     async def _describe(self, client: Any) -> tuple[int, int, _Meta]:
@@ -269,23 +290,47 @@ class RedisSource(BaseSource):
             if given not in (None, number):
                 raise UsageError(f"{name} of {self._name} is {number}, not {given}")
             numbers.append(number)
-        if numbers[0] < 0 or numbers[1] < 1:
-            raise UsageError(f"size and block_size of {self._name} cannot be")
+        size, step = numbers
+        tiny = step < _BLOCK_MIN and size > _SMALL
+        if not 0 <= size <= _SIZE_MAX or not 0 < step <= _SIZE_MAX or tiny:
+            raise UsageError(
+                f"{self._name} cannot have {size} bytes in blocks of {step}",
+                hint=f"cut it into blocks of at least {_BLOCK_MIN} bytes" if tiny else None,
+            )
         return numbers[0], numbers[1], tuple(found)
 
     async def aclose(self) -> None:
-        """Disconnect. Reads in flight raise ClosedError. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        waiting, self._waiting = self._waiting, []
-        self._fail(waiting, ClosedError(f"{self!r} is closed"))
+        """Disconnect. Reads in flight raise ClosedError. Idempotent, and shared by all who call
+        it at a time."""
+        await self._life.close(self._close)
+
+    async def _close(self) -> None:
+        try:
+            waiting, self._waiting = self._waiting, []
+            self._fail(waiting, ClosedError(f"{self!r} is closed"))
+            tasks = list(self._tasks)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        finally:
+            await self._let_go()
+
+    async def _let_go(self) -> None:
         client, self._client = self._client, None
-        if client is not None:
-            await _disconnect(client, client.connection_pool)
+        if client is None:
+            return
+        pool = client.connection_pool
+        # Of redis-py's own, for what is left if we are cancelled here: a socket can be closed
+        # without waiting.
+        kept = ("_available_connections", "_in_use_connections")
+        connections = [each for name in kept for each in getattr(pool, name, ())]
+        try:
+            await _disconnect(client, pool)
+        finally:
+            for connection in connections:
+                close = getattr(connection, "_close", None)
+                if close is not None:
+                    close()
 
     def clone(self) -> RedisSource:
         """Another source for the same key, pinned to this version."""
@@ -297,9 +342,8 @@ class RedisSource(BaseSource):
 
     async def read(self, offset: int, length: int) -> Buffer:
         """Return ``length`` bytes at byte ``offset``; errors as the class describes."""
-        if self._closed:
-            raise ClosedError(f"{self!r} is closed")
-        if self._client is None:
+        self._life.check()
+        if self._client is None or not self._life.opened:
             raise UsageError(f"{self!r} is not open", hint="await open() first")
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
@@ -319,7 +363,7 @@ class RedisSource(BaseSource):
     def _send(self) -> None:
         waiting, self._waiting = self._waiting, []
         assert self._loop is not None
-        while waiting and not self._closed:
+        while waiting and not self._life.closed:
             batch: list[_Read] = []
             total = 0
             while waiting and (not batch or total + waiting[0].length <= _BATCH):
@@ -336,14 +380,15 @@ class RedisSource(BaseSource):
             batch = [read for read in batch if not read.answer.done()]
             if batch:
                 await bring(batch)
-        except asyncio.CancelledError:
+        except BaseException as error:
+            if is_failure(error):
+                failure = self._translated(error)
+                if failure is not error:
+                    failure.__cause__ = error
+                self._fail(batch, failure)
+                return
             self._fail(batch, ClosedError(f"{self!r} is closed"))
             raise
-        except Exception as error:
-            failure = self._translated(error)
-            if failure is not error:
-                failure.__cause__ = error
-            self._fail(batch, failure)
 
     @staticmethod
     def _fail(reads: list[_Read], error: BaseException) -> None:
@@ -427,9 +472,11 @@ class RedisSource(BaseSource):
     def _changed(self) -> SourceChangedError:
         return SourceChangedError(f"{self._name} has changed since it was opened")
 
-    def _translated(self, error: Exception) -> BaseException:
+    def _translated(self, error: BaseException) -> AiouffdError:
         if isinstance(error, AiouffdError):
             return error
+        if self._life.closed:
+            return ClosedError(f"{self!r} was closed during a request")
         kinds = self._module.exceptions
         name = self._name
         text = str(error)
@@ -462,6 +509,24 @@ def _text(data: bytes | None) -> str | None:
 async def _disconnect(client: Any, pool: Any) -> None:
     await client.aclose()
     await pool.disconnect()
+
+
+def _all_or_nothing(kind: Any) -> Any:
+    """A class of connections that are set up, or closed.
+
+    redis-py (8.1) leaves one open whose setting-up ended in anything but an error of its own, and
+    uses it later without AUTH and SELECT: another database's bytes.
+    """
+
+    class Connection(kind):  # type: ignore[misc]
+        async def connect(self, *arguments: Any, **options: Any) -> None:
+            try:
+                await super().connect(*arguments, **options)
+            except BaseException:
+                await self.disconnect(nowait=True)
+                raise
+
+    return Connection
 
 
 def _import_redis() -> Any:
