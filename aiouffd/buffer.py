@@ -28,7 +28,7 @@ from .pager import shared_pagers
 from .region import Errors, Kind, Region
 from .sink import BufferSink
 from .sources import MemorySource, as_source
-from .sources.base import Source, aclose_source, open_source
+from .sources.base import Source, aclose_source, clone_source, open_source, size_of_source
 from .sources.names import display_name
 from .sources.pinned import Pinned
 from .sources.registry import scheme_of
@@ -263,7 +263,7 @@ class LazyBuffer(Exporter):
         try:
             if self._expected is not None:
                 self._expected.check(self._source)
-            self._size = self._source.size
+            self._size = size_of_source(self._source)
             mapping = self._map() if self._size else Mapping(self._source, self._name)
             await mapping.start()
             self._mapping, self._open = mapping, True
@@ -286,7 +286,7 @@ class LazyBuffer(Exporter):
 
     def _map(self) -> Mapping:
         native = isinstance(self._source, MemorySource)
-        clone = self._source.clone() if self._fork == "serve" else None
+        clone = clone_source(self._source) if self._fork == "serve" else None
         pager = shared_pagers.acquire(self._user_mode_only, self._strict, native)
         region = None
         try:

@@ -25,7 +25,7 @@ from typing import Any, Self, cast
 
 from ..errors import AiouffdError, ClosedError, FlushError, UsageError
 from ..once import Once
-from ..sources.base import Source, check_length, holes_in_source, own_method
+from ..sources.base import Source, check_length, holes_in_source, own_method, size_of_source
 from ..sources.durability import Flusher, Promises
 from ..unix_sockets import Identity, bind_at, unlink_own
 from . import wire
@@ -359,8 +359,8 @@ def _offer(source: Source, writable: bool) -> Offer:
             flags |= wire.FLAG_SEND_TRIM
     else:
         flags |= wire.FLAG_READ_ONLY
-    size = source.size
-    if not 0 <= size <= SIZE_MAX:
+    size = size_of_source(source)
+    if size > SIZE_MAX:
         raise UsageError(f"NBD cannot serve {size} bytes")
     return Offer(size, flags, *_block_sizes(source, size))
 

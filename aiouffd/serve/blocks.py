@@ -24,9 +24,11 @@ from ..sources.base import (
     Source,
     aclose_source,
     as_source_error,
+    check_holes,
     check_length,
     open_source,
     own_method,
+    size_of_source,
 )
 from ..sources.memory import MemorySource
 from ..tally import Tally
@@ -144,7 +146,7 @@ class BlockStore:
     async def _open(self) -> None:
         try:
             await open_source(self.source)
-            self._size = self.source.size
+            self._size = size_of_source(self.source)
         except asyncio.CancelledError as error:
             if not cancelled_from_outside():
                 raise as_source_error(error) from error
@@ -370,7 +372,7 @@ class BlockStore:
         size = self.block_size
         start, end = flight.first * size, min((flight.first + flight.count) * size, self._size)
         if self._holes is not None:
-            holes = await self._holes(start, end - start)
+            holes = check_holes(await self._holes(start, end - start), start, end - start)
             if any(offset <= start and offset + length >= end for offset, length in holes):
                 return [(block, None) for block in _blocks(flight)]
         length = end - start

@@ -16,10 +16,13 @@ methods where they exist and do the plain thing where they do not.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+import inspect
+import operator
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
-from ..errors import ShortReadError, SourceError, UsageError
+from ..errors import KernelError, ShortReadError, SourceError, UsageError
+from ..usercode import describe, ends_the_program, is_ours
 
 __all__ = [
     "BaseSource",
@@ -28,18 +31,26 @@ __all__ = [
     "SourcePermissionError",
     "aclose_source",
     "as_source_error",
+    "check_holes",
     "check_length",
     "check_range",
+    "clone_source",
     "holes_in_source",
     "open_source",
     "own_method",
     "read_into_source",
+    "size_of_source",
     "stream_source",
 ]
+
+T = TypeVar("T")
 
 # ``collections.abc.Buffer`` came with Python 3.12. A source may also return any
 # other object with a contiguous buffer (an array, an ``obstore.Bytes``).
 Buffer: TypeAlias = bytes | bytearray | memoryview
+
+#: Chunks without a byte in a row, after which a stream counts as broken.
+EMPTY_CHUNKS = 100
 
 
 class SourcePermissionError(SourceError, PermissionError):
@@ -68,6 +79,8 @@ class Source(Protocol):
     of the buffer does. Of other exceptions those of connections (``ConnectionError``,
     ``TimeoutError``, ``asyncio.IncompleteReadError``) count as transient and all others as not:
     also a ``CancelledError``, if nobody has cancelled the read. See `as_source_error`.
+    ``KeyboardInterrupt`` and ``SystemExit`` end the program on its main thread, and are errors
+    like any other elsewhere.
 
     **Cancellation.** Every coroutine may be cancelled at any await. After that the source
     must be usable for other reads, and nothing may write to a buffer given to ``read_into``.
@@ -84,7 +97,8 @@ class Source(Protocol):
         Names the version that is pinned, for people and for comparison; None if unknown.
     ``async read_into(offset, buffer) -> None``
         As ``read`` of ``len(buffer)`` bytes, straight into ``buffer`` (a writable,
-        contiguous memoryview of bytes). After an exception its contents are undefined.
+        contiguous memoryview of bytes). After an exception its contents are undefined. A number
+        that it returns nevertheless is the count of bytes, and has to be all of them.
     ``stream(offset, length) -> AsyncIterator[Buffer]``
         Yields the range in order, in chunks of any size above zero, so that a large range
         can be installed while it arrives. ``length`` bytes in all, or an exception; chunks
@@ -96,9 +110,9 @@ class Source(Protocol):
         too, and a source that would have to ask for long names nothing.
     ``begin_read(offset, buffer, done) -> Request | None``
         As ``read_into``, for small reads without a task or a future: starts it, and calls
-        ``done(None)`` or ``done(error)`` from the loop later, never before it has returned.
-        ``Request.cancel()``: ``done`` is not called and nothing is written to ``buffer`` any more.
-        None if this one needs ``read_into``, or may be a hole.
+        ``done(None)`` or ``done(error)`` from the loop later, once, and never before it has
+        returned. ``Request.cancel()``: ``done`` is not called and nothing is written to ``buffer``
+        any more. None if this one needs ``read_into``, or may be a hole.
     ``read_now(offset, length) -> Buffer | None``
         As ``read`` if the bytes are at hand, None if they would have to be waited for.
     ``async write(offset, data) -> None`` and ``async flush() -> None``
@@ -180,18 +194,46 @@ def as_source_error(failure: BaseException) -> SourceError:
     """What a source has raised, as a SourceError; ``failure`` itself if it is one.
 
     Transient where a connection was lost or silent: ConnectionError, TimeoutError (which is what
-    socket.timeout and asyncio.TimeoutError are), asyncio.IncompleteReadError. A CancelledError is
-    to be passed only if nobody asked for it (`once.cancelled_from_outside`).
+    socket.timeout and asyncio.TimeoutError are), asyncio.IncompleteReadError; and KernelError,
+    which comes from putting the bytes where they belong. A BaseException is to be passed only if
+    it is not for whoever awaits: see `usercode.is_ours`. Never raises, whatever it is given.
     """
-    if isinstance(failure, SourceError):
+    if isinstance(failure, SourceError) and _is_whole(failure):
         return failure
-    text = f"{type(failure).__name__}: {failure}" if str(failure) else type(failure).__name__
     error = SourceError(
-        f"the source failed: {text}",
-        transient=isinstance(failure, ConnectionError | TimeoutError | asyncio.IncompleteReadError),
+        f"the source failed: {describe(failure)}",
+        transient=isinstance(failure, _TRANSIENT),
+        errno=getattr(failure, "errno", None) if isinstance(failure, OSError) else None,
     )
     error.__cause__ = failure
     return error
+
+
+_TRANSIENT = (ConnectionError, TimeoutError, asyncio.IncompleteReadError, KernelError)
+
+
+def _is_whole(error: SourceError) -> bool:
+    """Whether it can be used as one: classes derived from it may have forgotten ours."""
+    try:
+        str(error)
+        return isinstance(error.transient, bool) and (
+            error.retry_after is None or isinstance(error.retry_after, float | int)
+        )
+    except Exception:
+        return False
+
+
+async def _answer(awaitable: Awaitable[T]) -> T:
+    """Await what a source has given. What is no Exception, and is not for us, becomes one."""
+    task = asyncio.current_task()
+    try:
+        return await awaitable
+    except Exception:
+        raise
+    except BaseException as failure:
+        if is_ours(failure, task):
+            raise
+        raise as_source_error(failure) from failure
 
 
 def check_range(offset: int, length: int, size: int) -> None:
@@ -209,15 +251,7 @@ def check_length(data: object, length: int, *, offset: int = 0) -> memoryview:
     ``offset`` (bytes) is for the message only. Raises ShortReadError (transient) when ``data``
     has another length, and UsageError when it is not a contiguous buffer.
     """
-    try:
-        view = memoryview(data)  # type: ignore[arg-type]
-        if view.format != "B" or view.ndim != 1 or not view.c_contiguous:
-            view = view.cast("B")
-    except TypeError as exc:
-        raise UsageError(
-            f"a source returned {type(data).__name__}, which is not a contiguous buffer",
-            hint="return bytes, a bytearray or a memoryview from read()",
-        ) from exc
+    view = _flat(data)
     if view.nbytes != length:
         raise ShortReadError(
             f"a source returned {view.nbytes} bytes where {length} bytes at offset {offset}"
@@ -226,18 +260,92 @@ def check_length(data: object, length: int, *, offset: int = 0) -> memoryview:
     return view
 
 
+def _flat(data: object) -> memoryview:
+    try:
+        view = memoryview(data)  # type: ignore[arg-type]
+        if not view.c_contiguous:
+            raise TypeError
+        return view if view.format == "B" and view.ndim == 1 else view.cast("B")
+    except TypeError as exc:
+        raise UsageError(
+            f"a source returned {type(data).__name__}, which is not a contiguous buffer",
+            hint="return bytes, a bytearray or a memoryview from read()",
+        ) from exc
+
+
+def check_holes(found: object, offset: int, length: int) -> tuple[tuple[int, int], ...]:
+    """What a source's ``holes`` gave for ``length`` bytes at ``offset``, cut to these.
+
+    Raises UsageError for what is no series of ranges in order and apart.
+    """
+    holes: list[tuple[int, int]] = []
+    end = offset + length
+    after = 0
+    try:
+        for first, count in found:  # type: ignore[attr-defined]
+            start, stop = operator.index(first), operator.index(first) + operator.index(count)
+            if start < after or stop <= start:
+                raise ValueError(f"{count} bytes at {first} after byte {after}")
+            after = stop
+            if start >= end:
+                break  # it may be endless
+            if stop > offset:
+                holes.append((max(start, offset), min(stop, end) - max(start, offset)))
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"holes() of a source gave {type(found).__name__}, which is no series of ranges in"
+            f" order: {error}",
+            hint="return pairs of offset and length in bytes, in order and apart",
+        ) from error
+    return tuple(holes)
+
+
 async def open_source(source: Source) -> None:
-    """Call ``source.open()`` if it has one."""
+    """Call ``source.open()`` if it has one. Raises what that raises."""
     method = getattr(source, "open", None)
     if method is not None:
-        await method()
+        await _answer(method())
 
 
 async def aclose_source(source: Source) -> None:
-    """Call ``source.aclose()`` if it has one."""
+    """Call ``source.aclose()`` if it has one. Raises what that raises."""
     method = getattr(source, "aclose", None)
     if method is not None:
-        await method()
+        await _answer(method())
+
+
+def size_of_source(source: Source) -> int:
+    """The length of an open source in bytes. UsageError if it has no usable one."""
+    size: object = source.size
+    try:
+        number = operator.index(size)  # type: ignore[arg-type]
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise UsageError(
+            f"the size of {type(source).__name__} is {size!r}",
+            hint="a source has its length in bytes as `size`, from the end of open() on",
+        )
+    return number
+
+
+def clone_source(source: Source) -> Source:
+    """``source.clone()``. Raises what that raises, and UsageError if it gave no source."""
+    try:
+        clone: object = source.clone()
+    except Exception:
+        raise
+    except BaseException as failure:
+        if ends_the_program(failure):
+            raise
+        raise as_source_error(failure) from failure
+    # Not the protocol: asking that for the size of what is not open yet may raise.
+    if not callable(getattr(clone, "read", None)) or not callable(getattr(clone, "clone", None)):
+        raise UsageError(
+            f"clone() of {type(source).__name__} gave {type(clone).__name__}, which is no source",
+            hint="return an equal source that another event loop may open",
+        )
+    return clone  # type: ignore[return-value]
 
 
 def own_method(source: Source, name: str) -> Any:
@@ -250,23 +358,31 @@ def own_method(source: Source, name: str) -> Any:
 async def holes_in_source(source: Source, offset: int, length: int) -> Sequence[tuple[int, int]]:
     """Call ``source.holes()`` if it has one: ranges known to read as zeros."""
     method = own_method(source, "holes")
-    return () if method is None else tuple(await method(offset, length))
+    if method is None:
+        return ()
+    return check_holes(await _answer(method(offset, length)), offset, length)
 
 
 async def read_into_source(source: Source, offset: int, buffer: memoryview) -> None:
     """Fill ``buffer`` with the bytes at ``offset``: by ``read_into``, else ``read`` and a copy."""
     method = getattr(source, "read_into", None)
+    length = len(buffer)
     if method is not None:
-        await method(offset, buffer)
+        count = await _answer(method(offset, buffer))
+        if isinstance(count, int) and not isinstance(count, bool) and count != length:
+            raise ShortReadError(
+                f"a source read {count} bytes where {length} bytes at offset {offset}"
+                " were asked for"
+            )
     else:
-        length = len(buffer)
-        buffer[:] = check_length(await source.read(offset, length), length, offset=offset)
+        data = await _answer(source.read(offset, length))
+        buffer[:] = check_length(data, length, offset=offset)
 
 
 async def stream_source(
     source: Source, offset: int, length: int
 ) -> AsyncGenerator[memoryview, None]:
-    """Yield ``length`` bytes at byte ``offset`` in order, as flat memoryviews.
+    """Yield ``length`` bytes at byte ``offset`` in order, as flat memoryviews, none of them empty.
 
     Uses the source's ``stream`` if it has one, else one ``read``. Raises ShortReadError when
     the source ends early, and before it would yield more than ``length`` bytes. Close it
@@ -275,13 +391,28 @@ async def stream_source(
     method = getattr(source, "stream", None)
     if method is None:
         if length:
-            yield check_length(await source.read(offset, length), length, offset=offset)
+            data = await _answer(source.read(offset, length))
+            yield check_length(data, length, offset=offset)
         return
-    done = 0
+    done = empty = 0
     chunks = method(offset, length)
+    if inspect.iscoroutine(chunks):
+        chunks.close()
+        raise UsageError(
+            f"stream() of {type(source).__name__} is a coroutine",
+            hint="`yield` its chunks, or return an async iterator from a plain function",
+        )
     try:
         async for chunk in chunks:
-            view = check_length(chunk, memoryview(chunk).nbytes, offset=offset + done)
+            view = _flat(chunk)
+            if not view.nbytes:
+                empty += 1
+                if empty > EMPTY_CHUNKS:
+                    raise ShortReadError(
+                        "a source streamed chunks without a byte, one after another"
+                    )
+                continue
+            empty = 0
             done += view.nbytes
             if done > length:
                 raise ShortReadError(f"a source streamed more than the {length} bytes asked for")

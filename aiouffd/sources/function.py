@@ -7,7 +7,8 @@ from collections.abc import Awaitable, Callable
 from typing import TypeAlias
 
 from ..errors import AiouffdError, SourceError, UnsupportedError, UsageError
-from .base import BaseSource, Buffer, Source, check_length, check_range
+from ..usercode import describe
+from .base import BaseSource, Buffer, Source, as_source_error, check_length, check_range
 
 __all__ = ["FunctionSource", "ReadFunction"]
 
@@ -28,9 +29,8 @@ class FunctionSource(BaseSource):
             thread, it returns an equal function (or a whole `Source`) for another loop.
         version: name of the version of the object, if there is one.
 
-    Errors of ``func``: AiouffdError as is; OSError (which includes TimeoutError and
-    connection errors) becomes a transient SourceError; anything else is a bug of the
-    function and becomes a SourceError that is not transient. The cause is kept.
+    Errors of ``func``: AiouffdError as is; anything else becomes a SourceError, transient as
+    `as_source_error` has it: lost connections and timeouts. The cause is kept.
     """
 
     def __init__(
@@ -76,14 +76,12 @@ class FunctionSource(BaseSource):
             data = await answer
         except AiouffdError:
             raise
-        except OSError as exc:
-            raise SourceError(
-                f"{self!r} failed at offset {offset}: {exc}", transient=True, errno=exc.errno
-            ) from exc
         except Exception as exc:
+            known = as_source_error(exc)
             raise SourceError(
-                f"{self!r} failed at offset {offset}: {type(exc).__name__}: {exc}",
-                transient=False,
+                f"{self!r} failed at offset {offset}: {describe(exc)}",
+                transient=known.transient,
+                errno=known.errno,
             ) from exc
         return check_length(data, length, offset=offset)
 
