@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import inspect
 import os
 import random
 import sys
+import time
 import types
 import weakref
 from collections import deque
@@ -20,8 +22,9 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from ._lib import ffi, lib, pin
-from .errors import ClosedError, KernelError, SourceTimeoutError, UsageError
+from .errors import AiouffdError, ClosedError, KernelError, SourceTimeoutError, UsageError
 from .exports import Exports
+from .usercode import ends_the_program, is_ours, tell_loop
 
 if TYPE_CHECKING:
     from .pager import Pager
@@ -368,16 +371,21 @@ class Region:
             raise UsageError(message, hint=_HINTS[code])
         raise KernelError(message, errno=code, done=done, hint=_HINTS.get(code))
 
-    async def install_async(self, offset: int, data: Any, *, heal: bool = False) -> None:
-        """As `install`, but waits and tries again while mappings change (EAGAIN)."""
+    async def install_async(
+        self, offset: int, data: Any, *, heal: bool = False, patience: float | None = None
+    ) -> None:
+        """As `install`, but waits and tries again while mappings change (EAGAIN): for ``patience``
+        seconds at most, or as long as it takes."""
         view = memoryview(data)
         pause = 0.001
+        limit = None if patience is None else time.monotonic() + patience
         while True:
             try:
                 self.install(offset, view, heal=heal)
                 return
             except KernelError as error:
-                if error.errno != errno.EAGAIN:
+                late = limit is not None and time.monotonic() > limit
+                if error.errno != errno.EAGAIN or late:
                     raise
                 offset += error.done
                 view = view[error.done :]
@@ -639,20 +647,39 @@ class HandlerSink:
         self, block: int, address: int = 0, flags: int = 0, thread: int = 0, generation: int = 0
     ) -> None:
         fault = Fault(self._region, block, address, flags, thread, generation)
-        if self._direct >= 0:
-            coroutine = self._handler(fault)
-            try:
-                future = coroutine.send(None)
-            except StopIteration:
-                if self._is_done(fault):
-                    return
-            except (Exception, asyncio.CancelledError):
-                self._direct = -DIRECT_SETBACK
-            else:
-                self._direct = -DIRECT_SETBACK
-                self._start(fault, _resume(coroutine, future))
-                return
-        self._start(fault, None)
+        if self._direct < 0 or not self._take_in_hand(fault):
+            self._start(fault, None)
+
+    def _take_in_hand(self, fault: Fault) -> bool:
+        """Make the first step of the handler by hand. False if a task has to begin anew."""
+        try:
+            coroutine = self._handle(fault)
+            future = coroutine.send(None)
+        except StopIteration:
+            return self._is_done(fault)
+        except BaseException as error:
+            # Perhaps for want of a task, so that it is nobody's business yet.
+            self._direct = -DIRECT_SETBACK
+            if not ends_the_program(error):
+                return False
+            self._region.end(fault.block, 1)
+            self._report(fault, error)
+        else:
+            self._direct = -DIRECT_SETBACK
+            self._start(fault, _resume(coroutine, future))
+        return True
+
+    def _handle(self, fault: Fault) -> Any:
+        """Call the handler: a coroutine to be driven. Raises what the handler raises."""
+        answer: Any = self._handler(fault)
+        if type(answer) is types.CoroutineType or isinstance(answer, Coroutine):
+            return answer
+        if inspect.isawaitable(answer):
+            return _await(answer)
+        raise UsageError(
+            f"the handler of {self._region!r} gave {type(answer).__name__}, not a coroutine",
+            hint="define it with `async def`",
+        )
 
     def hit(self, block: int) -> None:
         """Blocks in flight are not reported for handlers."""
@@ -677,11 +704,16 @@ class HandlerSink:
         coroutine = self._serve(fault, begun)
         loop = asyncio.get_running_loop()
         if _EAGER:
-            task: asyncio.Task[None] = asyncio.Task(
-                coroutine,
-                loop=loop,
-                eager_start=True,  # type: ignore[call-arg]
-            )
+            try:
+                task: asyncio.Task[None] = asyncio.Task(
+                    coroutine,
+                    loop=loop,
+                    eager_start=True,  # type: ignore[call-arg]
+                )
+            except (KeyboardInterrupt, SystemExit) as error:
+                # Raised by the handler, and to end the loop; not what else we are about to do.
+                self._report(fault, error)
+                return
             if task.done():
                 return
         else:
@@ -695,7 +727,7 @@ class HandlerSink:
             self._start(self._waiting.popleft(), None)
 
     async def _call(self, fault: Fault) -> None:
-        coroutine = self._handler(fault)
+        coroutine = self._handle(fault)
         try:
             future = coroutine.send(None)
         except StopIteration:
@@ -706,39 +738,50 @@ class HandlerSink:
 
     async def _serve(self, fault: Fault, begun: Awaitable[None] | None) -> None:
         region = self._region
+        task = asyncio.current_task()
         pause = RETRY_FIRST
         while True:
+            limit = None
             try:
                 attempt = begun or self._call(fault)
                 begun = None
                 if region.deadline is None:
                     await attempt
                 else:
-                    async with asyncio.timeout(region.deadline):
+                    async with asyncio.timeout(region.deadline) as limit:
                         await attempt
                 if self._is_done(fault):
                     return
                 raise UnresolvedError(fault)
-            except asyncio.CancelledError:
-                if not self._closed and not region._closed:
-                    # Somebody cancelled the task: the toucher asks again.
-                    region.end(fault.block, 1)
-                raise
-            except ClosedError:
-                return
-            except Exception as error:
-                if isinstance(error, TimeoutError) and region.deadline is not None:
+            except BaseException as error:
+                if is_ours(error, task):
+                    if not self._closed and not region._closed:
+                        # Somebody cancelled the task: the toucher asks again.
+                        region.end(fault.block, 1)
+                    raise
+                if region._closed:
+                    return
+                if isinstance(error, TimeoutError) and limit is not None and limit.expired():
                     error = SourceTimeoutError(
                         f"no answer for {fault!r} within {region.deadline} seconds"
                     )
                 self._report(fault, error)
             if region._closed or self._is_done(fault):
                 return
-            if region.errors == "soft":
-                fault.poison()
+            if region.errors == "soft" and self._poison(fault):
                 return
             await asyncio.sleep(pause * (0.5 + random.random()))
             pause = min(pause * 2, RETRY_LONGEST)
+
+    def _poison(self, fault: Fault) -> bool:
+        try:
+            fault.poison()
+        except ClosedError:
+            return True
+        except AiouffdError as error:
+            self._report(fault, error)
+            return False
+        return True
 
     def _is_done(self, fault: Fault) -> bool:
         region = self._region
@@ -750,13 +793,12 @@ class HandlerSink:
         region.end(fault.block, 1)
         return True
 
-    def _report(self, fault: Fault, error: Exception) -> None:
-        asyncio.get_running_loop().call_exception_handler(
-            {
-                "message": f"the handler of {self._region!r} failed for {fault!r}",
-                "exception": error,
-                "fault": fault,
-            }
+    def _report(self, fault: Fault, error: BaseException) -> None:
+        tell_loop(
+            asyncio.get_running_loop(),
+            f"the handler of {self._region!r} failed for {fault!r}",
+            error,
+            fault=fault,
         )
 
     def close(self) -> None:
@@ -780,6 +822,10 @@ class UnresolvedError(UsageError):
             f"the handler returned without resolving {fault!r}",
             hint="call fault.copy(), zero(), poison() or continue_() in it",
         )
+
+
+async def _await(awaitable: Awaitable[Any]) -> None:
+    await awaitable
 
 
 @types.coroutine
