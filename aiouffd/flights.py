@@ -10,6 +10,7 @@ What a blocked thread gets (``errors`` and ``deadline`` are those of `aiouffd.op
 - the source fails for a while: it waits; retries back off with jitter, for ever if hard;
 - soft, and the deadline has passed or the failure is not transient: SIGBUS for raw
   touches, SourceError from the calls of the buffer; a later fetch heals the page;
+- soft, and the kernel cannot take the bytes: the same, after a while, also without a deadline;
 - the source has changed: the same at once, also if hard, because waiting cannot help;
 - the flight is cancelled: it is woken and faults again, which makes a new flight;
 - the region closes: see `Region.close`.
@@ -37,20 +38,27 @@ from .errors import (
 )
 from .readahead import Readahead
 from .region import Errors, Region
-from .sources.base import Source
+from .sources.base import Source, as_source_error
 from .tally import Tally
 from .transfer import Begun, Mover, Progress
+from .usercode import Complaints, describe, is_ours
 
-__all__ = ["Fetcher", "FlightEvent", "Policy"]
+__all__ = ["Fetcher", "FlightCancelledError", "FlightEvent", "Policy"]
 
 log = logging.getLogger("aiouffd")
 
 #: First and longest pause between two tries, in seconds.
 RETRY_FIRST, RETRY_LONGEST = 0.05, 10.0
+#: Seconds for which errors="soft" takes errors of the kernel for passing ones, deadline or not.
+KERNEL_PATIENCE = 5.0
 #: Flights of one fetcher that run at a time, and how many of them may be prefetch.
 MAX_FLIGHTS, MAX_PREFETCH = 32, 24
 #: Failures in a row after which prefetching is given up, and the pause after each, in seconds.
 PREFETCH_FAILURES, PREFETCH_PAUSE = 8, 0.1
+
+
+class FlightCancelledError(SourceError):
+    """Somebody has cancelled the task of a flight. Who waits for its blocks asks again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +169,8 @@ class Fetcher:
         self._running = 0
         self._urgent: deque[Flight] = deque()
         self._later: deque[Flight] = deque()
-        self._mover = Mover(region, source, tally, failures, self._landed)
+        self._complaints = Complaints(self._loop)
+        self._mover = Mover(region, source, tally, failures, self._landed, self._complaints)
         # A deadline needs a timer, and so a task.
         self._direct = policy.deadline is None
         self._closed = False
@@ -250,7 +259,9 @@ class Fetcher:
                         mine.append(under_way)
                 block += step
             if mine:
-                await mine.popleft().wait()
+                # What was cancelled is missing still, which our caller sees.
+                with contextlib.suppress(FlightCancelledError):
+                    await mine.popleft().wait()
 
     async def prefetch(self, runs: Iterable[tuple[int, int]]) -> bool:
         """Bring runs of blocks before anybody waits for them, in this order, behind what somebody
@@ -326,15 +337,19 @@ class Fetcher:
         error: BaseException | None = None
         try:
             await self._attempts(flight)
-        except asyncio.CancelledError as cancelled:
-            error = ClosedError("the buffer is closed") if self._closed else cancelled
-            raise
-        except BaseException as failure:
+        except (SourceError, ClosedError) as failure:
             error = failure
-            if not isinstance(failure, Exception):
-                raise
+        except BaseException:
+            # The task was cancelled, or the program ends. Whoever waits asks again.
+            error = self._end_of_flight()
+            raise
         finally:
             self._settle(flight, error)
+
+    def _end_of_flight(self) -> AiouffdError:
+        if self._closed:
+            return ClosedError("the buffer is closed")
+        return FlightCancelledError("somebody has cancelled the fetch", hint="try again")
 
     def _settle(self, flight: Flight, error: BaseException | None) -> None:
         """A flight has ended: tell who waits, and start what waited for its place."""
@@ -349,44 +364,59 @@ class Fetcher:
             if flight.cause == "readahead" and self._readahead and not self._closed:
                 self._launch_ahead(self._readahead.landed(flight.first, flight.count))
         flight.finish(error)
-        if self._trace is not None and error is None:
-            block_size = self._region.block_size
-            self._trace(
-                FlightEvent(
-                    flight.first * block_size,
-                    flight.count * block_size,
-                    flight.started,
-                    finished,
-                    flight.cause,
-                )
-            )
         if self._urgent or self._later:
             self._fill()
+        if self._trace is not None and error is None:
+            self._tell_trace(self._trace, flight, finished)
+
+    def _tell_trace(
+        self, trace: Callable[[FlightEvent], None], flight: Flight, finished: float
+    ) -> None:
+        size = self._region.block_size
+        event = FlightEvent(
+            flight.first * size, flight.count * size, flight.started, finished, flight.cause
+        )
+        try:
+            trace(event)
+        except BaseException as error:
+            self._complaints.make("the trace callback", error)
 
     async def _attempts(self, flight: Flight) -> None:
         pause = RETRY_FIRST
         progress = Progress(flight.first * self._region.block_size)
         end = min((flight.first + flight.count) * self._region.block_size, self._region.length)
+        task = asyncio.current_task()
+        # Since when the kernel has not taken the bytes.
+        refused: float | None = None
         while True:
             before = progress.offset
             try:
                 await self._with_deadline(flight, progress, end)
-                if progress.pieces > 1:
-                    self._see_to_dropped(flight, end)
-                return
-            except Exception as failure:
+                return self._arrived(flight, progress, end)
+            except BaseException as failure:
+                if is_ours(failure, task):
+                    raise
                 if self._region.closed or self._closed:
                     raise ClosedError("the buffer is closed") from None
-                error = self._as_source_error(failure)
-            self._tally.last_error = f"{type(error).__name__}: {error}"
+                if progress.offset >= end and not isinstance(failure, SourceError):
+                    self._complaints.make("a source that had delivered all", failure)
+                    return self._arrived(flight, progress, end)
+                error = as_source_error(failure)
+                if not isinstance(failure, KernelError):
+                    refused = None
+                elif refused is None or progress.offset > before:
+                    refused = time.monotonic()
+            self._tally.last_error = describe(error)
             if progress.offset > before:
                 pause = RETRY_FIRST
             if not flight.wanted and not self._wanted(flight):
                 # Nobody waits: leave it, a touch will ask again.
                 raise error
-            if self._hopeless(error, flight):
+            if self._hopeless(error, flight, refused):
                 self._tally.failures += 1
-                self._poison(flight, progress.offset, error)
+                if not self._poison(flight, progress.offset, error):
+                    # Who waits asks again: not at once, for nothing has changed.
+                    await flight.pause(RETRY_FIRST)
                 raise error
             self._tally.retries += 1
             delay = pause_after(error, pause * (0.5 + random.random()))
@@ -404,9 +434,11 @@ class Fetcher:
             await flight.pause(delay)
             pause = min(pause * 2, RETRY_LONGEST)
 
-    def _see_to_dropped(self, flight: Flight, end: int) -> None:
+    def _arrived(self, flight: Flight, progress: Progress, end: int) -> None:
         """Pages may be dropped while others of their block are on the way. (One install of
         whole blocks sees to that by itself.) Who waits for them asks again."""
+        if progress.pieces <= 1:
+            return
         start = flight.first * self._region.block_size
         if not self._region.is_resident(start, end - start):
             self._region.end(flight.first, flight.count)
@@ -427,46 +459,43 @@ class Fetcher:
             await self._mover.move(progress, end)
             return
         left = flight.since + deadline - time.monotonic()
+        limit = asyncio.timeout(max(left, 0.001))
         try:
-            async with asyncio.timeout(max(left, 0.001)):
+            async with limit:
                 await self._mover.move(progress, end)
         except TimeoutError as late:
-            if isinstance(late, AiouffdError):
-                raise
+            if not limit.expired():
+                raise  # the source's own
             raise SourceTimeoutError(
                 f"bytes {progress.offset}-{end} did not arrive within {deadline} s"
             ) from late
 
-    def _hopeless(self, error: SourceError, flight: Flight) -> bool:
+    def _hopeless(self, error: SourceError, flight: Flight, refused: float | None) -> bool:
         if isinstance(error, SourceChangedError):
             return True
         if self._policy.errors == "hard":
             return False
-        if not error.transient:
+        now = time.monotonic()
+        if not error.transient or (refused is not None and now >= refused + KERNEL_PATIENCE):
             return True
         deadline = self._policy.deadline
-        return deadline is not None and time.monotonic() >= flight.since + deadline
+        return deadline is not None and now >= flight.since + deadline
 
-    @staticmethod
-    def _as_source_error(failure: Exception) -> SourceError:
-        if isinstance(failure, SourceError):
-            return failure
-        error = SourceError(
-            f"reading the source failed: {type(failure).__name__}: {failure}",
-            transient=isinstance(failure, KernelError),
-        )
-        error.__cause__ = failure
-        return error
-
-    def _poison(self, flight: Flight, offset: int, error: SourceError) -> None:
-        """An error instead of bytes, for the blocks that are not there yet."""
+    def _poison(self, flight: Flight, offset: int, error: SourceError) -> bool:
+        """An error instead of bytes, for the blocks that are not there yet. False if the kernel
+        does not take that either."""
         size = self._region.block_size
+        done = True
         for block in range(offset // size, flight.first + flight.count):
             self._failures[block] = error
             start = block * size
             length = min(size, self._region.mapped_length - start)
-            with contextlib.suppress(AiouffdError):
+            try:
                 self._region.poison(start, length)
+            except AiouffdError as problem:
+                done = False
+                self._complaints.make("making an error of pages that cannot be had", problem)
+        return done or self._region.closed
 
     # ----------------------------------------------------------------- close
 

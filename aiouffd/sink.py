@@ -12,11 +12,11 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from .errors import AiouffdError, ClosedError, SourceChangedError, UsageError
-from .flights import Fetcher, FlightEvent, Policy
+from .flights import Fetcher, FlightCancelledError, FlightEvent, Policy
 from .readahead import Readahead
 from .region import Region
 from .rescue import service
-from .sources.base import Source, aclose_source, open_source
+from .sources.base import Source, aclose_source, clone_source, open_source
 from .tally import Tally
 
 if TYPE_CHECKING:
@@ -123,11 +123,17 @@ class BufferSink:
             raise ClosedError("the buffer is closed")
         if self._rescuer is None:
             raise self._rescue_error or ClosedError("the buffer is closed")
-        self._region.begin(block, 1)
-        self._rescuer.miss(block)
-        flight = self._rescuer.under_way(block)
-        if flight is not None:
-            await flight.wait()
+        again = True
+        while again:
+            again = False
+            self._region.begin(block, 1)
+            self._rescuer.miss(block)
+            flight = self._rescuer.under_way(block)
+            if flight is not None:
+                try:
+                    await flight.wait()
+                except FlightCancelledError:
+                    again = True
 
     def prefetch(self, runs: Iterable[tuple[int, int]]) -> None:
         """In the background, until all is there or the buffer closes."""
@@ -206,7 +212,7 @@ class BufferSink:
         return True
 
     def _begin_rescue(self) -> None:
-        clone, self._spare = self._spare or self._source.clone(), None
+        clone, self._spare = self._spare or clone_source(self._source), None
         self._rescue_start = asyncio.get_running_loop().create_task(self._start_rescuer(clone))
 
     def late(self, block: int) -> None:

@@ -12,15 +12,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import time
 from collections.abc import Callable
-from typing import Any
+from threading import get_ident
+from typing import Any, TypeAlias
 
 from ._lib import pin
-from .errors import AiouffdError, KernelError, SourceError
+from .errors import AiouffdError, KernelError, UsageError
 from .region import Region
-from .sources.base import Source, check_length, own_method, read_into_source
+from .sources.base import (
+    Source,
+    check_holes,
+    check_length,
+    own_method,
+    read_into_source,
+    stream_source,
+)
 from .staging import HUGE, SMALL, Stages
 from .tally import Tally
+from .usercode import Complaints
 
 __all__ = ["Begun", "Mover", "Progress"]
 
@@ -38,53 +48,90 @@ class Progress:
         self.pieces = 0
 
 
+#: Seconds for which an install is tried again while mappings change (EAGAIN); then it has failed.
+AGAIN_PATIENCE = 5.0
+
+#: A buffer to receive into: a pointer to it, and its memory.
+Stage: TypeAlias = tuple[Any, memoryview]
+
+
 class Begun:
-    """A small transfer without a task, and the staging buffer that it uses. See `Mover.begin`."""
+    """A small transfer without a task: what a source calls at its end. See `Mover.begin`.
 
-    __slots__ = ("_flight", "_length", "_mover", "_offset", "_pointer", "_request", "_stage")
+    One for each request, so that a source that calls it twice, or late, harms no other one.
+    """
 
-    def __init__(self, mover: Mover, size: int) -> None:
+    __slots__ = ("_flight", "_length", "_mover", "_offset", "_over", "_request", "_stage")
+
+    def __init__(self, mover: Mover, stage: Stage, offset: int, length: int, flight: Any) -> None:
         self._mover = mover
-        self._pointer, self._stage = pin(bytearray(size))
-        self._offset = self._length = 0
-        self._flight: Any = None
-        self._request: Any = None
-
-    def _start(self, offset: int, length: int, flight: Any) -> bool:
-        stage = self._stage
+        self._stage = stage
         self._offset, self._length, self._flight = offset, length, flight
-        if length != len(stage):
-            stage = stage[:length]
-        self._request = self._mover._begin_read(offset, stage, self._arrived)
+        self._request: Any = None
+        self._over = False
+
+    def _start(self, begin_read: Callable[..., Any]) -> bool:
+        memory = self._stage[1]
+        length = self._length
+        self._request = begin_read(
+            self._offset, memory if length == len(memory) else memory[:length], self
+        )
         return self._request is not None
 
-    def _arrived(self, error: BaseException | None) -> None:
+    def __call__(self, error: BaseException | None) -> None:
+        mover = self._mover
+        if get_ident() != mover._thread:
+            mover._loop.call_soon_threadsafe(self, error)
+        elif self._over:
+            # Twice, or after it was cancelled: the flight is somebody else's by now.
+            mover._complaints.make(
+                f"begin_read of {mover._name}", UsageError("`done` was called more than once")
+            )
+        else:
+            self._over = True
+            if self._request is None:  # before `begin_read` has returned
+                mover._loop.call_soon(self._end, error)
+            else:
+                self._end(error)
+
+    def _end(self, error: BaseException | None) -> None:
         mover, flight = self._mover, self._flight
         self._request = self._flight = None
+        if flight is None:
+            return  # cancelled
         if error is None:
             mover._tally.fetched_bytes += self._length
             try:
-                mover._region.install_from(self._offset, self._pointer, self._length)
+                mover._region.install_from(self._offset, self._stage[0], self._length)
             except (AiouffdError, OSError) as failure:
                 error = failure
             else:
                 mover._healed(self._offset, self._length)
-            mover._idle.append(self)
+            mover._idle.append(self._stage)
         # After a failure a careless source might still write to the stage: it is not used again.
         mover._landed(flight, error)
 
+    def _give_up(self) -> None:
+        self._over = True
+        self._request = self._flight = None
+
     def cancel(self) -> None:
         """Nothing is installed any more, and nobody is told."""
-        request, self._request = self._request, None
+        request = self._request
+        self._give_up()
         if request is not None:
-            request.cancel()
+            try:
+                request.cancel()
+            except BaseException as error:
+                self._mover._complaints.make(f"cancel() of {type(request).__name__}", error)
 
 
 class Mover:
     """Brings ranges of ``source`` into ``region``. One loop; not thread-safe.
 
     ``failures`` maps blocks to the error that poisoned them; what arrives is taken out of it.
-    ``landed(flight, error)`` tells the end of what `begin` began.
+    ``landed(flight, error)`` tells the end of what `begin` began. What callbacks of the source
+    raise goes to ``complaints``.
     """
 
     def __init__(
@@ -94,7 +141,11 @@ class Mover:
         tally: Tally,
         failures: dict[int, BaseException],
         landed: Callable[[Any, BaseException | None], None],
+        complaints: Complaints,
     ) -> None:
+        self._loop, self._thread = asyncio.get_running_loop(), get_ident()
+        self._complaints = complaints
+        self._name = type(source).__name__
         self._region = region
         self._source = source
         self._tally = tally
@@ -107,7 +158,7 @@ class Mover:
         self._holes = own_method(source, "holes")
         self._begin_read = own_method(source, "begin_read")
         self._landed = landed
-        self._idle: list[Begun] = []
+        self._idle: list[Stage] = []
 
     def begin(self, offset: int, length: int, flight: Any) -> Begun | None:
         """Bring ``length`` bytes at ``offset`` (whole pages, or up to the end) without a task.
@@ -118,10 +169,17 @@ class Mover:
         if self._begin_read is None or length > SMALL:
             return None
         idle = self._idle
-        begun = idle.pop() if idle else Begun(self, min(self._region.block_size, SMALL))
-        if begun._start(offset, length, flight):
-            return begun
-        self._idle.append(begun)
+        stage = idle.pop() if idle else pin(bytearray(min(self._region.block_size, SMALL)))
+        begun = Begun(self, stage, offset, length, flight)
+        try:
+            if begun._start(self._begin_read):
+                return begun
+        except BaseException as error:
+            # It may have begun nevertheless, so that its stage is not used again.
+            self._complaints.make(f"begin_read of {self._name}", error)
+        else:
+            idle.append(stage)
+        begun._give_up()
         return None
 
     async def move(self, progress: Progress, end: int) -> None:
@@ -131,7 +189,8 @@ class Mover:
         """
         if self._holes is not None:
             page = self._region.page_size
-            for start, length in await self._holes(progress.offset, end - progress.offset):
+            whole = (progress.offset, end - progress.offset)
+            for start, length in check_holes(await self._holes(*whole), *whole):
                 first = start + -start % page
                 stop = start + length
                 # The rest of the object's last page is zeros anyhow.
@@ -142,13 +201,13 @@ class Mover:
         await self._bring(progress, end)
 
     async def _zero(self, progress: Progress, end: int) -> None:
-        region, pause = self._region, 0.001
+        region, pause, limit = self._region, 0.001, time.monotonic() + AGAIN_PATIENCE
         while progress.offset < end:
             length = end - progress.offset
             try:
                 region.zero(progress.offset, length + -length % region.page_size, heal=True)
             except KernelError as error:
-                if error.errno != errno.EAGAIN:
+                if error.errno != errno.EAGAIN or time.monotonic() > limit:
                     raise
                 self._advance(progress, error.done)
                 await asyncio.sleep(pause)
@@ -218,36 +277,26 @@ class Mover:
     async def _by_stream(self, progress: Progress, end: int) -> None:
         """Install whole pages straight from the source's chunks; only their ragged edges,
         less than a page each, are copied."""
-        assert self._stream is not None
         page = self._region.page_size
         edge = bytearray()
         start = progress.offset
-        received = 0
-        async with contextlib.aclosing(self._stream(start, end - start)) as chunks:
-            async for chunk in chunks:
-                view = memoryview(chunk)
-                if view.format != "B" or view.ndim != 1:
-                    view = view.cast("B")
-                received += view.nbytes
-                if received > end - start:
-                    raise SourceError(f"the source sent more than bytes {start}-{end}")
+        async with contextlib.aclosing(stream_source(self._source, start, end - start)) as chunks:
+            async for view in chunks:
                 self._tally.fetched_bytes += view.nbytes
                 if edge:
                     missing = page - len(edge)
                     edge += view[:missing]
                     view = view[missing:]
-                    if len(edge) < page:
-                        continue
-                    await self._install(progress, edge)
-                    edge = bytearray()
+                    if len(edge) == page:
+                        await self._install(progress, edge)
+                        edge = bytearray()
                 whole = view.nbytes & ~(page - 1)
                 for at in range(0, whole, self._step):
                     await self._install(progress, view[at : min(at + self._step, whole)])
                 edge += view[whole:]
-        if edge and progress.offset + len(edge) == end:
-            await self._install(progress, edge)
-        if progress.offset < end:
-            raise SourceError(f"the source ended at byte {start + received}, {end} were expected")
+                if edge and progress.offset + len(edge) == end:
+                    await self._install(progress, edge)
+                    edge = bytearray()
 
     async def _install(self, progress: Progress, data: Any) -> None:
         region, offset = self._region, progress.offset
@@ -257,7 +306,10 @@ class Mover:
             if error.errno != errno.EAGAIN:
                 raise
             await region.install_async(
-                offset + error.done, memoryview(data)[error.done :], heal=True
+                offset + error.done,
+                memoryview(data)[error.done :],
+                heal=True,
+                patience=AGAIN_PATIENCE,
             )
         self._advance(progress, len(data))
 
