@@ -168,6 +168,7 @@ class TestSources:
     @pytest.mark.parametrize("error", ODD)
     async def test_hard_tries_again_after_pauses(self, error: Callable[[], BaseException]) -> None:
         async with opened(failing(error, 4)) as buf:
+            without_rescue(buf)
             assert await touch(buf.view.__getitem__, 9) == DATA[9]
             assert buf.stats.retries == 4
             assert buf.stats.last_error
@@ -180,6 +181,7 @@ class TestSources:
     ) -> None:
         source = failing(error)
         async with opened(source, errors="soft", deadline=deadline) as buf:
+            without_rescue(buf)
             with pytest.raises(SourceError) as caught:
                 await touch(buf.__getitem__, 5)
             assert type(caught.value.__cause__.__cause__) is type(error())  # type: ignore[union-attr]
@@ -225,6 +227,7 @@ class TestSources:
 
         source = PlainSource(DATA, read)
         async with opened(source) as buf:
+            without_rescue(buf)
             before = asyncio.all_tasks()
             fetch = asyncio.create_task(buf.fetch(0, 1))
             touching = asyncio.create_task(touch(buf.view.__getitem__, 7))
