@@ -416,8 +416,9 @@ class Request:
 
 def without_rescue(buf: aiouffd.LazyBuffer) -> None:
     """Its loop counts as alive however busy the machine is, so that no clone serves it."""
-    assert buf._pager is not None
-    lib.au_engine_set_times(buf._pager._engine, 50_000, 10**11, 10**11)
+    assert buf._mapping is not None
+    assert buf._mapping.pager is not None
+    lib.au_engine_set_times(buf._mapping.pager._engine, 50_000, 10**11, 10**11)
 
 
 async def begun(begin: Callable[[int, memoryview, Done], Any]) -> aiouffd.LazyBuffer:
