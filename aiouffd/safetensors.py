@@ -25,16 +25,19 @@ floats ml_dtypes (``pip install aiouffd[safetensors]``).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .buffer import LazyBuffer
 from .errors import UnsupportedError, UsageError
+from .json_pieces import JsonPieces
 from .sync import SyncBuffer
 
 if TYPE_CHECKING:
@@ -49,15 +52,27 @@ __all__ = [
     "TensorInfo",
     "Tensors",
     "load",
+    "load_shards",
+    "load_shards_sync",
     "load_sync",
     "parse_header",
     "parse_index",
 ]
 
-#: Longest header, in bytes; the library has the same limit.
+T = TypeVar("T")
+
+#: Longest header, in bytes; the library has the same limit. An index may be as long.
 HEADER_MAX = 100_000_000
+#: Most tensors of a file, and of an index. (The largest models have a hundred thousand in all.)
+TENSORS_MAX, INDEX_MAX = 1 << 18, 1 << 20
+#: Longest name, description of a tensor, and value of the metadata, in bytes.
+_NAME_MAX, _ENTRY_MAX, _VALUE_MAX = 16 * 1024, 64 * 1024, 16 << 20
 #: Bytes of header from which on parsing leaves the loop's thread.
-_INLINE = 256 * 1024
+_INLINE = 32 * 1024
+#: Files that `load` reads and parses at a time.
+_AT_A_TIME = 4
+#: Longest path of a file in an index.
+_PATH_MAX = 1024
 #: Most bytes, and most dimensions, of an array in any library.
 _ARRAY_MAX, _DIMENSIONS_MAX = (1 << 63) - 1, 64
 _PREFIX = 8
@@ -200,58 +215,91 @@ def parse_header(data: Any, size: int | None = None) -> Header:
         the end of the header.
     :param size: length of the whole file in bytes; that of ``data`` by default.
 
-    Raises FormatError for anything but a header that describes the file completely. Any thread.
+    Raises FormatError for anything but a header that describes the file completely, and for one
+    with more than 262,144 tensors, names of more than 16 KiB, or a value in the metadata of more
+    than 16 MiB. Any thread; others run meanwhile.
     """
     with memoryview(data) as memory, memory.cast("B") as given:
         size = given.nbytes if size is None else size
         end = _header_end(given, size)
         if end > given.nbytes:
             raise UsageError(f"the header has {end} bytes, only {given.nbytes} of them were given")
-        fields = _load_json(bytes(given[_PREFIX:end]))
-    metadata = fields.pop("__metadata__", None)
-    if metadata is None:
-        metadata = {}
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise FormatError("__metadata__ is not a map from text to text")
-    for value in metadata.values():
-        _check_text(value)
-    found = [_tensor(name, entry, end) for name, entry in fields.items()]
-    found.sort(key=lambda info: (info.offset, info.length))
+        tensors, metadata = _read(given[_PREFIX:end], end)
+    found = sorted(tensors.values(), key=lambda info: (info.offset, info.length))
     _check_covered(found, end, size)
     return Header({info.name: info for info in found}, metadata)
 
 
-def _load_json(text: bytes) -> dict[str, Any]:
+def _read(text: memoryview, base: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """What the header ``text`` says; the data begins at byte ``base``."""
+    tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] | None = None
+    with _json(text, "header") as pieces:
+        for name in pieces.members(_NAME_MAX):
+            _check_new(name, name in tensors or (metadata is not None and name == _METADATA))
+            if name == _METADATA:
+                metadata = _read_metadata(pieces)
+            else:
+                tensors[name] = _tensor(name, pieces.value(_ENTRY_MAX), base)
+            if len(tensors) > TENSORS_MAX:
+                raise FormatError(f"it has more than {TENSORS_MAX} tensors")
+        pieces.end()
+    return tensors, metadata or {}
+
+
+def _read_metadata(pieces: JsonPieces) -> dict[str, str]:
+    metadata: dict[str, str] = {}
+    if not pieces.is_object():
+        if pieces.value(_ENTRY_MAX) is not None:
+            raise FormatError("__metadata__ is not a map from text to text")
+        return metadata
+    for name in pieces.members(_NAME_MAX):
+        _check_new(name, name in metadata)
+        value = pieces.value(_VALUE_MAX)
+        if not isinstance(value, str):
+            raise FormatError("__metadata__ is not a map from text to text")
+        _check_text(value)
+        metadata[name] = value
+    return metadata
+
+
+@contextlib.contextmanager
+def _json(text: Any, what: str) -> Iterator[JsonPieces]:
     """A JSON object. What JSON leaves to its readers (duplicates, NaN) is an error."""
-    if not text.startswith(b"{"):
-        raise FormatError("the header is not a JSON object", hint="is it a safetensors file?")
+    if bytes(text[:1]) != b"{":
+        raise FormatError(f"the {what} is not a JSON object", hint="is it a safetensors file?")
+
+    def wrong(message: str) -> FormatError:
+        return FormatError(f"the {what} is not JSON, or not as it should be: {message}")
+
     try:
-        fields = json.loads(
-            # Decoded here: json would guess UTF-16 too.
-            text.decode("utf-8"),
-            object_pairs_hook=_without_duplicates,
-            parse_constant=_no_constant,
-        )
+        yield JsonPieces(text, _DECODER, wrong)
     except FormatError:
         raise
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"the header is not JSON: {error}") from error
-    assert isinstance(fields, dict)
-    return fields
+    except ValueError as error:  # a number of many digits
+        raise wrong(str(error)) from error
+
+
+def _check_new(name: str, known: bool) -> None:
+    _check_text(name)
+    if known:
+        raise FormatError(f"{_short.repr(name)} comes twice in the header")
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in pairs:
-        _check_text(name)
-        if name in fields:
-            raise FormatError(f"{_short.repr(name)} comes twice in the header")
+        _check_new(name, name in fields)
         fields[name] = value
     return fields
 
 
 def _no_constant(text: str) -> None:
     raise FormatError(f"{text} is not JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
+_METADATA = "__metadata__"
 
 
 def _check_text(text: str) -> None:
@@ -320,22 +368,50 @@ def _check_covered(tensors: list[TensorInfo], base: int, size: int) -> None:
 def parse_index(text: bytes | str) -> dict[str, str]:
     """Which file has which tensor: what a ``model.safetensors.index.json`` says.
 
-    Gives the name of a file, without any path, for each name of a tensor, so that only files that
-    are needed have to be opened. Raises FormatError for anything else, and for names of files that
-    would lead out of the index's own folder.
+    Gives for each name of a tensor the path of a file, relative to the index's own folder and with
+    ``/`` between folders, so that only files that are needed have to be opened; `load_shards` takes
+    both. Raises FormatError for anything else, for paths that would lead out of that folder, and
+    for more than 1,048,576 tensors. Any thread; others run meanwhile.
     """
-    fields = _load_json(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text)
-    files = fields.get("weight_map")
-    if not isinstance(files, dict):
-        raise FormatError("there is no weight_map", hint="is it an index of safetensors files?")
-    for file in files.values():
-        if not isinstance(file, str) or not _is_plain(file):
-            raise FormatError(f"{_short.repr(file)} in the weight_map is not the name of a file")
-    return files
+    data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    if len(data) > HEADER_MAX:
+        raise FormatError(f"an index of {len(data)} bytes is too long")
+    files: dict[str, str] | None = None
+    #: Each path once, however many tensors its file has.
+    paths: dict[str, str] = {}
+    with _json(data, "index") as pieces:
+        for field in pieces.members(_NAME_MAX):
+            if field != "weight_map":
+                pieces.value(_VALUE_MAX)
+                continue
+            if files is not None or not pieces.is_object():
+                break
+            files = {}
+            for name in pieces.members(_NAME_MAX):
+                _check_new(name, name in files)
+                path = pieces.value(_ENTRY_MAX)
+                if not isinstance(path, str) or not (path in paths or _is_inside(path)):
+                    raise FormatError(
+                        f"{_short.repr(path)} in the weight_map is not the name of a file in or"
+                        " below the index's folder"
+                    )
+                files[name] = paths.setdefault(path, path)
+                if len(files) > INDEX_MAX:
+                    raise FormatError(f"it has more than {INDEX_MAX} tensors")
+        else:
+            pieces.end()
+            if files is not None:
+                return files
+    raise FormatError("there is no weight_map", hint="is it an index of safetensors files?")
+
+
+def _is_inside(path: str) -> bool:
+    """Whether it means a file of the same folder or of one below, as a path and as a URL."""
+    return len(path) <= _PATH_MAX and all(map(_is_plain, path.split("/")))
 
 
 def _is_plain(name: str) -> bool:
-    """Whether it means a file of the same folder, as a path and as a URL."""
+    """Whether it is the name of a file or a folder, as a path and as a URL."""
     return name.isprintable() and name[:1] not in ("", ".", " ") and not set(name) & set("/\\:?#%")
 
 
@@ -352,7 +428,10 @@ class _Tensors(Mapping[str, "Array"]):
         for buffer, header in parts:
             for name in header.tensors:
                 if name in info:
-                    raise FormatError(f"{_short.repr(name)} is in two of the files")
+                    raise FormatError(
+                        f"{_short.repr(name)} is in two of the files",
+                        hint="which of them counts an index says: see load_shards",
+                    )
                 self._buffers[name] = buffer
             info.update(header.tensors)
             metadata = {**header.metadata, **metadata}
@@ -457,14 +536,29 @@ async def _fetch(runs: list[tuple[LazyBuffer, int, int]]) -> None:
     await asyncio.gather(*(buffer.fetch(offset, length) for buffer, offset, length in runs))
 
 
-async def _read_headers(buffers: Iterable[LazyBuffer]) -> list[bytes]:
-    return await asyncio.gather(*map(_read_header, buffers))
+async def _read_headers(buffers: Iterable[LazyBuffer]) -> list[Header]:
+    """Read and parse, a few at a time: each may have a hundred megabytes."""
+    turn = asyncio.Semaphore(_AT_A_TIME)
+
+    async def read(buffer: LazyBuffer) -> Header:
+        async with turn:
+            return await _read_header(buffer)
+
+    return await asyncio.gather(*map(read, buffers))
 
 
-async def _read_header(buffer: LazyBuffer) -> bytes:
+async def _read_header(buffer: LazyBuffer) -> Header:
     size = len(buffer)
     prefix = await buffer.read(0, min(_PREFIX, size))
-    return await buffer.read(0, _header_end(prefix, size))
+    data = await buffer.read(0, _header_end(prefix, size))
+    if len(data) <= _INLINE:
+        return parse_header(data, size)
+    # Not the loop's executor, whose threads may all wait for pages.
+    executor = ThreadPoolExecutor(1, "aiouffd-header")
+    try:
+        return await asyncio.get_running_loop().run_in_executor(executor, parse_header, data, size)
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
 
 
 async def load(buffer: LazyBuffer, *more: LazyBuffer) -> Tensors:
@@ -473,25 +567,79 @@ async def load(buffer: LazyBuffer, *more: LazyBuffer) -> Tensors:
     On the buffers' loop. Never faults. Raises FormatError for what is not a safetensors file, and
     for a tensor that is in two files; and what `LazyBuffer.read` raises.
     """
-    buffers = (buffer, *more)
-    if not all(isinstance(given, LazyBuffer) for given in buffers):
-        raise UsageError("load takes buffers of aiouffd.open", hint="for others: load_sync")
-    parts = []
-    for given, data in zip(buffers, await _read_headers(buffers), strict=True):
-        if len(data) <= _INLINE:
-            parts.append((given, parse_header(data, len(given))))
-        else:
-            parts.append((given, await asyncio.to_thread(parse_header, data, len(given))))
-    return Tensors(parts)
+    buffers = _checked((buffer, *more), LazyBuffer, "load", "aiouffd.open")
+    return Tensors(zip(buffers, await _read_headers(buffers), strict=True))
 
 
 def load_sync(buffer: SyncBuffer, *more: SyncBuffer) -> SyncTensors:
-    """`load` for buffers of `aiouffd.sync`; blocks. Any thread without a running event loop."""
-    buffers = (buffer, *more)
-    if not all(isinstance(given, SyncBuffer) for given in buffers):
-        raise UsageError("load_sync takes buffers of aiouffd.sync.open", hint="for others: load")
+    """`load` for buffers of `aiouffd.sync`; blocks. Any thread."""
+    buffers = _checked((buffer, *more), SyncBuffer, "load_sync", "aiouffd.sync.open")
     headers = buffer._run(_read_headers([given._buffer for given in buffers]))
-    return SyncTensors(
-        (given, parse_header(data, len(given)))
-        for given, data in zip(buffers, headers, strict=True)
-    )
+    return SyncTensors(zip(buffers, headers, strict=True))
+
+
+async def load_shards(weight_map: Mapping[str, str], buffers: Mapping[str, LazyBuffer]) -> Tensors:
+    """The tensors of a model in several files, each from the file that the index names for it.
+
+    :param weight_map: what `parse_index` gave.
+    :param buffers: for each file, as the index calls it, its buffer. Files that are not needed may
+        be left out, and with them their tensors.
+
+    What a file has beside the tensors that the index looks for in it does not count: a tensor may
+    be in several files. Otherwise as `load`; raises FormatError also for a file that lacks what the
+    index looks for in it, and UsageError for a file that the index does not name.
+    """
+    _checked(buffers.values(), LazyBuffer, "load_shards", "aiouffd.open")
+    wanted = _wanted(weight_map, buffers)
+    headers = await _read_headers(buffers.values())
+    return Tensors(_shards(wanted, buffers, headers))
+
+
+def load_shards_sync(
+    weight_map: Mapping[str, str], buffers: Mapping[str, SyncBuffer]
+) -> SyncTensors:
+    """`load_shards` for buffers of `aiouffd.sync`; blocks. Any thread."""
+    _checked(buffers.values(), SyncBuffer, "load_shards_sync", "aiouffd.sync.open")
+    wanted = _wanted(weight_map, buffers)
+    if not buffers:
+        return SyncTensors(())
+    given = list(buffers.values())
+    headers = given[0]._run(_read_headers([buffer._buffer for buffer in given]))
+    return SyncTensors(_shards(wanted, buffers, headers))
+
+
+def _checked(buffers: Collection[T], kind: type[T], name: str, of: str) -> Collection[T]:
+    if not all(isinstance(buffer, kind) for buffer in buffers):
+        others = name.removesuffix("_sync") if name.endswith("_sync") else f"{name}_sync"
+        raise UsageError(f"{name} takes buffers of {of}", hint=f"for others: {others}")
+    return buffers
+
+
+def _wanted(weight_map: Mapping[str, str], files: Iterable[str]) -> dict[str, list[str]]:
+    """The names of tensors by file."""
+    wanted: dict[str, list[str]] = {file: [] for file in files}
+    for name, file in weight_map.items():
+        if file in wanted:
+            wanted[file].append(name)
+    for file, names in wanted.items():
+        if not names:
+            raise UsageError(
+                f"the index names no file {_short.repr(file)}",
+                hint="files are called by their paths from the index's folder on",
+            )
+    return wanted
+
+
+def _shards(
+    wanted: Mapping[str, list[str]], buffers: Mapping[str, T], headers: Iterable[Header]
+) -> Iterator[tuple[T, Header]]:
+    """Buffers, with what counts in them."""
+    for (file, buffer), header in zip(buffers.items(), headers, strict=True):
+        for name in wanted[file]:
+            if name not in header.tensors:
+                raise FormatError(
+                    f"{_short.repr(name)} is not in {_short.repr(file)}, as the index says"
+                )
+        names = set(wanted[file])
+        tensors = {name: info for name, info in header.tensors.items() if name in names}
+        yield buffer, Header(tensors, header.metadata)

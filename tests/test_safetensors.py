@@ -9,6 +9,8 @@ import re
 import subprocess
 import sys
 import threading
+import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import aiouffd
-from aiouffd import ClosedError, SourceError, UnsupportedError, UsageError
+from aiouffd import ClosedError, SourceError, UnsupportedError, UsageError, json_pieces
 from aiouffd.safetensors import (
     FormatError,
     SyncTensors,
     Tensors,
     load,
+    load_shards,
+    load_shards_sync,
     load_sync,
     parse_header,
     parse_index,
@@ -645,8 +649,71 @@ def test_index() -> None:
     assert parse_index(text) == parse_index(text.encode()) == known
 
 
+def test_index_of_folders() -> None:
+    """As transformers resolves them: below the index's own folder."""
+    known = {"a": "model.embed.safetensors", "b": "model.layers.0/layer.safetensors", "c": "x/y/z"}
+    assert parse_index(json.dumps({"weight_map": known})) == known
+
+
+def doubled() -> tuple[bytes, bytes, dict[str, str]]:
+    """Two files that both have ``shared``, and the index, which gives it to the second."""
+    ones, twos = np.ones(4, "f4"), np.full(2, 2, "f4")
+    one = safetensors.numpy.save({"a": ones, "shared": np.ones(2, "f4")})
+    two = safetensors.numpy.save({"b": ones, "shared": twos, "unknown": twos})
+    index = {"a": "1.safetensors", "b": "below/2.safetensors", "shared": "below/2.safetensors"}
+    return one, two, parse_index(json.dumps({"weight_map": index}))
+
+
+async def test_the_index_says_which_file_counts() -> None:
+    one, two, index = doubled()
+    async with opened(one) as first, opened(two) as second:
+        with pytest.raises(FormatError, match="load_shards"):
+            await load(first, second)
+        files = {"1.safetensors": first, "below/2.safetensors": second}
+        for order in (files, dict(reversed(files.items()))):
+            tensors = await load_shards(index, order)
+            assert sorted(tensors) == ["a", "b", "shared"]
+            assert tensors.buffer("shared") is second
+            await tensors.fetch("shared")
+            np.testing.assert_array_equal(tensors["shared"], [2, 2])
+        assert sorted(await load_shards(index, {"1.safetensors": first})) == ["a"]
+        assert not await load_shards(index, {})
+
+        with pytest.raises(UsageError, match=r"names no file '2\.safetensors'"):
+            await load_shards(index, {"2.safetensors": second})
+        with pytest.raises(FormatError, match=r"'b' is not in 'below/2\.safetensors'"):
+            await load_shards(index, {"below/2.safetensors": first})
+
+
+def test_the_index_says_which_file_counts_without_a_loop() -> None:
+    one, two, index = doubled()
+    with aiouffd.sync.open(one) as first, aiouffd.sync.open(two) as second:
+        files = {"1.safetensors": first, "below/2.safetensors": second}
+        tensors = load_shards_sync(index, files)
+        np.testing.assert_array_equal(tensors["shared"], [2, 2])
+        tensors.fetch()
+        tensors.fetch("a", "b")
+        assert not load_shards_sync(index, {})
+        with pytest.raises(UsageError, match="load_shards"):
+            load_shards_sync(index, dict.fromkeys(files))  # type: ignore[arg-type]
+
+
 #: Would lead to another folder, as a path or as a URL, or are no names.
-ELSEWHERE = ["../a", "a/b", "/etc/passwd", "a\\b", "..", ".", ".hidden", "a?b", "a#b", "a%2fb"]
+ELSEWHERE = [
+    "../a",
+    "a/../b",
+    "a//b",
+    "a/",
+    "a/.b",
+    "/etc/passwd",
+    "a\\b",
+    "..",
+    ".",
+    ".hidden",
+    "a?b",
+    "a#b",
+    "a%2fb",
+]
 NO_NAMES = ["http:a", "", " a", "a\0", "a\n", 5, None, ["a"]]
 
 
@@ -671,6 +738,135 @@ def test_index_leads_nowhere_else(name: Any) -> None:
 def test_index_malformed(text: str) -> None:
     with pytest.raises(FormatError):
         parse_index(text)
+
+
+# -------------------------------------------------------------------------- bounds
+
+
+MIB = 1 << 20
+
+#: Headers of ten megabytes that mean to cost more, and why they are refused.
+COSTLY = [
+    (b'{"a": {"dtype": "U8", "shape": [' + b"1," * (5 * MIB), "longer than"),
+    (b'{"a": ' + b"[" * (10 * MIB), "nested|longer"),
+    (b'{"a": ' + b"[[[[[[[[]]]]]]]]," * (MIB // 2), "JSON"),
+    (b'{"a": {"b": [' + b"{}," * (3 * MIB), "longer than"),
+    (b'{"__metadata__": {"a": "' + b"\\n" * (9 * MIB), "longer than"),
+    (b'{"' + b"n" * (10 * MIB) + b'": 1}', "longer than"),
+    (b"{" + b" " * (10 * MIB), "missing|JSON"),
+    (b'{"a": ' + b"1" * (10 * MIB), "digits|longer than"),
+    (
+        b"{"
+        + b",".join(
+            b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % n for n in range(5000)
+        )
+        + b',"x":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}',
+        "more than 5000 tensors",
+    ),
+]
+
+
+class Gaps:
+    """How long other threads had to wait for the GIL, at most: seconds."""
+
+    def __init__(self) -> None:
+        self.longest = 0.0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+
+    def _look(self) -> None:
+        before = time.monotonic()
+        while not self._over.wait(0.0005):
+            now = time.monotonic()
+            self.longest, before = max(self.longest, now - before), now
+
+    def __enter__(self) -> Gaps:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+@pytest.mark.parametrize(("header", "message"), COSTLY)
+def test_a_hostile_header_costs_little(
+    header: bytes, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aiouffd.safetensors, "TENSORS_MAX", 5000)
+    file = raw_file(header)
+    tracemalloc.start()
+    try:
+        with Gaps() as gaps, pytest.raises(FormatError, match=message):
+            parse_header(file)
+        assert tracemalloc.get_traced_memory()[1] < 400 * MIB
+    finally:
+        tracemalloc.stop()
+    assert gaps.longest < 2, "which is little for a machine that has much else to do"
+
+
+def test_others_run_while_a_long_header_is_parsed() -> None:
+    many = {f"{n}": entry("U8", [1], n, n + 1) for n in range(30_000)}
+    file = raw_file(many)
+    with Gaps() as gaps:
+        assert len(parse_header(file, len(file) + 30_000).tensors) == 30_000
+    assert gaps.longest < 1
+
+
+def test_metadata_may_be_long() -> None:
+    text = "ä\n" * MIB
+    found = parse_header(raw_file({"__metadata__": {"a": text, "b": ""}, "x": EMPTY}))
+    assert found.metadata == {"a": text, "b": ""}
+    assert list(found.tensors) == ["x"]
+
+
+EMPTY = entry("U8", [0], 0, 0)
+
+
+def test_an_index_has_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aiouffd.safetensors, "INDEX_MAX", 3000)
+    for text, message in (
+        (b'{"weight_map": {' + b'"a": ' + b"[" * MIB, "nested|longer"),
+        (b'{"metadata": ' + b"[" * MIB, "nested|longer"),
+        (json.dumps({"weight_map": {"a": "x" * 5000}}).encode(), "name of a file"),
+        (json.dumps({"weight_map": dict.fromkeys(map(str, range(3001)), "x")}), "more than 3000"),
+        (b'{"weight_map": {}, "weight_map": {}}', "weight_map"),
+        (b'{"weight_map": {}} {', "follows"),
+    ):
+        with pytest.raises(FormatError, match=message):
+            parse_index(text)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    value=st.dictionaries(st.text(), json_values, max_size=6),
+    window=st.integers(1, 40),
+    indent=st.sampled_from([None, 1]),
+    ascii=st.booleans(),
+)
+def test_pieces_against_the_library(value: Any, window: int, indent: Any, ascii: bool) -> None:
+    text = json.dumps(value, indent=indent, ensure_ascii=ascii) + "  "
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_pieces, "_WINDOW", window)
+        pieces = json_pieces.JsonPieces(data, json.JSONDecoder(), ValueError)
+        found = {name: pieces.value(1 << 20) for name in pieces.members(1 << 20)}
+        pieces.end()
+        assert found == value
+        for cut in range(0, len(data.rstrip()), max(1, len(data) // 10)):
+            pieces = json_pieces.JsonPieces(data[:cut], json.JSONDecoder(), ValueError)
+            with pytest.raises(ValueError, match="byte"):
+                _ = {name: pieces.value(1 << 20) for name in pieces.members(1 << 20)}
 
 
 # ------------------------------------------------------------------ without a loop
