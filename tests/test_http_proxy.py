@@ -7,7 +7,10 @@ import base64
 import contextlib
 import ssl
 import sys
+import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import trustme
@@ -55,6 +58,30 @@ async def test_the_environment_is_heeded(
     # And so is everything, when the program says so.
     with pytest.raises(SourceError, match="connection failed"):
         await HttpSource(URL, proxy="").open()
+
+
+async def test_the_environment_costs_no_thread_and_no_password(
+    proxy: RangeServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """aiohttp's own way takes a thread of the default executor for each request, which may all be
+    waiting for pages, and sends what is in ~/.netrc."""
+    netrc = tmp_path / "netrc"
+    netrc.write_text("default login me password secret\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    monkeypatch.setenv("http_proxy", proxy.url(""))
+    loop = asyncio.get_running_loop()
+    executor = ThreadPoolExecutor(1)
+    loop.set_default_executor(executor)
+    release = threading.Event()
+    busy = loop.run_in_executor(None, release.wait)
+    try:
+        async with asyncio.timeout(10):
+            assert await first(HttpSource(URL)) == DATA[:10]
+    finally:
+        release.set()
+        await busy
+    assert not any("authorization" in request.headers for request in proxy.requests)
 
 
 async def test_a_given_proxy_is_used_whatever_the_environment_says(
