@@ -16,7 +16,8 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from ..errors import ClosedError, SourceChangedError, SourceError, UnsupportedError, UsageError
-from ..once import Once
+from ..once import Once, cancelled_from_outside
+from ..sources.lifecycle import Life
 from ..waiting import retrieve
 from . import wire
 from .client import Connection, connect
@@ -75,9 +76,7 @@ class Pool:
         self._tasks: set[asyncio.Task[None]] = set()
         self._connecting: asyncio.Task[None] | None = None
         self._changed: SourceChangedError | None = None
-        self._closed = False
-        self._opening = Once[None](f"opening {address}", abandon=True)
-        self._closing = Once[None](f"closing {address}", keep_failure=True)
+        self._life = Life(f"the source of {address}")
         self._fencing = Once[None](f"asking {address} about lost connections", abandon=True)
         #: What the handshake found; None before `open`.
         self.export: Export | None = None
@@ -94,10 +93,7 @@ class Pool:
 
     async def open(self) -> None:
         """Connect and negotiate, once. May be tried again after a failure."""
-        if self._closed:
-            raise ClosedError(f"the source of {self._address} is closed")
-        if self.export is None:
-            await self._opening(self._open, self._undo)
+        await self._life.open(self._open, self._undo)
 
     async def _open(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -123,12 +119,10 @@ class Pool:
     async def aclose(self) -> None:
         """Say goodbye and close. Requests under way raise ClosedError. Returns when no
         connection and no task is left; who calls again, or is cancelled, loses nothing."""
-        self._closed = True
-        await self._closing(self._close)
+        await self._life.close(self._close)
 
     async def _close(self) -> None:
         try:
-            await self._opening.stop()
             await self._fencing.stop()
             await self._end()
         finally:
@@ -160,11 +154,11 @@ class Pool:
     @property
     def closed(self) -> bool:
         """Whether closing has begun."""
-        return self._closed
+        return self._life.closed
 
     def drop(self) -> None:
         """Close at once, without goodbye; on the pool's loop."""
-        self._closed = True
+        self._life.closed = True
         for task in self._tasks:
             task.cancel()
         for connection in list(self.live):
@@ -184,8 +178,7 @@ class Pool:
         """Raise why nothing can be asked for now: closed, changed, unopened, another loop's."""
         if self._changed is not None:
             raise self._changed
-        if self._closed:
-            raise ClosedError(f"the source of {self._address} is closed")
+        self._life.check()
         if self.export is None:
             raise UsageError(
                 f"the source of {self._address} is not open", hint="await open() first"
@@ -224,7 +217,7 @@ class Pool:
     async def _another(self) -> None:
         """One more connection to the same export."""
         connection = await self._connect()
-        if self._closed or connection.export != self.export:
+        if self._life.closed or connection.export != self.export:
             await _ended(connection)
             raise SourceChangedError(f"{self._address} is not the export that was opened")
         self.connected += 1
@@ -277,7 +270,7 @@ class Pool:
             return  # never got so far
         self.live.remove(connection)
         self._writes.lost(connection, requests)
-        if self._closed:
+        if self._life.closed:
             for request in requests:
                 request.finish(
                     ClosedError(f"the source of {self._address} was closed during a request")
@@ -364,8 +357,7 @@ class Pool:
             try:
                 await asyncio.shield(self._connect_again())
             except asyncio.CancelledError:
-                task = asyncio.current_task()
-                if self._closed and task is not None and not task.cancelling():
+                if self._life.closed and not cancelled_from_outside():
                     raise ClosedError(f"the source of {self._address} is closed") from None
                 raise
 

@@ -236,21 +236,26 @@ class NbdServer:
             if self._hurry is not None:
                 self._hurry.cancel()
                 self._hurry = self._loop.call_at(deadline, self._give_up)
+        # At once: what is asked for after this call is not under way.
+        self._turn_away()
         await self._closes(self._close)
         # Where closing itself was cancelled, clients were dropped, and end now.
         await self._idle.wait()
 
+    def _turn_away(self) -> None:
+        """Nobody new gets in, and nothing new is begun. Idempotent."""
+        for listener in self._listeners:
+            listener.close()
+        self._listeners.clear()
+        for name, identity in self._paths:
+            unlink_own(name, identity)
+        self._paths.clear()
+        for client in list(self._clients):
+            client.drain()
+
     async def _close(self) -> None:
+        self._hurry = self._loop.call_at(self._deadline, self._give_up)
         try:
-            for listener in self._listeners:
-                listener.close()
-            self._listeners.clear()
-            for name, identity in self._paths:
-                unlink_own(name, identity)
-            self._paths.clear()
-            self._hurry = self._loop.call_at(self._deadline, self._give_up)
-            for client in list(self._clients):
-                client.drain()
             await self._idle.wait()
             for writing in self._writing.values():
                 await writing.flusher.settled()

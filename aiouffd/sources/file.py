@@ -19,16 +19,15 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote_to_bytes, urlsplit
 
 from ..errors import (
-    ClosedError,
     SourceChangedError,
     SourceError,
     UnsupportedError,
     UsageError,
 )
-from ..once import Once
 from ._fallocate import fallocate_zeros
 from .base import BaseSource, Buffer, check_range
 from .durability import Promises
+from .lifecycle import Life
 
 __all__ = ["FileSource", "path_of_url"]
 
@@ -149,9 +148,7 @@ class FileSource(BaseSource):
         self._file: _SharedFile | None = None
         self._parent: _SharedFile | None = None
         self._executor: ThreadPoolExecutor | None = None
-        self._closed = False
-        self._opening = Once[None](f"opening {self._path}", abandon=True)
-        self._closing = Once[None](f"closing {self._path}", keep_failure=True)
+        self._life = Life(repr(self))
 
     @classmethod
     def from_url(cls, url: str, **options: Any) -> FileSource:
@@ -190,10 +187,7 @@ class FileSource(BaseSource):
         Raises the OSError of open(2), SourceChangedError if a clone finds another version than
         the original had, and UsageError for what has no size (a pipe, a terminal, a file of /proc).
         """
-        if self._closed:
-            raise ClosedError(f"{self!r} is closed")
-        if self._file is None:
-            await self._opening(self._open, self._undo)
+        await self._life.open(self._open, self._finish)
 
     async def _open(self) -> None:
         executor = ThreadPoolExecutor(self._max_threads, "aiouffd-file")
@@ -220,19 +214,9 @@ class FileSource(BaseSource):
 
     async def aclose(self) -> None:
         """Close the file. Reads in flight still finish, and the last closes it. Idempotent."""
-        self._closed = True
-        if self._opening.running:
-            await self._closing(self._stop_opening)
-        else:
-            self._close()
+        await self._life.close(self._finish)
 
-    async def _stop_opening(self) -> None:
-        try:
-            await self._opening.stop()
-        finally:
-            self._close()
-
-    async def _undo(self) -> None:
+    async def _finish(self) -> None:
         self._close()
 
     def _close(self) -> None:
@@ -368,8 +352,7 @@ class FileSource(BaseSource):
 
     def _checked(self, offset: int, length: int) -> _SharedFile:
         if self._file is None:
-            if self._closed:
-                raise ClosedError(f"{self!r} is closed")
+            self._life.check()
             raise UsageError(f"{self!r} is not open", hint="await open() first")
         check_range(offset, length, self._size)
         return self._file
