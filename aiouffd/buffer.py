@@ -682,17 +682,20 @@ class LazyBuffer(Exporter):
             await self._mapping.finish()
 
     async def _close(self) -> None:
-        await self._opening.stop()
-        mapping = self._mapping
-        if mapping is None:
-            return
-        if not self._forced and mapping.sink is not None:
-            await mapping.sink.settle()
-        if self._forced or not mapping.held:
-            await mapping.finish()
-        else:
-            mapping.close()
-            mapping.dismiss()
+        try:
+            await self._opening.stop()
+            mapping = self._mapping
+            if mapping is None:
+                return
+            if not self._forced and mapping.sink is not None:
+                await mapping.sink.settle()
+            if self._forced or not mapping.held:
+                await mapping.finish()
+        finally:
+            # Also when all tasks were cancelled, that of `finish` before its first step too.
+            if self._mapping is not None:
+                self._mapping.close(force=self._forced)
+                self._mapping.dismiss()
 
     async def drained(self) -> None:
         """Wait until the buffer was closed and nobody holds its memory any more. Any loop."""

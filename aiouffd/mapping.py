@@ -88,9 +88,14 @@ class Mapping:
         """Whether somebody holds the memory."""
         return self.region is not None and self.region._exports.held
 
-    def close(self) -> None:
-        """Done with the buffer: end when nobody holds the memory. Any thread. Idempotent."""
-        if self._pid != os.getpid() or self._closed:
+    def close(self, *, force: bool = False) -> None:
+        """Done with the buffer: end when nobody holds the memory, or with ``force`` soon. Any
+        thread. Idempotent."""
+        if self._pid != os.getpid() or self._ended.done():
+            return
+        if force:
+            self._begin_to_finish()
+        if self._closed:
             return
         self._closed = True
         if self.sink is not None and self.sink.inheritance is not None:
@@ -112,8 +117,8 @@ class Mapping:
             self.region._exports.end(self._begin_to_finish)
 
     def dismiss(self) -> None:
-        """The buffer's coroutines are over. On its loop."""
-        if self.sink is not None and self._loop is asyncio.get_running_loop():
+        """The buffer's coroutines are over. Does nothing elsewhere than on its loop."""
+        if self.sink is not None and self._loop is asyncio._get_running_loop():
             self.sink.dismiss()
 
     def check_loop(self) -> None:
@@ -162,7 +167,10 @@ class Mapping:
             self._task.add_done_callback(self._finished)
 
     def _finished(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
+        if self._finishing.lost:
+            # Somebody cancels all tasks, those that have not begun yet too.
+            self._begin_to_finish()
+        elif not task.cancelled() and (error := task.exception()) is not None:
             log.warning("closing the source of %s failed: %r", self._name, error)
 
     async def _finish(self) -> None:

@@ -15,6 +15,7 @@ import sys
 import threading
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from ._lib import ffi, lib
@@ -537,9 +538,9 @@ class Pager:
             if self._paused is not None:
                 self._paused.cancel()
 
-    def __del__(self) -> None:
+    def __del__(self, _finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         # At the end of the interpreter threads that wait are left alone, and end with it.
-        if getattr(self, "_uffd", None) is None or self._closed or sys.is_finalizing():
+        if getattr(self, "_uffd", None) is None or self._closed or _finalizing():
             return
         warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=1)
         self.close(force=True)
