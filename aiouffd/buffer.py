@@ -12,14 +12,14 @@ import logging
 import os
 import warnings
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from . import guarded
 from ._lib import ffi, lib
-from .errors import ClosedError, SourceChangedError, SourceError, UsageError
+from .errors import ClosedError, SourceChangedError, SourceError, UnsupportedError, UsageError
 from .exporter import Exporter
 from .flights import FlightEvent, Policy
 from .mapping import Mapping
@@ -203,12 +203,8 @@ class LazyBuffer(Exporter):
             "cache": cache,
             **options,
         }
-        self._source: Source = as_source(source, **options)
-        self._object = self._source
-        if cache is not None and cache is not False:
-            from .sources.cache import cached
-
-            self._source = cached(self._source, cache)
+        self._options = options
+        self._make_source(as_source(source, **options))
         if prefetch is not None and not isinstance(prefetch, WorkingSet):
             prefetch = WorkingSet.load(prefetch)
         if prefetch is not None and prefetch_version == "any":
@@ -231,6 +227,16 @@ class LazyBuffer(Exporter):
         self._open = self._closed = self._forced = False
         self._size = 0
         self._pid = os.getpid()
+
+    def _make_source(self, source: Source) -> None:
+        self._object = self._source = source
+        cache = self._settings["cache"]
+        if cache is not None and cache is not False:
+            from .sources.cache import cached
+
+            self._source = cached(source, cache)
+        # Whether it was closed because opening the buffer failed.
+        self._spent = False
 
     # ----------------------------------------------------------------- opening
 
@@ -256,6 +262,8 @@ class LazyBuffer(Exporter):
         return self
 
     async def _open_all(self) -> None:
+        if self._spent:
+            self._make_source(self._another_source())
         if self._expected is not None:
             self._expected.check_name(self._object)
         await open_source(self._source)
@@ -271,7 +279,7 @@ class LazyBuffer(Exporter):
                 self._start_prefetch(self._prefetch)
             observe(self)
         except BaseException:
-            self._mapping, self._open = None, False
+            self._mapping, self._open, self._spent = None, False, True
             if mapping is None:
                 await aclose_source(self._source)
             else:
@@ -281,8 +289,17 @@ class LazyBuffer(Exporter):
     async def _undo(self) -> None:
         """It was opened, but whoever asked was cancelled before they heard of it."""
         mapping, self._mapping, self._open = self._mapping, None, False
+        self._spent = True
         if mapping is not None:
             await mapping.finish()
+
+    def _another_source(self) -> Source:
+        """One to open instead of a source that is closed, which is for good."""
+        source = as_source(self._given, **self._options)
+        if source is self._given:
+            with suppress(UnsupportedError):  # perhaps it can be opened once more
+                return clone_source(source)
+        return source
 
     def _map(self) -> Mapping:
         native = isinstance(self._source, MemorySource)
@@ -301,18 +318,19 @@ class LazyBuffer(Exporter):
             sink = BufferSink(
                 region, self._source, self._policy, self._tally, self._readahead, self._trace
             )
+            region._sink = sink
             if clone is not None:
                 sink.leave_to_children(clone)
             if isinstance(self._source, MemorySource):
                 region.serve_from(self._source.data)
+            region.call(self._name)
+            mapping = Mapping(self._source, self._name, region, pager, sink)
         except BaseException:
             if region is not None:
                 region._shut()
             shared_pagers.release(pager)
             raise
-        region._sink = sink
-        region.call(self._name)
-        return Mapping(self._source, self._name, region, pager, sink)
+        return mapping
 
     @property
     def _region(self) -> Region | None:

@@ -8,12 +8,14 @@ import signal
 import sys
 import threading
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import aiouffd
 from aiouffd.errors import ClosedError, UsageError
+from aiouffd.pager import shared_pagers
 from aiouffd.rescue import service
 from tests.faulty import FullSource, PlainSource
 from tests.scenarios import ending as scenarios
@@ -260,6 +262,37 @@ class TestOnce:
         buf = aiouffd.open(source)
         with pytest.raises(OSError, match="not yet"):
             await buf.aopen()
+        async with buf:
+            assert await buf.read(0, 8) == DATA[:8]
+
+    @pytest.mark.parametrize("given", ["path", "source", "function", "cached"])
+    async def test_an_opening_that_fails_late_can_be_repeated(
+        self, given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The source was opened, and is closed again, which is for good."""
+        path = tmp_path / "object"
+        path.write_bytes(DATA)
+
+        async def read(offset: int, length: int) -> bytes:
+            return DATA[offset : offset + length]
+
+        what: dict[str, tuple[Any, dict[str, Any]]] = {
+            "path": (path, {}),
+            "source": (aiouffd.sources.FileSource(path), {}),
+            "function": (read, {"size": SIZE}),
+            "cached": (path, {"cache": tmp_path / "cache"}),
+        }
+        source, options = what[given]
+        buf = aiouffd.open(source, **options)
+        with monkeypatch.context() as patch:
+
+            def acquire(*_settings: Any) -> Any:
+                raise OSError("no descriptors")
+
+            patch.setattr(shared_pagers, "acquire", acquire)
+            for _ in range(2):
+                with pytest.raises(OSError, match="no descriptors"):
+                    await buf.aopen()
         async with buf:
             assert await buf.read(0, 8) == DATA[:8]
 
