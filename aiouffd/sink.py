@@ -186,7 +186,7 @@ class BufferSink:
         """The buffer's loop ends: leave everything to the rescue loop and a clone. Raises what
         cloning raises, and then nothing has changed."""
         if self._clone is None and self._spare is None:
-            self._spare = self._source.clone()
+            self._spare = clone_source(self._source)
         self._moved = True
         tasks = [*self.fetcher.cancel(give_back=True)]
         if self._prefetching is not None:
