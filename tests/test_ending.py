@@ -83,8 +83,9 @@ class TestHeldMemory:
             for _ in range(3):
                 buf.view.release()
                 await in_thread(bytes, buf.view[:8])
-        assert counters["live_regions"] == 0
+        # The thread that was handed the last one may be on its way out.
         await asyncio.wait_for(buf.drained(), 5)
+        assert counters["live_regions"] == 0
 
     async def test_methods_are_over(self) -> None:
         gate = Gate(DATA, is_open=False)
