@@ -42,7 +42,16 @@ class Once(Generic[T]):
     within the operation, which would wait for itself, and while it runs on another loop.
     """
 
-    __slots__ = ("_abandon", "_began", "_keep_failure", "_task", "_undoing", "_waiting", "_what")
+    __slots__ = (
+        "_abandon",
+        "_began",
+        "_keep_failure",
+        "_task",
+        "_told",
+        "_undoing",
+        "_waiting",
+        "_what",
+    )
 
     def __init__(self, what: str, *, keep_failure: bool = False, abandon: bool = False) -> None:
         self._what = what
@@ -52,6 +61,8 @@ class Once(Generic[T]):
         self._undoing: asyncio.Task[None] | None = None
         self._began = False
         self._waiting = 0
+        # Whether anybody has been told of its success.
+        self._told = False
 
     @property
     def running(self) -> bool:
@@ -81,12 +92,13 @@ class Once(Generic[T]):
         await self._undone()
         task = self._current()
         if task is None:
-            self._began = False
+            self._began = self._told = False
             task = asyncio.get_running_loop().create_task(self._run(operation), name=self._what)
             self._task = task
         elif task.done() and _failed(task):
             return None  # type: ignore[return-value]
         if task.done():
+            self._told = True
             return task.result()
         if task is asyncio.current_task():
             raise UsageError(f"{self._what} waits for itself")
@@ -94,12 +106,25 @@ class Once(Generic[T]):
         try:
             await asyncio.wait((task,))  # which leaves it alone when we are cancelled
         except asyncio.CancelledError:
-            if self._abandon and self._waiting == 1:
+            if self._abandon and self._waiting == 1 and not self._told:
                 await self._give_up(task, undo)
             raise
         finally:
             self._waiting -= 1
+        self._told = True
         return task.result()
+
+    async def surely(self, operation: Callable[[], Coroutine[Any, Any, T]]) -> None:
+        """The same for closing: also where all tasks are cancelled at once, as at the end of a
+        loop, and this one has not begun yet. Raises what the operation raises, but CancelledError
+        only if our own task was cancelled."""
+        try:
+            await self(operation)
+        except asyncio.CancelledError:
+            if self.lost:
+                await self(operation)
+            if cancelled_from_outside():
+                raise
 
     async def _run(self, operation: Callable[[], Coroutine[Any, Any, T]]) -> T:
         self._began = True

@@ -210,3 +210,32 @@ async def test_who_cancelled() -> None:
     task.cancel()
     await asyncio.wait((task,))
     assert seen == [False, True]
+
+
+async def test_a_success_that_somebody_has_is_not_taken_back() -> None:
+    """Two wait; as it succeeds one is told, and the other one is cancelled at the same moment."""
+    undone = 0
+
+    async def undo() -> None:
+        nonlocal undone
+        undone += 1
+
+    ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def operation() -> int:
+        await ready
+        return 7
+
+    once: Once[int] = Once("it", abandon=True)
+    first, second = (asyncio.ensure_future(once(operation, undo)) for _ in range(2))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert once._task is not None
+    once._task.add_done_callback(lambda _: second.cancel())
+    ready.set_result(None)
+    assert await first == 7
+    with pytest.raises(asyncio.CancelledError):
+        await second
+    await asyncio.sleep(0)
+    assert undone == 0
+    assert await once(operation, undo) == 7

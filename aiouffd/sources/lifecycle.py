@@ -18,7 +18,7 @@ from ..errors import ClosedError
 from ..once import Once, cancelled_from_outside
 from .base import Source, aclose_source, as_source_error
 
-__all__ = ["Life", "contained", "give_back", "is_failure", "run_in_thread"]
+__all__ = ["Life", "contained", "give_back", "in_any_case", "is_failure", "run_in_thread"]
 
 log = logging.getLogger("aiouffd")
 
@@ -70,20 +70,13 @@ class Life:
         """End opening if it is under way, and run ``operation``. Others who ask wait for the same
         run; it goes on when one of them is cancelled. What it raises goes to those who wait."""
         self.closed = True
-        try:
-            await self._closing(partial(self._close, operation))
-        except asyncio.CancelledError:
-            # At the end of a loop all tasks are cancelled, those that have not begun yet too.
-            if self._closing.lost:
-                await self._closing(partial(self._close, operation))
-            if cancelled_from_outside():
-                raise
+        await self._closing.surely(partial(self._close, operation))
 
     async def _close(self, operation: Operation) -> None:
         try:
             await self._opening.stop()
         finally:
-            await _in_any_case(operation)
+            await in_any_case(operation)
 
 
 def is_failure(error: BaseException) -> bool:
@@ -94,7 +87,7 @@ def is_failure(error: BaseException) -> bool:
     return not isinstance(error, KeyboardInterrupt | GeneratorExit)
 
 
-async def _in_any_case(operation: Operation) -> None:
+async def in_any_case(operation: Operation) -> None:
     """Run what may be run twice. Cancelled it runs once more, for with us all tasks may have been
     cancelled (at the end of a loop), and what it waited for may not even have begun."""
     try:
@@ -121,7 +114,7 @@ async def give_back(source: Source) -> None:
     """Close a source because something else failed, which is what is to be raised: an error of
     closing goes to the log."""
     try:
-        await _in_any_case(partial(contained, aclose_source, source))
+        await in_any_case(partial(contained, aclose_source, source))
     except Exception as error:
         log.warning("%r could not be closed: %r", source, error)
 
