@@ -499,7 +499,7 @@ class Attachment(Exporter):
     async def aclose(self) -> None:
         """As `close`, without blocking the loop. Ends an `aopen` that is under way."""
         self._closed = True
-        await self._ending(self._aclose)
+        await self._ending.surely(self._aclose)
 
     async def _aclose(self) -> None:
         await self._opening.stop()

@@ -466,6 +466,43 @@ async def test_objects_that_cannot_be_looked_up(tmp_path: Path) -> None:
         assert b"secret" not in said
 
 
+async def test_few_objects_are_opened_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve.stores, "OPENINGS", 3)
+    stores = serve.stores.Stores(block_size=PAGE)
+    gate, under_way, most = asyncio.Event(), 0, 0
+
+    class Counted(FunctionSource):
+        async def open(self) -> None:
+            nonlocal under_way, most
+            under_way += 1
+            most = max(most, under_way)
+            await gate.wait()
+            under_way -= 1
+
+    async def read(offset: int, length: int) -> bytes:
+        return bytes(length)
+
+    wanted = [
+        asyncio.ensure_future(stores.get(Counted(read, size=PAGE), {}, number))
+        for number in range(10)
+    ]
+    await until(lambda: under_way == 3)
+    gate.set()
+    async with asyncio.timeout(5):
+        await asyncio.gather(*wanted)
+    assert most == 3
+    await stores.aclose()
+
+
+async def test_who_comes_again_and_again_does_not_fill_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serve.listen(tmp_path / "s", source=DATA, allow=lambda peer: False) as server:
+        with silent(tmp_path / "s", 40):
+            await until(lambda: server.refused == 40)
+    assert caplog.text.count("is turned away") == serve.server.TELL_TIMES
+
+
 # ------------------------------------------------------------------ blocks and waiters
 
 

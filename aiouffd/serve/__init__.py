@@ -15,6 +15,7 @@ Layers, each importing only from those below it::
     filling                putting pages there, and trying again
     reactor, blocks        whose turn it is; where bytes come from
     channel, peer, areas   bytes with descriptors; who that is; what is mapped where
+    states                 what is known of the pages of an area
     reserve, stats         descriptors for when there are none; counts
 """
 

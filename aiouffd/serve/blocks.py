@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from ..backoff import pause_after
 from ..errors import ClosedError, SourceChangedError, SourceError, UsageError
-from ..once import Once, cancelled_from_outside
+from ..once import cancelled_from_outside
 from ..sources.base import (
     Source,
     aclose_source,
@@ -30,6 +30,7 @@ from ..sources.base import (
     own_method,
     size_of_source,
 )
+from ..sources.lifecycle import Life
 from ..sources.memory import MemorySource
 from ..tally import Tally
 from .reactor import Share
@@ -128,20 +129,12 @@ class BlockStore:
         self._running_background = 0
         self._closed = False
         self._size = 0
-        self._opening: Once[None] = Once("opening a store", abandon=True)
-        self._ending: Once[None] = Once("closing a store", keep_failure=True)
+        self._life = Life("a store")
 
     async def open(self) -> None:
         """Open the source. Raises what it raises, and ClosedError. Idempotent; what has failed can
         be tried again."""
-        if self._closed:
-            raise ClosedError(f"{self!r} is closed")
-        try:
-            await self._opening(self._open, self._close_source)
-        except asyncio.CancelledError:
-            if cancelled_from_outside():
-                raise
-            raise ClosedError(f"{self!r} was closed while it opened") from None
+        await self._life.open(self._open, self._close_source)
 
     async def _open(self) -> None:
         try:
@@ -408,14 +401,13 @@ class BlockStore:
         """Cancel what is under way, whose wanters are told, and close the source; if that fails, it
         is logged. Idempotent."""
         self._closed = True
-        await self._ending(self._aclose)
+        await self._life.close(self._aclose)
 
     async def _aclose(self) -> None:
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         try:
-            await self._opening.stop()
             await end_all(self, tasks)
         finally:
             for flight in set(self._flights.values()):

@@ -88,7 +88,7 @@ class SourceBlocks(BlockStore):
         self._size = size
 
     def peek(self, block: int) -> tuple[memoryview | None] | None:
-        if self._opening.succeeded or block in self._kept:
+        if self._life.opened or block in self._kept:
             return super().peek(block)
         return None
 

@@ -216,7 +216,7 @@ class Server:
         self._told: dict[tuple[int, str], tuple[float, int]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._refusing: set[asyncio.Task[None]] = set()
-        self._open = self._closed = self._handed = False
+        self._made = self._open = self._closed = self._handed = False
         self._opening: Once[None] = Once("opening the server", abandon=True)
         # Bringing what clients are owed first can be given up, what comes after it cannot.
         self._draining: Once[None] = Once("draining the server", keep_failure=True, abandon=True)
@@ -240,6 +240,7 @@ class Server:
     async def _open_all(self) -> None:
         self._loop = asyncio.get_running_loop()
         self.reactor, self.reserve = Reactor(), Reserve()
+        self._made = True
         try:
             if self.stores.closed:  # by an attempt before
                 self.stores = Stores(**self._settings)
@@ -359,7 +360,7 @@ class Server:
             connection.close()
             raise
         if why:
-            log.warning("%r is turned away: %s", peer, why)
+            self._tell(peer, peer, f"is turned away: {why}")
             self.refused += 1
             self._refuse(channel, why, later)
             return
@@ -427,7 +428,8 @@ class Server:
         return None
 
     def _drop_silent(self, client: Client) -> None:
-        self._tell(client, "it has said nothing yet, and others need its place")
+        why = "is dropped: it has handed nothing over yet, and others need its place"
+        self._tell(client, client.peer, why)
         self.refused += 1
         self._end(client)
 
@@ -473,7 +475,8 @@ class Server:
             await client._talk()
         except (PeerError, ClosedError, TimeoutError) as error:
             if not client.ended.is_set():
-                self._tell(client, str(error) or "it took too long")
+                why = str(error) or "it took too long"
+                self._tell(client, client.peer, f"is dropped: {why}")
                 self.refused += 1
                 self._end(client)
         except (Exception, asyncio.CancelledError) as error:
@@ -490,18 +493,18 @@ class Server:
             if client.ended.is_set():
                 self.stores.release(client)  # what it got since
 
-    def _tell(self, client: Client, why: str) -> None:
-        """Of clients that come again and again for the same there are a few lines in a while."""
+    def _tell(self, whom: object, peer: Peer, what: str) -> None:
+        """Of processes that come again and again for the same there are a few lines in a while."""
         now = self._loop.time()
         self._told = {
             key: (since, times)
             for key, (since, times) in self._told.items()
             if now - since < TELL_AGAIN
         }
-        since, times = self._told.get((client.peer.pid, why), (now, 0))
+        since, times = self._told.get((peer.pid, what), (now, 0))
         if times < TELL_TIMES and len(self._told) < TOLD_MAX:
-            self._told[client.peer.pid, why] = since, times + 1
-            log.warning("%r is dropped: %s", client, why)
+            self._told[peer.pid, what] = since, times + 1
+            log.warning("%r %s", whom, what)
 
     def _end(self, client: Client, *, handed: bool = False) -> None:
         if client in self.clients:
@@ -659,7 +662,7 @@ class Server:
             await self._draining(self._drain)
         finally:
             if not self._draining.running:
-                await self._ending(self._close_all)
+                await self._ending.surely(self._close_all)
 
     async def _drain(self) -> None:
         await self._opening.stop()
@@ -696,8 +699,9 @@ class Server:
                 try:
                     await self.stores.aclose()
                 finally:
-                    self.reactor.close()
-                    self.reserve.close()
+                    if self._made:
+                        self.reactor.close()
+                        self.reserve.close()
 
     def __repr__(self) -> str:
         return f"<Server at {self.path}, {len(self.clients)} clients>"

@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from functools import partial
 from typing import Any
 
 from ..errors import ClosedError
 from ..once import Once, cancelled_from_outside
 from ..sources import as_source
+from ..sources.lifecycle import in_any_case
 from ..sources.names import display_name
 from .blocks import BlockStore
 
@@ -22,6 +24,8 @@ __all__ = ["Stores"]
 
 log = logging.getLogger("aiouffd")
 
+#: Objects that are opened, or looked at, at a time: each takes descriptors.
+OPENINGS = 16
 #: Seconds for which an object stays open after its last client: the next one finds its blocks.
 LINGER = 60.0
 
@@ -57,7 +61,8 @@ class Stores:
         # The newest of each key, and all that are open.
         self._entries: dict[Any, _Entry] = {}
         self._open: set[_Entry] = set()
-        self._closing: set[asyncio.Task[None]] = set()
+        self._closing: dict[asyncio.Task[None], _Entry] = {}
+        self._places = asyncio.Semaphore(OPENINGS)
         self._ending: Once[None] = Once("closing the stores", keep_failure=True)
         self.closed = False
 
@@ -115,17 +120,18 @@ class Stores:
 
     async def _open_store(self, entry: _Entry) -> BlockStore:
         store = BlockStore(as_source(entry.source, **entry.options), **self._settings)
-        await store.open()
+        async with self._places:
+            await store.open()
         return store
 
     async def _is_current(self, entry: _Entry, store: BlockStore) -> bool:
-        source = as_source(entry.source, **entry.options)
-        looking = BlockStore(source)
-        try:
-            await looking.open()
-            return (source.size, looking.version) == (store.size, store.version)
-        finally:
-            await looking.aclose()
+        async with self._places:
+            looking = BlockStore(as_source(entry.source, **entry.options))
+            try:
+                await looking.open()
+                return (looking.size, looking.version) == (store.size, store.version)
+            finally:
+                await looking.aclose()
 
     def of(self, user: Any) -> list[BlockStore]:
         """The stores that ``user`` has, and has not released."""
@@ -167,8 +173,8 @@ class Stores:
         if not entry.users and entry in self._open and not self.closed:
             self._forget(entry)
             task = asyncio.get_running_loop().create_task(self._close(entry))
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
+            self._closing[task] = entry
+            task.add_done_callback(self._closing.pop)
 
     def _forget(self, entry: _Entry) -> None:
         self._open.discard(entry)
@@ -179,23 +185,27 @@ class Stores:
         opening = entry.opening
         assert opening is not None
         opening.cancel()
-        await asyncio.wait((opening,))
-        store = entry.store
-        if store is not None:
-            await store.aclose()
+        try:
+            await asyncio.wait((opening,))
+        finally:
+            store = entry.store
+            if store is not None:
+                await store.aclose()
 
     async def aclose(self) -> None:
         """Close all. Idempotent."""
         self.closed = True
-        await self._ending(self._aclose)
+        await self._ending.surely(self._aclose)
 
     async def _aclose(self) -> None:
-        loop = asyncio.get_running_loop()
-        for entry in list(self._open):
+        entries = [*self._open, *self._closing.values()]
+        for entry in entries:
             if entry.timer is not None:
                 entry.timer.cancel()
             self._forget(entry)
-            self._closing.add(loop.create_task(self._close(entry)))
-        for failure in await asyncio.gather(*self._closing, return_exceptions=True):
-            if isinstance(failure, BaseException):
-                log.error("a store could not be closed: %r", failure)
+        await in_any_case(partial(self._close_all, entries))
+
+    async def _close_all(self, entries: list[_Entry]) -> None:
+        if entries:
+            loop = asyncio.get_running_loop()
+            await asyncio.wait([loop.create_task(self._close(entry)) for entry in entries])

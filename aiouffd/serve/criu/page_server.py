@@ -365,7 +365,7 @@ class PageServer:
     async def aclose(self) -> None:
         """Say goodbye and close: a dump that serves its memory then ends. Idempotent."""
         self._closed = True
-        await self._ending(self._aclose)
+        await self._ending.surely(self._aclose)
 
     async def _aclose(self) -> None:
         connecting = self._connecting

@@ -188,7 +188,7 @@ class CriuServer:
                 await self._settling(self._settle)
         finally:
             if now or not self._settling.running:
-                await self._ending(self._close_all)
+                await self._ending.surely(self._close)
 
     async def _settle(self) -> None:
         await self._opening.stop()
@@ -196,9 +196,14 @@ class CriuServer:
             self.server.stop_listening()
             await self.dialect.settle()
 
-    async def _close_all(self) -> None:
+    async def _close(self) -> None:
         try:
             await self._opening.stop()
+        finally:
+            await self._close_all()
+
+    async def _close_all(self) -> None:
+        try:
             if self._is_open:
                 await self.dialect.give_up()
                 await self._give_up()
@@ -207,6 +212,7 @@ class CriuServer:
                 if self._is_open:
                     await self.server.aclose()
             finally:
+                self._is_open = False
                 await self._close_rest()
 
     async def _give_up(self) -> None:
