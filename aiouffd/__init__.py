@@ -7,6 +7,7 @@ Layers, each importing only from those below it::
     safetensors               the tensors of a file as arrays over a lazy buffer
     serve                     faults of other processes
     sync, buffer              lazy buffers: what most people use
+    file                      a lazy buffer as a file
     flights, readahead        fetching blocks: retries, deadlines, looking ahead
     workingset                which parts were needed, in which order
     sources, nbd              where bytes come from, and serving them by NBD
@@ -42,12 +43,14 @@ from .errors import StalledError as StalledError
 from .errors import UnsupportedError as UnsupportedError
 from .errors import UnversionedSourceWarning as UnversionedSourceWarning
 from .errors import UsageError as UsageError
+from .file import BufferFile as BufferFile
 from .flights import FlightEvent as FlightEvent
 from .pager import Pager as Pager
 from .probe import probe as probe
 from .region import Fault as Fault
 from .region import Region as Region
 from .sources import Source as Source
+from .sync import open_file as open_file
 from .uffd import Userfaultfd as Userfaultfd
 from .workingset import Recording as Recording
 from .workingset import WorkingSet as WorkingSet

@@ -11,7 +11,7 @@ import errno
 import logging
 import os
 import warnings
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from . import guarded
 from ._lib import ffi, lib
 from .errors import ClosedError, SourceChangedError, SourceError, UnsupportedError, UsageError
 from .exporter import Exporter
+from .file import BufferFile, FileHints, Reading
 from .flights import FlightEvent, Policy
 from .mapping import Mapping
 from .once import Once, cancelled_from_outside
@@ -143,7 +144,7 @@ def open(
     )
 
 
-class LazyBuffer(Exporter):
+class LazyBuffer(FileHints, Exporter):
     """Memory with the contents of a source, fetched where it is touched. Made by `open`.
 
     Touch `view` from any thread. The coroutines belong to the loop that opened the buffer;
@@ -497,12 +498,54 @@ class LazyBuffer(Exporter):
             return -1
         if not sub:
             return start
-        region = self._touchable()
+        return self._search(self._touchable(), sub, start, stop)
+
+    def _search(self, region: Region, sub: bytes, start: int, stop: int) -> int:
         # Not in a variable: the traceback of an error would keep the memory mapped.
         result, where, found = guarded.find(region.check_touchable(), start, stop - start, sub)
         if result:
             self._raise_guarded(result, where)
         return found
+
+    def file(self) -> BufferFile:
+        """The buffer as a file: binary, read-only, seekable, at its start. Any thread.
+
+        For libraries that want one (zipfile, Pillow, h5py, pandas, ...). Each call makes another,
+        with a position of its own. An open file holds the memory, as a view does.
+        """
+        return BufferFile(self)
+
+    @property
+    def _failed(self) -> bool:
+        """Whether there are pages whose source had failed, which `fetch` may heal."""
+        region = self._region
+        if region is None or region.closed or self._closed or self._pid != os.getpid():
+            return False
+        return region.poisoned_bytes > 0
+
+    @contextmanager
+    def _reading(self, offset: int, length: int) -> Iterator[Callable[[int, int], None]]:
+        """Somebody reads this range in one go, and waits for it as a touch does. Gives a function
+        that has a part of it brought, an offset and a length: all blocks at once instead of one
+        after the other. It does not wait. Any thread."""
+        mapping, size = self._mapping, self._block_size
+        first, last = offset // size, (offset + length - 1) // size
+        if (
+            first == last  # as any touch
+            or mapping is None
+            or mapping.sink is None
+            or isinstance(self._source, MemorySource)
+        ):
+            yield lambda offset, length: None
+            return
+        reads = mapping.sink.reads
+        number = reads.begin(first, last)
+        try:
+            yield lambda offset, length: mapping.ask(
+                offset // size, (offset + length - 1) // size, (first, last)
+            )
+        finally:
+            reads.end(number)
 
     # ------------------------------------------------------------- coroutines
 
@@ -539,8 +582,11 @@ class LazyBuffer(Exporter):
             # The rescue loop brings the rest.
             await asyncio.sleep(0.002)
 
-    async def read(self, offset: int = 0, length: int | None = None) -> bytes:
-        """Bytes, without ever faulting. Raises as `fetch`."""
+    def read(self, offset: int = 0, length: int | None = None) -> Coroutine[Any, Any, bytes]:
+        """Bytes, without ever faulting. To be awaited. Raises as `fetch`."""
+        return Reading(self._read(offset, length))
+
+    async def _read(self, offset: int, length: int | None) -> bytes:
         offset, length = self._range(offset, length)
         await self.fetch(offset, length)
         if length <= COPY_STEP:

@@ -36,7 +36,7 @@ from .errors import (
     SourceError,
     SourceTimeoutError,
 )
-from .readahead import Readahead
+from .readahead import Readahead, Reads
 from .region import Errors, Region
 from .sources.base import Source, as_source_error
 from .tally import Tally
@@ -154,6 +154,7 @@ class Fetcher:
         tally: Tally,
         failures: dict[int, BaseException],
         readahead: Readahead | None = None,
+        reads: Reads | None = None,
         flight_blocks: int = 16,
         trace: Callable[[FlightEvent], None] | None = None,
     ) -> None:
@@ -162,6 +163,7 @@ class Fetcher:
         self._tally = tally
         self._failures = failures
         self._readahead = readahead
+        self._reads = reads or Reads()
         self._flight_blocks = flight_blocks
         self._trace = trace
         self._loop = asyncio.get_running_loop()
@@ -189,8 +191,7 @@ class Fetcher:
             return
         self._tally.faults += 1
         self._launch(Flight(block, 1, "fault"))
-        if self._readahead is not None and self.recording is None:
-            self._read_ahead(block)
+        self._read_ahead(block)
 
     def under_way(self, block: int) -> Flight | None:
         """The flight that has ``block``."""
@@ -210,11 +211,24 @@ class Fetcher:
                     self._later.remove(flight)
                     self._urgent.append(flight)
                 self._fill()
-        if self._readahead is not None and self.recording is None:
-            self._read_ahead(block)
+        self._read_ahead(block)
+
+    def ask(self, first: int, last: int, read: tuple[int, int]) -> None:
+        """A thread is about to wait for blocks, a part of those that it reads in one go, ``read``:
+        bring them together, and with the last part more if that read continues others."""
+        if self.recording is not None:
+            for block in range(first, last + 1):
+                self.recording.setdefault(block)
+        if self._closed or self._region.closed:
+            return
+        for run_first, run_count in self._take(first, last - first + 1, heal=False):
+            self._launch(Flight(run_first, run_count, "fetch"))
+        if self._readahead is not None and self.recording is None and last == read[1]:
+            self._launch_ahead(self._readahead.read(*read))
 
     def _read_ahead(self, block: int) -> None:
-        assert self._readahead is not None
+        if self._readahead is None or self.recording is not None or block in self._reads:
+            return
         self._launch_ahead(self._readahead.touch(block))
 
     def _launch_ahead(self, runs: list[tuple[int, int]]) -> None:

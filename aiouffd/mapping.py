@@ -81,6 +81,16 @@ class Mapping:
             self._until_loop_ends = self._wait_for_end()
             await anext(self._until_loop_ends)
 
+    def ask(self, first: int, last: int, read: tuple[int, int]) -> None:
+        """Have blocks brought, a part of those that somebody reads in one go; they are without it
+        too, one by one. Any thread."""
+        if self._pid != os.getpid() or self._moved or self.pager is None or self.sink is None:
+            return
+        if self.pager.on_its_thread:
+            return  # nothing that begins there moves before the rescue loop has come
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self.sink.ask, first, last, read)
+
     # ------------------------------------------------------------------- close
 
     @property

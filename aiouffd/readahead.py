@@ -17,9 +17,10 @@ touch. So the source always has a window's worth to do, however far it is away.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 
-__all__ = ["Readahead"]
+__all__ = ["Readahead", "Reads"]
 
 #: Streams remembered at a time; the least recently used one is forgotten.
 STREAMS = 16
@@ -77,6 +78,20 @@ class Readahead:
         if stream.step == 1:
             return self._sequential(stream, block)
         return self._strided(stream, block)
+
+    def read(self, first: int, last: int) -> list[tuple[int, int]]:
+        """As `touch`, for blocks that are read in one go and on their way already: how much is
+        needed is known, so more is worth it only where they continue what was read before."""
+        if self._window < 1:
+            return []
+        for stream in self._streams:
+            if stream.step in (0, 1) and stream.last <= first <= stream.last + 1:
+                stream.step = 1
+                stream.window = max(stream.window, min(self._window, last - first + 1) // 2)
+                stream.frontier = max(stream.frontier, last + 1)
+                return self._sequential(stream, last)
+        self._streams.append(_Stream(last, 0))
+        return []
 
     def landed(self, first: int, count: int) -> list[tuple[int, int]]:
         """Readahead of ``count`` blocks from ``first`` on has arrived: what to fetch in its place.
@@ -151,3 +166,26 @@ class Readahead:
             if 0 <= target < self._blocks:
                 runs.append((target, 1))
         return runs
+
+
+class Reads:
+    """Runs of blocks that threads are reading: how much is needed there is known, and touches
+    within them tell nothing. Any thread; no locks, because steps of a dict are atomic."""
+
+    def __init__(self) -> None:
+        self._runs: dict[int, tuple[int, int]] = {}
+        self._numbers = itertools.count()
+
+    def begin(self, first: int, last: int) -> int:
+        """A thread reads ``first`` to ``last``. Returns the number for `end`."""
+        number = next(self._numbers)
+        self._runs[number] = first, last
+        return number
+
+    def end(self, number: int) -> None:
+        """It has read, or given up."""
+        self._runs.pop(number, None)
+
+    def __contains__(self, block: int) -> bool:
+        runs = list(self._runs.values()) if self._runs else ()
+        return any(first <= block <= last for first, last in runs)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import AiouffdError, ClosedError, SourceChangedError, UsageError
 from .flights import Fetcher, FlightCancelledError, FlightEvent, Policy
-from .readahead import Readahead
+from .readahead import Readahead, Reads
 from .region import Region
 from .rescue import service
 from .sources.base import Source, aclose_source, clone_source, open_source
@@ -62,6 +62,8 @@ class BufferSink:
         self._closed = False
         # Whether the rescue loop alone serves, because the loop of the buffer ends.
         self._moved = False
+        #: What threads read in one go, as blocks.
+        self.reads = Reads()
         self.fetcher = self._fetcher(source)
         self._prefetching: asyncio.Task[bool] | None = None
         self._recording: dict[int, None] | None = None
@@ -88,6 +90,7 @@ class BufferSink:
             tally=self._tally,
             failures=self.failures,
             readahead=ahead,
+            reads=self.reads,
             flight_blocks=piece,
             trace=self._trace,
         )
@@ -164,6 +167,11 @@ class BufferSink:
     def hit(self, block: int) -> None:
         if not self._moved:
             self.fetcher.hit(block)
+
+    def ask(self, first: int, last: int, read: tuple[int, int]) -> None:
+        """Bring blocks that somebody reads: see `Fetcher.ask`. On the buffer's loop."""
+        if not self._moved and not self._closed:
+            self.fetcher.ask(first, last, read)
 
     @property
     def last_error(self) -> str | None:

@@ -14,12 +14,13 @@ from typing import Any, TypeVar
 from .buffer import BufferStats, LazyBuffer
 from .buffer import _reopen as _reopen_lazy
 from .buffer import open as _open
-from .errors import ClosedError
+from .errors import ClosedError, UsageError
 from .exporter import Exporter
+from .file import BufferFile, FileHints
 from .rescue import service
 from .workingset import Recording, WorkingSet
 
-__all__ = ["SyncBuffer", "open"]
+__all__ = ["SyncBuffer", "open", "open_file"]
 
 log = logging.getLogger("aiouffd")
 T = TypeVar("T")
@@ -34,7 +35,24 @@ def open(source: Any, **settings: Any) -> SyncBuffer:
     return SyncBuffer(_open(source, **settings))
 
 
-class SyncBuffer(Exporter):
+def open_file(source: Any, **settings: Any) -> BufferFile:
+    """Open an object as a file: binary, read-only, seekable, and fetched where it is read.
+
+    For libraries that want a file (zipfile, Pillow, h5py, pandas, ...). Blocks until the size is
+    known; arguments and errors as `open`. Closing the file ends all.
+    """
+    buffer = open(source, **settings)
+
+    def close() -> None:
+        if service.is_current_thread:
+            buffer._abandon()  # collected there, where nobody may wait
+        else:
+            buffer.close()
+
+    return BufferFile(buffer._buffer, heal=buffer.fetch, close=close)
+
+
+class SyncBuffer(FileHints, Exporter):
     """A `LazyBuffer` with blocking methods, for any thread, and inside signal handlers.
 
     Handlers of signals run while a call waits, on the main thread, and what they raise (Ctrl-C is
@@ -103,6 +121,10 @@ class SyncBuffer(Exporter):
         """See `LazyBuffer.find`."""
         return self._buffer.find(sub, start, end)
 
+    def file(self) -> BufferFile:
+        """See `LazyBuffer.file`. A read of what the source had failed to bring tries again."""
+        return BufferFile(self._buffer, heal=self.fetch)
+
     def resident(self, offset: int = 0, length: int | None = None) -> list[tuple[int, int]]:
         """See `LazyBuffer.resident`."""
         return self._buffer.resident(offset, length)
@@ -111,9 +133,15 @@ class SyncBuffer(Exporter):
         """See `LazyBuffer.fetch`; blocks."""
         self._run(self._buffer.fetch(offset, length))
 
-    def read(self, offset: int = 0, length: int | None = None) -> bytes:
-        """See `LazyBuffer.read`; blocks."""
-        offset, length = self._buffer._range(offset, length)
+    def read(self, offset: int | None = None, length: int | None = None) -> bytes:
+        """See `LazyBuffer.read`; blocks. All without arguments. UsageError for an offset alone,
+        which would be the length for a file."""
+        if offset is not None and length is None:
+            raise UsageError(
+                "a buffer's read() takes an offset and a length, unlike a file's",
+                hint="buf.file() gives a file; buf[offset:] is the rest",
+            )
+        offset, length = self._buffer._range(offset or 0, length)
         self.fetch(offset, length)
         data: bytes = self._buffer[offset : offset + length]
         return data

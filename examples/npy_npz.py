@@ -52,32 +52,10 @@ def array_over(memory: memoryview, start: int, head: bytes) -> np.ndarray:
     return np.ndarray(shape, dtype, memory, start + file.tell(), order=order)
 
 
-class BufferFile(io.RawIOBase):
-    """A lazy buffer as a file, for zipfile: it copies what is read, and waits for it."""
-
-    def __init__(self, buffer: aiouffd.LazyBuffer) -> None:
-        self._buffer, self._at = buffer, 0
-
-    def readable(self) -> bool:
-        return True
-
-    seekable = readable
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + (0, self._at, len(self._buffer))[whence]
-        return self._at
-
-    def readinto(self, target: memoryview) -> int:
-        data = self._buffer[self._at : self._at + len(target)]
-        target[: len(data)] = data
-        self._at += len(data)
-        return len(data)
-
-
 def arrays_of(buffer: aiouffd.LazyBuffer) -> dict[str, np.ndarray]:
     """The arrays of an .npz file: over the buffer's memory where that can be, else read."""
     found = {}
-    with zipfile.ZipFile(BufferFile(buffer)) as archive:
+    with buffer.file() as directory, zipfile.ZipFile(directory) as archive:
         for member in archive.infolist():
             name = member.filename.removesuffix(".npy")
             if member.compress_type != zipfile.ZIP_STORED:
