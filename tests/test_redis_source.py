@@ -463,7 +463,9 @@ async def test_opened_and_closed_by_many_at_a_time(folder: Path, client: Any) ->
 
 
 @pytest.mark.parametrize(
-    "error", [asyncio.CancelledError(), SystemExit(3), StopIteration(), KeyError("x")], ids=repr
+    "error",
+    [asyncio.CancelledError(), BaseException("odd"), StopIteration(), KeyError("x")],
+    ids=repr,
 )
 async def test_code_of_others_may_raise_anything(
     folder: Path, client: Any, error: BaseException

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import random
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from aiouffd.errors import ClosedError, SourceError, UsageError
+from aiouffd.sources import file as file_module
 from aiouffd.sources.base import aclose_source, holes_in_source, open_source, read_into_source
-from aiouffd.sources.cache import CachedSource
+from aiouffd.sources.cache import CachedSource, writer
 from aiouffd.sources.compose import (
     ChecksumSource,
     ConcatSource,
@@ -250,7 +254,7 @@ class Unclosable(Slow):
         return Unclosable(self.error)
 
 
-ERRORS = [asyncio.CancelledError(), SystemExit(3), OSError("no"), ZeroDivisionError()]
+ERRORS = [asyncio.CancelledError(), BaseException("odd"), OSError("no"), ZeroDivisionError()]
 any_error = pytest.mark.parametrize("error", ERRORS, ids=repr)
 
 
@@ -411,3 +415,74 @@ async def test_a_file_may_be_cut_off_anywhere(tmp_path: Path) -> None:
         await source.aclose()
 
     await cancel_everywhere(run)
+
+
+# ----------------------------------------------------------------------- threads
+
+
+@contextlib.contextmanager
+def no_threads() -> Iterator[None]:
+    """As at a limit of processes."""
+
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        yield
+
+
+async def test_a_file_without_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(DATA)
+    monkeypatch.setattr(file_module, "_NOWAIT", 0)  # so that reading needs a thread
+    source = FileSource(path)
+    with no_threads(), pytest.raises(SourceError) as caught:
+        await source.open()
+    assert caught.value.transient
+    await source.open()
+    # All that it has are busy elsewhere: a new pool, of which no thread was started yet.
+    source._executor = ThreadPoolExecutor(1)
+    buffer = bytearray(1000)
+    with no_threads():
+        for _ in range(2):
+            with pytest.raises(SourceError, match="no thread"):
+                await source.read(0, 1000)
+            with pytest.raises(SourceError, match="no thread"):
+                await source.read_into(0, memoryview(buffer))
+    assert await source.read(0, 1000) == DATA[:1000]
+    assert not any(buffer), "what was refused is not done later, to a buffer that others have now"
+    await source.aclose()
+
+
+async def test_around_a_source_without_threads(
+    around: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What only saves something is done without, and what verifies is done on the loop."""
+    source = around(Slow())
+    with no_threads():
+        await open_source(source)
+        await _use(source)
+        await _use(source)
+    await _use(source)
+    await aclose_source(source)
+
+
+async def test_a_cache_goes_on_when_there_are_threads_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "PAUSE", 0.0)
+    source = CachedSource(Slow(), directory=tmp_path, key="k", version="1")
+    await source.open()
+    assert source._writer is not None
+    source._executor, source._writer._executor = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+    with no_threads():
+        await _use(source)
+    assert source.stats.dropped_bytes == len(DATA)
+    await _use(source)
+    await source.aclose()
+    source = source.clone()
+    await source.open()
+    await _use(source)
+    assert source.stats.hit_bytes == len(DATA)
+    await source.aclose()

@@ -27,7 +27,7 @@ from ..errors import (
 from ._fallocate import fallocate_zeros
 from .base import BaseSource, Buffer, check_range
 from .durability import Promises
-from .lifecycle import Life
+from .lifecycle import Life, submit, submitted
 
 __all__ = ["FileSource", "path_of_url"]
 
@@ -192,9 +192,13 @@ class FileSource(BaseSource):
     async def _open(self) -> None:
         executor = ThreadPoolExecutor(self._max_threads, "aiouffd-file")
         # Not a method: its thread must not be what keeps this object alive.
-        opening = asyncio.get_running_loop().run_in_executor(
-            executor, _open, self._path, self._writable, self._parent, self._identity
-        )
+        try:
+            opening = submitted(
+                executor, _open, self._path, self._writable, self._parent, self._identity
+            )
+        except BaseException:
+            executor.shutdown(wait=False)
+            raise
         try:
             file, identity, size = await _settle(opening)
         except BaseException:
@@ -385,7 +389,7 @@ class FileSource(BaseSource):
         assert self._executor is not None
         file.acquire()
         try:
-            running = self._executor.submit(func)
+            running = submit(self._executor, func)
         except BaseException:
             file.release()
             raise

@@ -8,17 +8,28 @@ of the read it was called for: not an order to our task, and never the loop's.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from functools import partial
 from typing import Any, TypeVar
 
-from ..errors import ClosedError
+from ..errors import ClosedError, SourceError
 from ..once import Once, cancelled_from_outside
+from ..usercode import describe, is_ours
 from .base import Source, aclose_source, as_source_error
 
-__all__ = ["Life", "contained", "give_back", "in_any_case", "is_failure", "run_in_thread"]
+__all__ = [
+    "Life",
+    "contained",
+    "give_back",
+    "in_any_case",
+    "is_failure",
+    "run_in_thread",
+    "submit",
+    "submitted",
+]
 
 log = logging.getLogger("aiouffd")
 
@@ -81,10 +92,8 @@ class Life:
 
 def is_failure(error: BaseException) -> bool:
     """In ``except BaseException`` around others' code that was awaited: whether the error is that
-    code's, and not an order to stop (our task was cancelled, Ctrl-C, our coroutine thrown away)."""
-    if isinstance(error, asyncio.CancelledError):
-        return not cancelled_from_outside()
-    return not isinstance(error, KeyboardInterrupt | GeneratorExit)
+    code's, and not an order to stop (see `usercode.is_ours`)."""
+    return not is_ours(error, asyncio.current_task())
 
 
 async def in_any_case(operation: Operation) -> None:
@@ -120,7 +129,8 @@ async def give_back(source: Source) -> None:
 
 
 async def run_in_thread(executor: Executor, function: Callable[..., T], *arguments: Any) -> T:
-    """Call others' code in a thread. Whatever it raises comes out here.
+    """Call others' code in a thread. Whatever it raises comes out here, as an Exception; and
+    SourceError, which is transient, if there is no thread to be had.
 
     A future refuses some exceptions (StopIteration; asyncio would wait for ever) and takes others
     for orders (CancelledError, SystemExit, which would end the loop), so none is given to one.
@@ -132,12 +142,37 @@ async def run_in_thread(executor: Executor, function: Callable[..., T], *argumen
         except BaseException as error:
             return None, error
 
-    value, error = await asyncio.get_running_loop().run_in_executor(executor, call)
+    value, error = await submitted(executor, call)
     try:
         if isinstance(error, Exception) and not isinstance(error, StopIteration):
             raise error
         if error is not None:
-            raise RuntimeError(f"{type(error).__name__} was raised: {error}") from error
+            raise RuntimeError(f"a thread ended by {describe(error)}") from error
     finally:
         del error  # which would be in a cycle with its traceback
     return value  # type: ignore[return-value]
+
+
+def submitted(executor: Executor, function: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
+    """As `submit`; the future is of the running loop."""
+    return asyncio.wrap_future(submit(executor, function, *arguments))
+
+
+def submit(executor: Executor, function: Callable[..., T], *arguments: Any) -> Future[T]:
+    """Have ``function`` called by a thread. Raises SourceError, which is transient, if there is
+    none to be had (a limit of processes); then it is never called."""
+    refused = False
+
+    def call() -> T:
+        if refused:
+            # The executor has queued it all the same, for a thread that it gets one day.
+            raise RuntimeError("nobody waits for this any more")
+        return function(*arguments)
+
+    try:
+        return executor.submit(call)
+    except RuntimeError as error:
+        refused = True
+        if "can't start new thread" not in str(error):
+            raise
+        raise SourceError("no thread can be started", transient=True, errno=errno.EAGAIN) from error

@@ -34,7 +34,7 @@ from ..compose.checksum import digest_function
 from ..compose.concat import together
 from ..compose.wrapper import fresh
 from ..file import _settle
-from ..lifecycle import Life, contained, give_back
+from ..lifecycle import Life, contained, give_back, submitted
 from ..names import display_name, identity, with_user
 from . import layout
 from .entry import TRIES, Entry
@@ -270,8 +270,7 @@ class CachedSource(BaseSource):
                 directory = layout.key_directory(layout.root_of(self._directory), self._key)
             except OSError:
                 raise error from None
-            loop = asyncio.get_running_loop()
-            latest = await loop.run_in_executor(executor, layout.read_latest, directory)
+            latest = await submitted(executor, layout.read_latest, directory)
             if latest is None:
                 raise error
             self._pin, self._lasting = (latest.size, latest.version), True
@@ -287,9 +286,7 @@ class CachedSource(BaseSource):
         form = Format(self._key, version, size, self._block_size, self._checksum)
         try:
             root = layout.root_of(self._directory)
-            opening = asyncio.get_running_loop().run_in_executor(
-                executor, _prepare, root, form, self._settings.size_limit, news
-            )
+            opening = submitted(executor, _prepare, root, form, self._settings.size_limit, news)
             entry, writable = await _settle(opening)
         except OSError as error:
             where = self._directory or "the usual directory"
@@ -436,10 +433,12 @@ class CachedSource(BaseSource):
         # Before the files are read: what is not waiting any more by then is in them.
         waiting = self._writer.blocks(first, -(-len(view) // step)) if self._writer else {}
         stop = threading.Event()
-        reading = asyncio.get_running_loop().run_in_executor(
-            executor, entry.read_into, first, view, stop
-        )
-        missing = await _settle(reading, stop)
+        try:
+            reading = submitted(executor, entry.read_into, first, view, stop)
+        except SourceError:  # there is no thread to be had: as if nothing were cached
+            missing = list(range(first, first + -(-len(view) // step)))
+        else:
+            missing = await _settle(reading, stop)
         for block in [block for block in missing if block in waiting]:
             start = (block - first) * step
             view[start : start + len(waiting[block])] = waiting[block]
@@ -496,8 +495,8 @@ class CachedSource(BaseSource):
             # Reading a table is cheaper than a question that it would have spared.
             first, count = offset // step, (end - 1) // step + 1 - offset // step
             if not entry.loaded(first, count):
-                loop = asyncio.get_running_loop()
-                await loop.run_in_executor(self._executor, entry.load, first, count)
+                with contextlib.suppress(SourceError):
+                    await submitted(self._executor, entry.load, first, count)
         zeros: list[tuple[int, int]] = []
         asked: list[tuple[int, int]] = []
         for block in range(offset // step, (end - 1) // step + 1):

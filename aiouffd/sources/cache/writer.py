@@ -12,10 +12,13 @@ import os
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...errors import SourceError
+from ..lifecycle import submit
 from .entry import Entry
 from .evict import FULL, make_room, shrink
 
@@ -113,8 +116,14 @@ class Writer:
         if self._looks.due(settings.size_limit):
             self._submit(self._look)
 
-    def _submit(self, job: object, *arguments: object) -> None:
-        self._last = self._executor.submit(job, *arguments)  # type: ignore[arg-type]
+    def _submit(self, job: Callable[..., None], *arguments: object) -> bool:
+        """Have the thread do it; False, and a pause, if there is none to be had."""
+        try:
+            self._last = submit(self._executor, job, *arguments)
+        except SourceError as error:
+            self._failed(error)
+            return False
+        return True
 
     def blocks(self, first: int, count: int) -> dict[int, memoryview]:
         """Those of ``count`` blocks from ``first`` on that wait to be written, by number."""
@@ -141,7 +150,9 @@ class Writer:
         with self._lock:
             self._waiting += len(view)
         self._pending.update(blocks)
-        self._submit(self._write, first, view, len(blocks))
+        if not self._submit(self._write, first, view, len(blocks)):
+            self._written(first, len(blocks), len(view))
+            self.dropped += len(view)
 
     def put_zeros(self, first: int, count: int) -> None:
         """Have noted that ``count`` blocks are zeros."""
@@ -178,12 +189,16 @@ class Writer:
         except OSError as error:
             self._failed(error)
         finally:
-            for block in range(first, first + count):
-                self._pending.pop(block, None)
-            with self._lock:
-                self._waiting -= len(data) if data is not None else 0
+            self._written(first, count, len(data) if data is not None else 0)
         if enough(self._settings.size_limit) and time.monotonic() >= self._paused:
             self._look()
+
+    def _written(self, first: int, count: int, length: int) -> None:
+        """These blocks wait no longer."""
+        for block in range(first, first + count):
+            self._pending.pop(block, None)
+        with self._lock:
+            self._waiting -= length
 
     def _look(self) -> None:
         try:

@@ -25,7 +25,7 @@ from ...errors import SourceChangedError, SourceError, UnsupportedError, UsageEr
 from ...places import replace_file
 from .. import as_source
 from ..base import Buffer, aclose_source, check_length, check_range, open_source
-from ..lifecycle import run_in_thread
+from ..lifecycle import run_in_thread, submitted
 from .wrapper import Wrapper
 
 __all__ = ["ALGORITHMS", "ChecksumError", "ChecksumSource", "Manifest", "digest_function"]
@@ -327,8 +327,11 @@ class ChecksumSource(Wrapper):
         """The blocks of ``view``, which begins with block ``first``, that do not match."""
         if len(view) <= INLINE or self._executor is None:
             return self._mismatches(view, first)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, self._mismatches, view, first)
+        try:
+            hashing = submitted(self._executor, self._mismatches, view, first)
+        except SourceError:
+            return self._mismatches(view, first)  # there is no thread to be had
+        return await hashing
 
     def _mismatches(self, view: memoryview, first: int) -> list[int]:
         step, manifest = self._manifest.block_size, self._manifest
