@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import hashlib
 import itertools
 import os
 import pickle
@@ -14,6 +15,7 @@ import stat
 import subprocess
 import threading
 import time
+import tracemalloc
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -518,6 +520,55 @@ async def test_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(SourceError, match="noisy"):
         await source(gone, None, stale_ok=True).open()  # type: ignore[arg-type]
     assert not list((tmp_path / "elsewhere").iterdir())
+
+
+NASTY = [
+    b"[" * 50_000,
+    b'{"name": "a", "version": "1", "size": ' + b"9" * 5000 + b"}",
+    b'{"name": "a", "version": "1", "size": -1}',
+    b'{"name": "a", "version": "1", "size": 1e3}',
+    b'{"name": ["a"], "version": "1", "size": 5}',
+    b'{"name": "a", "version": {"x": 1}, "size": 5}',
+    b'{"name": "a", "version": "1", "size": 9223372036854775808}',
+    b'{"name": "a"}',
+    b"null",
+    b"\xff\xfe",
+]
+
+
+@pytest.mark.parametrize("body", NASTY)
+async def test_a_note_that_is_none_is_not_believed(tmp_path: Path, body: bytes) -> None:
+    """Though its seal is right, which anybody can make who can write here."""
+    async with opened(PlainSource(DATA), tmp_path) as reader:
+        await reader.read(0, 10)
+        key = reader._entry.directory.parent  # type: ignore[union-attr]
+    seal = hashlib.sha256(key.name.encode() + b"\n" + body).hexdigest().encode()
+    (key / "latest").write_bytes(seal + b"\n" + body + b"\n")
+    assert layout.read_latest(key) is None
+    assert len(cache.usage(tmp_path).objects) == 1
+    gone = Versioned()
+    gone.error = transient()
+    with pytest.raises(SourceError, match="noisy"):
+        await source(gone, tmp_path, stale_ok=True, version=None).open()
+    async with opened(PlainSource(DATA), tmp_path) as reader:
+        assert await reader.read(0, 10) == DATA[:10]
+
+
+async def test_files_of_any_length_cost_nothing(tmp_path: Path) -> None:
+    async with opened(PlainSource(DATA), tmp_path) as reader:
+        await reader.read(0, len(DATA))
+        key = reader._entry.directory.parent  # type: ignore[union-attr]
+    for path in (key / "latest", *segments(tmp_path)):
+        with path.open("r+b") as file:
+            file.truncate(1 << 42)
+    tracemalloc.start()
+    try:
+        async with opened(PlainSource(DATA), tmp_path) as reader:
+            assert await reader.read(0, len(DATA)) == DATA
+        cache.usage(tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 
 import aiouffd
+from aiouffd.errors import UsageError
+from aiouffd.sources import registry
+from aiouffd.sources.cache import CachedSource
 from aiouffd.sources.cache.layout import derive_key, lasting_version
 from aiouffd.sources.file import FileSource
 from aiouffd.sources.http import HttpSource
@@ -262,6 +265,42 @@ def test_sources_around_it_keep_the_key() -> None:
 
     source = HttpSource("http://h/a", headers={"X": "1"})
     assert derive_key(RetrySource(source)) == source.cache_key
+
+
+# ----------------------------------------------------- sources of other packages
+
+
+class Other:
+    """Has neither key nor URL; but whoever made it had one."""
+
+    size = 10
+    version = "1"
+
+    def __init__(self, url: str, *, tenant: str = "", session: object = None) -> None:
+        self.url_given = url
+
+    async def read(self, offset: int, length: int) -> bytes:
+        return bytes(length)
+
+    def clone(self) -> Other:
+        return self
+
+
+def test_a_url_is_no_name_without_its_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheme = registry.Scheme("other", f"{__name__}:Other")
+    monkeypatch.setitem(registry._OWN, "other", scheme)
+
+    def key(url: str, **options: Any) -> str:
+        return CachedSource(url, directory=tmp_path, **options)._key
+
+    keys = [key("other://h/a"), key("other://u@h/a"), key("other://h/a", tenant="x")]
+    assert len(set(keys)) == 3
+    assert keys[0] == "other://h/a"
+    assert key("other://u:geheim@h/a") == keys[1]
+    with pytest.raises(UsageError, match="key="):
+        key("other://h/a", session=object())
 
 
 # ------------------------------------------------------------------- files
