@@ -23,6 +23,10 @@ class Ranges:
         """Put ``start`` to ``end`` in; merges with what it touches."""
         if start >= end:
             return
+        if not self._ends or start > self._ends[-1]:
+            self._starts.append(start)
+            self._ends.append(end)
+            return
         first = bisect_left(self._ends, start)
         last = bisect_right(self._starts, end)
         if first < last:

@@ -47,12 +47,13 @@ class Order:
     async def turn(self, offset: int, length: int) -> Turn:
         """Wait for all that was asked for before and overlaps ``length`` bytes at ``offset``."""
         end = offset + length
+        turns = self._turns
         mine = Turn(self, offset, end)
-        before = [turn for turn in self._turns if turn.offset < end and offset < turn.end_offset]
-        self._turns[mine] = None
+        before = [turn for turn in turns if turn.offset < end and offset < turn.end_offset]
+        turns[mine] = None
         try:
             for turn in before:
-                if turn in self._turns:
+                if turn in turns:
                     future = asyncio.get_running_loop().create_future()
                     turn._waiting.append(future)
                     await future

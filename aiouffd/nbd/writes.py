@@ -115,6 +115,11 @@ class Writes:
             ghost = _Ghost(request.offset, request.length, content, connection.token)
             self._ghosts.append(ghost)
 
+    @property
+    def haunted(self) -> bool:
+        """Whether there are ghosts."""
+        return bool(self._ghosts)
+
     def tokens(self) -> list[str]:
         """Names of lost connections whose ghosts a server may be able to lay."""
         return list(dict.fromkeys(g.token for g in self._ghosts if g.token is not None))

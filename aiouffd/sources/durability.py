@@ -49,8 +49,12 @@ class Promises:
         there, does not matter any more."""
         end = offset + length
         with self._lock:
-            self._doubtful.remove(offset, end)
-            for ranges in (*self._written.values(), *self._flushing.values()):
+            if self._doubtful:
+                self._doubtful.remove(offset, end)
+            for holder, ranges in self._written.items():
+                if holder is not by and ranges:
+                    ranges.remove(offset, end)
+            for ranges in self._flushing.values():
                 ranges.remove(offset, end)
             ranges = self._written.setdefault(by, Ranges())
             ranges.add(offset, end)

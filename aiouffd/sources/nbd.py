@@ -491,7 +491,8 @@ class NbdSource(BaseSource):
         answer. The turn ends then, whoever waits."""
         offset, length = turn.offset, turn.end_offset - turn.offset
         try:
-            await self._lay(offset, length, content)
+            if self._writes.haunted:
+                await self._lay(offset, length, content)
             self._pool.check()
             if command == wire.CMD_WRITE:
                 self._map.assume_data(offset, offset + length)
