@@ -15,11 +15,13 @@ The loop is also the one that `aiouffd.sync` runs on.
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # see adopt
+import _thread
 import asyncio
 import asyncio.selector_events
 import atexit
 import concurrent.futures
 import concurrent.futures.thread
+import contextlib
 import errno
 import faulthandler
 import functools
@@ -60,61 +62,67 @@ _DEPTH = 12
 
 
 class _Call:
-    """Something for the rescue loop to do, and whom to tell if there is no loop to be had."""
+    """A coroutine that is to run on the rescue loop. ``done`` is told its result or its error, on
+    that loop, or on the rescue thread if there is no loop to be had."""
 
-    __slots__ = ("_failed", "run")
+    __slots__ = ("_coroutine", "_done", "_task")
 
     def __init__(
-        self, run: Callable[[], object], failed: Callable[[BaseException], object] | None
+        self,
+        coroutine: Coroutine[Any, Any, Any],
+        done: Callable[[Any, BaseException | None], object],
     ) -> None:
-        self.run = run
-        self._failed = failed
+        self._coroutine = coroutine
+        self._done = done
+        self._task: asyncio.Task[Any] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._coroutine)
+        self._task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        if task.cancelled():
+            self._done(None, concurrent.futures.CancelledError())
+        elif error := task.exception():
+            self._done(None, error)
+        else:
+            self._done(task.result(), None)
+
+    def cancel(self) -> None:
+        """On the loop, after `start`."""
+        if self._task is not None:
+            self._task.cancel()
 
     def fail(self, error: BaseException) -> None:
-        if self._failed is not None:
-            self._failed(error)
+        self._coroutine.close()
+        self._done(None, error)
 
 
-def _begin(coroutine: Coroutine[Any, Any, T], future: concurrent.futures.Future[T]) -> None:
-    """On the loop: run ``coroutine`` for ``future``. Each may be cancelled, and then both are."""
-    loop = asyncio.get_running_loop()
-    task = loop.create_task(coroutine)
-
-    def ended(task: asyncio.Task[T]) -> None:
-        if task.cancelled():
-            future.cancel()
-        if not future.set_running_or_notify_cancel():
-            if not task.cancelled():
-                task.exception()  # nobody is left to hear of it
-        elif error := task.exception():
-            future.set_exception(error)
-        else:
-            future.set_result(task.result())
-
-    def cancelled(future: concurrent.futures.Future[T]) -> None:
-        if future.cancelled() and not task.done():
-            loop.call_soon_threadsafe(task.cancel)
-
-    task.add_done_callback(ended)
-    future.add_done_callback(cancelled)
-
-
-def _fail(
-    coroutine: Coroutine[Any, Any, Any],
-    future: concurrent.futures.Future[Any],
-    error: BaseException,
-) -> None:
-    coroutine.close()
-    if future.set_running_or_notify_cancel():
+def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(result)
+    elif isinstance(error, concurrent.futures.CancelledError):
+        future.cancel()
+    else:
         future.set_exception(error)
+
+
+def _log_error(_: Any, error: BaseException | None) -> None:
+    if error is not None:
+        log.debug("in the background", exc_info=error)
 
 
 class Service:
     """The rescue thread and its loop. `service` is the one of this process.
 
-    Nothing here takes a lock: a signal handler that uses lazy memory may interrupt any of it, in
-    the thread that would hold the lock. What cannot be had at the moment (a thread, descriptors for
-    the loop) is an OSError for those who need it now, and is tried again for the next.
+    A signal handler that uses lazy memory may interrupt the main thread between any two lines of
+    this, and then waits for the rescue thread. So that thread never waits for what another one may
+    hold: nothing here takes a lock, nor do Thread and Future, which have some, have a part in it.
+
+    What cannot be had at the moment (a thread, descriptors for the loop) is an OSError for those
+    who need it now, and is tried again for the next.
     """
 
     def __init__(self) -> None:
@@ -122,9 +130,9 @@ class Service:
 
     def _reset(self) -> None:
         # Whoever gets the seat is the thread; a second one that was started leaves again.
-        self._seat: dict[str, threading.Thread] = {}
+        self._seat: dict[str, int] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._inbox: deque[_Call] = deque()
+        self._inbox: deque[_Call | Callable[[], object]] = deque()
         # A plain dict: it is copied in one step, whatever other threads do to it.
         self._pagers: dict[int, weakref.ref[Pager]] = {}
         self._reported: set[tuple[str, int]] = set()
@@ -157,18 +165,15 @@ class Service:
         error = lib.au_sentry_start()
         if error:
             raise OSError(-error, f"cannot start the sentry thread: {os.strerror(-error)}")
-        thread = threading.Thread(target=self._run, name="aiouffd-rescue", daemon=True)
         try:
-            thread.start()
+            _thread.start_new_thread(self._run, ())
         except RuntimeError as failure:
             raise OSError(errno.EAGAIN, f"cannot start the rescue thread: {failure}") from failure
 
     # ------------------------------------------------------------ the thread
 
     def _run(self) -> None:
-        if self._seat.setdefault("taken", threading.current_thread()) is not (
-            threading.current_thread()
-        ):
+        if self._seat.setdefault("taken", _thread.get_ident()) != _thread.get_ident():
             return
         loop = self._when_needed()
         loop.call_soon(self._take_inbox)
@@ -193,7 +198,9 @@ class Service:
             except Exception as error:
                 # Whoever can be told is. Threads that wait for pages cannot, and go on waiting.
                 while self._inbox:
-                    self._inbox.popleft().fail(error)
+                    call = self._inbox.popleft()
+                    if isinstance(call, _Call):
+                        call.fail(error)
             time.sleep(pause)
             pause = min(pause * 2, RETRY_LONGEST)
 
@@ -217,9 +224,15 @@ class Service:
 
     def _take_inbox(self) -> None:
         while self._inbox:
-            self._inbox.popleft().run()
+            call = self._inbox.popleft()
+            if isinstance(call, _Call):
+                call.start()
+            else:
+                asyncio.get_running_loop().call_soon(call)
 
-    def _post(self, call: _Call) -> None:
+    def _post(self, call: _Call | Callable[[], object]) -> None:
+        if sys.is_finalizing():
+            raise RuntimeError("the interpreter ends")
         self._start()
         self._inbox.append(call)
         loop = self._loop
@@ -229,55 +242,83 @@ class Service:
         else:
             loop.call_soon_threadsafe(self._take_inbox)
 
-    @property
-    def is_current_thread(self) -> bool:
-        return threading.current_thread() is self._seat.get("taken")
-
-    def call_soon(self, callback: Callable[..., object], *args: Any) -> None:
-        """Call ``callback`` on the background loop, from any thread, and do not wait for it.
-        Raises RuntimeError when the interpreter ends, and OSError when there is no thread."""
-        if sys.is_finalizing():
-            raise RuntimeError("the interpreter ends")
-        self._post(_Call(functools.partial(callback, *args), None))
-
-    def submit(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
-        """Run ``coroutine`` on the background loop, from any thread, or inside a signal handler.
-
-        Raises as `call_soon`. The future raises OSError if the loop cannot be made at the moment.
-        """
-        future: concurrent.futures.Future[T] = concurrent.futures.Future()
-
+    def _launch(
+        self,
+        coroutine: Coroutine[Any, Any, Any],
+        done: Callable[[Any, BaseException | None], object],
+    ) -> _Call:
+        call = _Call(coroutine, done)
         try:
-            if sys.is_finalizing():
-                raise RuntimeError("the interpreter ends")
-            begin = functools.partial(_begin, coroutine, future)
-            self._post(_Call(begin, functools.partial(_fail, coroutine, future)))
+            self._post(call)
         except BaseException:
             coroutine.close()
             raise
-        return future
+        return call
+
+    @property
+    def is_current_thread(self) -> bool:
+        return self._seat.get("taken") == _thread.get_ident()
+
+    def call_soon(self, callback: Callable[..., object], *args: Any) -> None:
+        """Call ``callback`` on the background loop, from any thread, and do not wait for it.
+
+        Raises RuntimeError when the interpreter ends, and OSError when there is no thread to be
+        had. While no loop is to be had the callback is dropped."""
+        self._post(functools.partial(callback, *args))
+
+    def submit(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        """Run ``coroutine`` on the background loop. As `call_soon`; its error goes to the log."""
+        self._launch(coroutine, _log_error)
 
     def block_on(self, coroutine: Coroutine[Any, Any, T], *, cancel: bool = True) -> T:
-        """As `submit`, and wait for the result; signal handlers run meanwhile (on the main thread).
+        """Run ``coroutine`` on the background loop and wait for its result, in any other thread, or
+        inside a signal handler; other handlers run meanwhile (on the main thread).
 
         When one of them raises, the coroutine is cancelled if ``cancel`` says so, and nobody waits
         for its end. Once the interpreter exits the wait is limited, and ends in TimeoutError.
+        Raises as `call_soon`; OSError also if the loop cannot be made at the moment.
         """
         if self.is_current_thread:
             coroutine.close()
             raise UsageError("aiouffd's own background thread cannot wait for itself")
-        future = self.submit(coroutine)
+        answer: list[tuple[Any, BaseException | None]] = []
+        lock = _thread.allocate_lock()
+        lock.acquire()
+
+        def done(result: Any, error: BaseException | None) -> None:
+            answer.append((result, error))
+            lock.release()
+
+        call = self._launch(coroutine, done)
         try:
-            return future.result(CALL_PATIENCE if self.exiting else None)
+            if not lock.acquire(timeout=CALL_PATIENCE if self.exiting else -1):
+                raise TimeoutError("the interpreter exits, and cannot wait for that")
         except BaseException:
             if cancel:
-                future.cancel()
+                with contextlib.suppress(RuntimeError, OSError):
+                    self.call_soon(call.cancel)
             raise
+        result, error = answer.pop()
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # its traceback refers to this frame
+        value: T = result
+        return value
 
     async def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run ``coroutine`` on the background loop and wait for it, from any loop, that one too.
-        It goes on when whoever waits is cancelled."""
-        return await asyncio.shield(asyncio.wrap_future(self.submit(coroutine)))
+        It goes on when whoever waits is cancelled. Raises as `block_on`."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def done(result: Any, error: BaseException | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed by now
+                loop.call_soon_threadsafe(_settle, future, result, error)
+
+        self._launch(coroutine, done)
+        return await future
 
     # ------------------------------------------------------------ the rescue
 

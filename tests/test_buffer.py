@@ -660,19 +660,6 @@ class TestSync:
             thread.join(30)
         assert errors == []
 
-    async def test_inside_a_loop_it_is_refused(self) -> None:
-        with pytest.raises(UsageError, match="event loop"):
-            aiouffd.sync.open(PlainSource(some()))
-
-    async def test_methods_inside_a_loop_are_refused(self) -> None:
-        buf = await asyncio.to_thread(aiouffd.sync.open, PlainSource(some()))
-        with pytest.raises(UsageError, match="event loop"):
-            buf.read(0, 1)
-        with pytest.raises(UsageError, match="event loop"):
-            buf.close()
-        assert not buf.closed
-        await asyncio.to_thread(buf.close)
-
     def test_opening_fails(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError):
             aiouffd.sync.open(tmp_path / "nothing")

@@ -418,7 +418,7 @@ class Inheritance:
     async def aclose(self) -> None:
         """As `close`, and done with the source. On any loop."""
         if not self._closed:
-            await asyncio.wrap_future(service.submit(self._family.disown(self)))
+            await service.run(self._family.disown(self))
 
 
 class Children:
