@@ -32,7 +32,9 @@ async def in_thread(function: Any, *arguments: Any) -> Any:
     future = loop.create_future()
 
     def body() -> None:
+        nonlocal arguments
         result = function(*arguments)
+        arguments = ()  # whoever waits may look at once who still holds what
         loop.call_soon_threadsafe(future.set_result, result)
 
     threading.Thread(target=body, daemon=True).start()
