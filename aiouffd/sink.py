@@ -227,24 +227,35 @@ class BufferSink:
         self.miss(block)  # the fetcher knows what is under way
 
     async def _start_rescuer(self, clone: Source) -> None:
+        try:
+            if await self._open_clone(clone):
+                self._clone = clone
+                self._rescuer = self._fetcher(clone)
+                self._rescuer.recording = self._recording
+                while self._rescue_queue and not self._closed:
+                    self._rescuer.miss(self._rescue_queue.popleft())
+        finally:
+            if self._rescuer is None:
+                # The next touch tries again, and so does who waits in this one.
+                self._rescue_start = None
+                while self._rescue_queue and not self._region.closed:
+                    self._region.end(self._rescue_queue.popleft(), 1)
+
+    async def _open_clone(self, clone: Source) -> bool:
+        """Until it is open. False when that failed for good, of which all who wait were told."""
         pause = 0.05
         while not self._closed:
             try:
                 await open_source(clone)
-                break
+                return True
             except Exception as error:
                 if self._policy.errors == "soft" or isinstance(error, SourceChangedError):
                     self._give_up(error)
-                    self._rescue_start = None
-                    return
-                self._tally.last_error = str(error)
-                await asyncio.sleep(pause)
-                pause = min(pause * 2, 5.0)
-        self._clone = clone
-        self._rescuer = self._fetcher(clone)
-        self._rescuer.recording = self._recording
-        while self._rescue_queue and not self._closed:
-            self._rescuer.miss(self._rescue_queue.popleft())
+                    return False
+                self._tally.last_error = f"{type(error).__name__}: {error}"
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 5.0)
+        return False
 
     def _give_up(self, error: Exception) -> None:
         self._rescue_error = error
@@ -302,7 +313,7 @@ class BufferSink:
                 self.inheritance.close()
             if self._rescue_start is not None:
                 # At the interpreter's end there may be nobody to do it.
-                with suppress(RuntimeError):
+                with suppress(RuntimeError, OSError):
                     service.call_soon(self._abandon_rescuer)
 
     def _abandon_rescuer(self) -> None:

@@ -262,8 +262,11 @@ struct au_region *au_region_create(struct au_engine *engine, uint64_t length, in
 		do
 			result = au_engine_add_region(engine, region);
 		while (result == -EAGAIN);
-	if (!result && (options & AU_REGION_SERVE))
+	if (!result && (options & AU_REGION_SERVE)) {
 		result = au_children_add(region);
+		if (result)
+			au_engine_remove_region(engine, region);
+	}
 	if (result) {
 		*error = -result;
 		goto fail;

@@ -832,17 +832,22 @@ int au_sentry_start(void)
 			result = au_handler_start();
 		if (!result)
 			atomic_store(&reserve_fd, fcntl(kick_fd, F_DUPFD_CLOEXEC, 0));
+		/* Before the thread, which could not be taken back. */
+		if (!result && !fork_hooked) {
+			result = -pthread_atfork(au_children_lock, au_children_unlock, in_child);
+			fork_hooked = !result;
+		}
 		if (!result)
 			result = start_thread();
-		if (!result && !fork_hooked) {
-			pthread_atfork(au_children_lock, au_children_unlock, in_child);
-			fork_hooked = true;
-		}
 		if (result) {
+			/* It can be tried again, as if this had not been. */
 			close(epoll_fd);
 			close(kick_fd);
 			close(rescue_fd);
+			if (atomic_load(&reserve_fd) >= 0)
+				close(atomic_load(&reserve_fd));
 			epoll_fd = kick_fd = rescue_fd = -1;
+			atomic_store(&reserve_fd, -1);
 		}
 		started = result == 0;
 	}
