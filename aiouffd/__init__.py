@@ -11,6 +11,7 @@ Layers, each importing only from those below it::
     flights, readahead        fetching blocks: retries, deadlines, looking ahead
     workingset                which parts were needed, in which order
     sources, nbd              where bytes come from, and serving them by NBD
+    guarded                   copies and searches that signals interrupt
     pager, region, rescue     the fault-serving framework and its second loop
     places, unix_sockets      who decides what a path means, and who listens there
     uffd, abi, probe          the kernel ABI, typed
