@@ -2,9 +2,11 @@
 
 #include "abi.h"
 #include "engine.h"
+#include "sys.h"
 
 #include <errno.h>
 #include <poll.h>
+#include <sched.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <sys/uio.h>
@@ -13,6 +15,11 @@
 #define BASE_PAGE 4096ULL
 /* An address that nobody can register: below what the kernel lets be mapped. */
 #define NOWHERE 4096ULL
+/* After EAGAIN: tries between two looks for messages; ns without any after which the thread that is
+ * in the way counts as having no CPU; and moments missed in a row before we look for another CPU. */
+#define TRIES 8
+#define QUIET 100000ULL
+#define MISSED 3
 
 static int issue(int fd, int op, uint64_t start, const uint8_t *src, uint64_t length,
 		 uint64_t page_size, int64_t *done)
@@ -43,10 +50,85 @@ static void note(uint8_t *states, uint64_t first, uint64_t last, uint8_t set, ui
 	}
 }
 
-int64_t au_foreign_fill(int fd, int op, uint64_t start, const uint8_t *src, uint64_t length,
-			uint64_t page_size, uint8_t *states, uint64_t *absent)
+/* Whether a message forbids to go on with [start, end) before it was applied. */
+static bool concerns(const struct au_uffd_msg *message, uint64_t start, uint64_t end)
 {
-	uint64_t at = 0, most = length;
+	if (message->event == AU_EVENT_PAGEFAULT)
+		return false;
+	return message->event != AU_EVENT_REMOVE ||
+	       (message->arg.remove.start < end && message->arg.remove.end > start);
+}
+
+/* False if something was read that has to be applied first, or nothing more can be read. */
+static bool listen_on(int fd, struct au_foreign_heard *heard, uint64_t start, uint64_t end)
+{
+	int64_t got = au_foreign_read(fd, heard->messages + heard->count,
+				      heard->room - heard->count);
+
+	if (got < 0)
+		return got == -EAGAIN;
+	for (; got > 0; got--)
+		if (concerns(&heard->messages[heard->count++], start, end)) {
+			heard->count += got - 1;
+			return false;
+		}
+	return true;
+}
+
+/* To another CPU, if there is one for us. A thread that we wake may be put on ours, where it only
+ * runs while we do not: from one event to the next, and we never see the moment in between. */
+static void change_cpu(void)
+{
+	cpu_set_t all, others;
+	int cpu = sched_getcpu();
+
+	if (cpu < 0 || cpu >= CPU_SETSIZE || sched_getaffinity(0, sizeof(all), &all))
+		return;
+	others = all;
+	CPU_CLR(cpu, &others);
+	if (CPU_COUNT(&others) && !sched_setaffinity(0, sizeof(others), &others))
+		sched_setaffinity(0, sizeof(all), &all);
+}
+
+/* Go on after EAGAIN: see au_foreign_fill. */
+static int persist(int fd, int op, uint64_t start, const uint8_t *src, uint64_t length,
+		   uint64_t page_size, int64_t *done, struct au_foreign_heard *heard,
+		   uint64_t limit)
+{
+	uint64_t now = au_now_ns(), quiet = now + QUIET;
+	int64_t known = heard->count, missed = 0;
+	int tries;
+
+	while (listen_on(fd, heard, start, start + length)) {
+		for (tries = 0; tries < TRIES; tries++) {
+			int result = issue(fd, op, start, src, length, page_size, done);
+
+			if (result != -EAGAIN || *done > 0)
+				return result;
+		}
+		now = au_now_ns();
+		if (heard->count != known) {
+			missed += heard->count - known;
+			known = heard->count;
+			quiet = now + QUIET;
+			if (missed >= MISSED) {
+				change_cpu();
+				missed = 0;
+			}
+		} else if (now + QUIET / 2 > quiet) {
+			sched_yield();
+		}
+		if (now > limit || now > quiet)
+			break;
+	}
+	return -EAGAIN;
+}
+
+int64_t au_foreign_fill(int fd, int op, uint64_t start, const uint8_t *src, uint64_t length,
+			uint64_t page_size, uint8_t *states, uint64_t *absent,
+			struct au_foreign_heard *heard)
+{
+	uint64_t at = 0, most = length, limit = heard ? au_now_ns() + heard->patience : 0;
 
 	*absent = 0;
 	while (at < length) {
@@ -55,6 +137,9 @@ int64_t au_foreign_fill(int fd, int op, uint64_t start, const uint8_t *src, uint
 		int result = issue(fd, op, start + at, op == AU_OP_COPY ? src + at : src, part,
 				   page_size, &done);
 
+		if (result == -EAGAIN && done <= 0 && heard)
+			result = persist(fd, op, start + at, op == AU_OP_COPY ? src + at : src, part,
+					 page_size, &done, heard, limit);
 		if (done > 0) {
 			note(states, at / page_size, (at + (uint64_t)done) / page_size,
 			     AU_FOREIGN_INSTALLED, AU_FOREIGN_ABSENT);
@@ -85,14 +170,6 @@ int64_t au_foreign_fill(int fd, int op, uint64_t start, const uint8_t *src, uint
 		return -1 - (int64_t)(at << 8 | (uint64_t)(-result & 0xff));
 	}
 	return (int64_t)at;
-}
-
-int64_t au_foreign_put(int fd, int op, uint64_t start, const uint8_t *src, uint64_t length,
-		       uint64_t page_size)
-{
-	uint64_t absent;
-
-	return au_foreign_fill(fd, op, start, src, length, page_size, NULL, &absent);
 }
 
 int64_t au_foreign_read(int fd, struct au_uffd_msg *messages, int64_t max)

@@ -10,20 +10,33 @@
 
 #include <stdint.h>
 
+/* What is read while something is tried again. */
+struct au_foreign_heard {
+	uint64_t patience;	     /* ns, after which EAGAIN is the answer */
+	struct au_uffd_msg *messages;
+	int64_t room, count;	     /* messages that fit, and those that are there */
+};
+
 /* `op` of enum au_op (COPY, ZERO, POISON, CONTINUE) over [start, start+length), whole pages.
  * What is there already is left and woken; what is not mapped (any more) is passed over and
  * woken; so a thread that waits anywhere in the range goes on or faults afresh.  ZERO of pages
  * larger than the system's copies from `src`, which then is a page of zeros.
  * Returns length, or -1 - (settled << 8 | errno) when it had to stop: EAGAIN (an event is to
- * be read first, or the one who caused it has to run), ESRCH (the process is gone), ENOMEM, ... */
-int64_t au_foreign_put(int fd, int op, uint64_t start, const uint8_t *src, uint64_t length,
-		       uint64_t page_size);
-
-/* The same, and notes in `states`, one byte per page from `start` on, which pages are INSTALLED now and
+ * be read first, or the one who caused it has to run), ESRCH (the process is gone), ENOMEM, ...
+ *
+ * Notes in `states`, one byte per page from `start` on, or NULL, which pages are INSTALLED now and
  * which were ABSENT: not mapped, or behind the end of the file that is mapped.  *absent counts the
- * bytes of these. */
+ * bytes of these.
+ *
+ * A process that drops pages one after another, as a balloon does, is in the way nearly always:
+ * from the moment when it asks until its thread has run again after its event was read, and a
+ * microsecond or two later it asks anew.  With `heard`, which may be NULL, messages are read and
+ * the fill is tried in turns, so as to meet these microseconds.  The caller has to apply what was
+ * read before anything else is filled.  A message that concerns the range, or is of more than a
+ * removal, ends it with EAGAIN.  The calling thread may change its CPU; its affinity is as before. */
 int64_t au_foreign_fill(int fd, int op, uint64_t start, const uint8_t *src, uint64_t length,
-			uint64_t page_size, uint8_t *states, uint64_t *absent);
+			uint64_t page_size, uint8_t *states, uint64_t *absent,
+			struct au_foreign_heard *heard);
 
 /* Read at most `max` messages: how many, or a negated errno. Never waits, whatever the other process
  * makes of O_NONBLOCK, which is of the open file and so in its hands as well. */

@@ -224,8 +224,10 @@ class _ChildMemory(Memory):
     def poison(self, page: int, size: int, why: str = "") -> None:
         if self._closed:
             return
-        result: int = lib.au_foreign_put(self.fd, _POISON, page, ffi.NULL, size, size)
+        result = self.put_errors(page, size, size)
         code = ~result & 0xFF if result < 0 else 0
+        if self._closed:
+            return
         if code == errno.EAGAIN:
             self.stats.retries += 1
             self._owed[page] = why

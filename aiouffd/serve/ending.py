@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from .._lib import ffi, lib
-from .areas import AreaMap
-from .filling import AGAIN_FIRST
+from .areas import Area, AreaMap
+from .filling import AGAIN_FIRST, PATIENCE
 from .states import STEP
 from .stats import MemoryStats
 
@@ -53,8 +53,15 @@ class Ending(Protocol):
     async def settled(self) -> None:
         """Until that is over."""
 
+    def settle_now(self) -> None:
+        """The same, however long it takes."""
+
     def read(self) -> dict[int, int]:
         """Read all there is to read."""
+
+    def put_errors(self, start: int, length: int, page_size: int) -> int:
+        """Errors in these pages: what ``au_foreign_fill`` returns. May read events, and applies
+        them."""
 
 
 async def make_errors(memory: Ending) -> None:
@@ -87,6 +94,7 @@ def make_errors_now(memory: Ending) -> None:
     """The same where the loop has to wait for it."""
     limit = time.monotonic() + GIVE_UP_NOW
     while any(list(_make_errors(memory))):
+        memory.settle_now()
         if time.monotonic() > limit:
             _complain(memory)
             return
@@ -107,14 +115,31 @@ def _make_errors(memory: Ending) -> Iterator[bool]:
         for start in range(area.start, area.end, STEP * size):
             end = min(start + STEP * size, area.end)
             area.forget_absent(start, end)
-            for low, high in area.missing(start, end):
-                for at in range(low, high, PIECE * size):
-                    length = min(PIECE * size, high - at)
-                    result = lib.au_foreign_put(memory.fd, _POISON, at, ffi.NULL, length, size)
-                    done = length if result >= 0 else ~result >> 8
-                    area.mark_installed(at, at + done)
-                    memory.stats.poisoned_pages += done // size
-                    yield result < 0 and ~result & 0xFF == errno.EAGAIN
+            for at, length in _pieces(memory, area, start, end):
+                result = memory.put_errors(at, length, size)
+                done = length if result >= 0 else ~result >> 8
+                area.mark_installed(at, at + done)
+                memory.stats.poisoned_pages += done // size
+                yield result < 0 and ~result & 0xFF == errno.EAGAIN
+                if memory.settling:
+                    return
+
+
+def _pieces(memory: Ending, area: Area, at: int, end: int) -> Iterator[tuple[int, int]]:
+    """Addresses and lengths of what is missing, as of the moment when each of them is given."""
+    most = PIECE * area.page_size
+    while at < end:
+        events = memory.stats.events
+        for low, high in area.missing(at, end):
+            at = low
+            while at < high and memory.stats.events == events:
+                length = min(most, high - at)
+                yield at, length
+                at += length
+            if memory.stats.events != events:
+                break  # something else may be missing now
+        else:
+            return
 
 
 async def refuse(fd: int, ranges: Sequence[tuple[int, int, int]], name: str) -> None:
@@ -122,14 +147,23 @@ async def refuse(fd: int, ranges: Sequence[tuple[int, int, int]], name: str) -> 
     where nothing is there yet, and close its descriptor ``fd``, of which it has no copy. In
     steps."""
     loop = asyncio.get_running_loop()
-    messages = ffi.new("struct au_uffd_msg[]", 16)
+    messages, absent = ffi.new("struct au_uffd_msg[]", 16), ffi.new("uint64_t *")
+    heard = ffi.new(
+        "struct au_foreign_heard *", {"patience": PATIENCE, "messages": messages, "room": 16}
+    )
     limit = loop.time() + GIVE_UP
     try:
         for start, length, size in ranges:
             at, end = start, start + length
             while at < end:
                 piece = min(PIECE * size, end - at)
-                result = lib.au_foreign_put(fd, _POISON, at, ffi.NULL, piece, size)
+                result = lib.au_foreign_fill(
+                    fd, _POISON, at, ffi.NULL, piece, size, ffi.NULL, absent, heard
+                )
+                for message in messages[0 : heard.count]:
+                    if message.event == lib.AU_EVENT_FORK:
+                        os.close(message.arg.fork.ufd)
+                heard.count = 0
                 done = piece if result >= 0 else ~result >> 8
                 at += done
                 if done:
@@ -139,9 +173,6 @@ async def refuse(fd: int, ranges: Sequence[tuple[int, int, int]], name: str) -> 
                 if loop.time() > limit:
                     _complain(name)
                     return
-                for message in messages[0 : max(0, lib.au_foreign_read(fd, messages, 16))]:
-                    if message.event == lib.AU_EVENT_FORK:
-                        os.close(message.arg.fork.ufd)
                 await asyncio.sleep(0 if done else AGAIN_FIRST)
     finally:
         os.close(fd)

@@ -5,6 +5,10 @@ Facts about the kernel that shape this file (Linux 6.18; all but the last since 
 - While a REMOVE, UNMAP, REMAP or FORK event is unread, every ioctl that fills pages answers EAGAIN,
   and for a moment after, until the thread that caused it has run. So what got EAGAIN is tried again
   on a timer, and before that everything is read.
+- A thread that drops page after page, as a balloon does, leaves a microsecond or two between that
+  moment and its next event. Nothing that reads first and fills in its next step ever meets it. So
+  pages that threads wait for are filled by native code that reads and tries in turns, and hands
+  over what it has read.
 - EEXIST does not wake anybody. Of a huge page it can also mean that there is none to be had.
 - The process's end is not told at all: ioctls answer ESRCH from then on.
 """
@@ -31,12 +35,19 @@ AGAIN_FIRST, AGAIN_LONGEST = 0.0002, 0.02
 #: Pause after an error that is none of the known ones, which may last, and between two lines in the
 #: log of it, in seconds. How long one turn of trying again may take.
 TROUBLE_PAUSE, COMPLAINTS, TRY_TURN = 0.5, 30.0, 0.003
+#: How long an urgent fill waits for a moment between two events, in nanoseconds, and how many
+#: messages it may read for that.
+PATIENCE, HEARD = 500_000, 64
 #: Tries of a huge page that "exists" and does not, before the pool counts as empty.
 HUGE_TRIES = 100
 
 
 class Filled(Protocol):
     """Whose memory a `Filler` fills."""
+
+    def overhear(self, messages: memoryview, count: int) -> None:
+        """So many messages were read within `Filler.put`: apply them, and keep the faults for the
+        next `hear`."""
 
     def hear(self) -> dict[int, int]:
         """Read all there is to read, before anything is tried again. Returns addresses for which
@@ -73,6 +84,12 @@ class Filler:
         self._pause = AGAIN_FIRST
         self._huge_tries: dict[int, int] = {}
         self._next_complaint = 0.0
+        self._messages = ffi.new("struct au_uffd_msg[]", HEARD)
+        self._overheard = memoryview(ffi.buffer(self._messages)).cast("B")
+        self._heard = ffi.new(
+            "struct au_foreign_heard *",
+            {"patience": PATIENCE, "messages": self._messages, "room": HEARD},
+        )
 
     def put(
         self,
@@ -82,30 +99,25 @@ class Filler:
         length: int,
         page_size: int,
         area: Area | None = None,
+        *,
+        urgent: bool = False,
     ) -> int:
         """One native call, which notes what has become of the pages in ``area``. Returns the bytes
-        done; what could not be done now is tried again."""
-        absent = self.absent
-        absent[0] = 0
+        done; what could not be done now is tried again.
+
+        An ``urgent`` one, for which a thread waits, is not put off at once where events are in the
+        way. The owner gets those that are read meanwhile, before this returns.
+        """
         if self.resting:
+            self.absent[0] = 0
             return 0
-        result: int = lib.au_foreign_fill(
-            self.fd,
-            op,
-            start,
-            source,
-            length,
-            page_size,
-            # Not in a variable, which a traceback would keep: see `pin`.
-            ffi.NULL
-            if area is None or area.states is None
-            else ffi.from_buffer("uint8_t[]", area.states[area.page_of(start) :]),
-            absent,
-        )
+        result = self.attempt(op, start, source, length, page_size, area, urgent=urgent)
         if result >= 0:
             self._pause = AGAIN_FIRST
             return result
         code, done = ~result & 0xFF, ~result >> 8
+        if self.fd < 0:
+            return done  # what was heard was the end
         if code in (errno.ESRCH, errno.EBADF):
             self._owner.vanished()
             return done
@@ -121,6 +133,41 @@ class Filler:
                 )  # fmt: skip
         self.later(start + done)
         return done
+
+    def attempt(
+        self,
+        op: int,
+        start: int,
+        source: Any,
+        length: int,
+        page_size: int,
+        area: Area | None = None,
+        *,
+        urgent: bool,
+    ) -> int:
+        """One call of ``au_foreign_fill`` with its result, and nothing else: see `put`."""
+        heard = self._heard
+        result: int = lib.au_foreign_fill(
+            self.fd,
+            op,
+            start,
+            source,
+            length,
+            page_size,
+            # Not in a variable, which a traceback would keep: see `pin`.
+            ffi.NULL
+            if area is None or area.states is None
+            else ffi.from_buffer("uint8_t[]", area.states[area.page_of(start) :]),
+            self.absent,
+            heard if urgent else ffi.NULL,
+        )
+        if heard.count:
+            count, heard.count = heard.count, 0
+            self._pause = AGAIN_FIRST
+            # What it has heard of is served in a turn of its own.
+            self._loop.call_soon(self._try_again)
+            self._owner.overhear(self._overheard, count)
+        return result
 
     def pool_is_empty(self, page: int) -> bool:
         """Whether a huge page that a thread waits for, though we have put it there, was tried so
@@ -153,13 +200,21 @@ class Filler:
             self._timer = self._loop.call_later(self._pause, self._try_again)
             self._pause = min(self._pause * 2, AGAIN_LONGEST)
 
+    def press(self) -> None:
+        """There are messages. What is to be tried again has its best chance right after one was
+        read, and tries to read them itself."""
+        again, self._again = self._again, {}
+        self._serve_in_turn(self._owner, [(address, 0) for address in again])
+
     def not_again(self, start: int, end: int) -> None:
         """Nothing is to be tried again where something else may be now; who waits asks anew."""
         if self._again:
             self._again = {at: None for at in self._again if not start <= at < end}
 
     def _try_again(self) -> None:
-        self._timer = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         if self.resting:
             return
         owner = self._owner

@@ -140,6 +140,8 @@ class Memory:
         self._wanted: dict[tuple[BlockStore, int], list[int]] = {}
         # Pages that are to become errors, which could not be yet, and why.
         self._owed: dict[int, str] = {}
+        # Faults that were read while something was filled.
+        self._overheard: dict[int, int] = {}
         self._filler = Filler(self, fd, self.stats)
         self._bringer = Bringer(self, self._filler, areas, self._wanted)
         self._repeated = self._repeats = 0
@@ -193,6 +195,10 @@ class Memory:
             self._end()
 
     def _serve_some(self) -> None:
+        if self._filler.behind:
+            self._filler.press()
+            if self._closed or self._off:
+                return
         if self._at_hand_version != self.areas.version:
             self._find_at_hand()
         if not self._at_hand_count or self.recording is not None:
@@ -214,7 +220,7 @@ class Memory:
             self.stats.installed_bytes += self._answered[1]
         if count > 0:
             faults: dict[int, int] = {}
-            self._take(count, faults)
+            self._take(self._raw, count, faults)
             faults.update(self.read())
             self._serve_new(faults)
         elif count < 0 and count != -errno.EAGAIN:
@@ -268,7 +274,7 @@ class Memory:
 
     def read(self) -> dict[int, int]:
         """Drain the descriptor and apply the events. Returns addresses of faults, and flags."""
-        faults: dict[int, int] = {}
+        faults, self._overheard = self._overheard, {}
         for _ in range(_BATCHES):
             if self._closed or self._settling is not None:
                 break
@@ -282,7 +288,7 @@ class Memory:
                     self._mute()
                     self._filler.later(0)
                 break
-            self._take(count, faults)
+            self._take(self._raw, count, faults)
             if count < _BATCH:
                 break
         return faults
@@ -293,9 +299,13 @@ class Memory:
         self._unmute()
         return self.read()
 
-    def _take(self, count: int, faults: dict[int, int]) -> None:
+    def overhear(self, messages: memoryview, count: int) -> None:
+        """See `Filled.overhear`."""
+        self._take(messages, count, self._overheard)
+
+    def _take(self, messages: memoryview, count: int, faults: dict[int, int]) -> None:
         """Look at messages that were read: events take effect, faults are noted."""
-        for event, a, b, c in _MESSAGE.iter_unpack(self._raw[: count * _MESSAGE.size]):
+        for event, a, b, c in _MESSAGE.iter_unpack(messages[: count * _MESSAGE.size]):
             if event == _PAGEFAULT:
                 self.stats.faults += b not in faults
                 faults[b] = a
@@ -434,12 +444,12 @@ class Memory:
             return
         if area is None:
             if self.uncovered == "zero":
-                self._filler.put(_ZERO, page, self._zeros, size, size)
+                self._filler.put(_ZERO, page, self._zeros, size, size, urgent=True)
             else:
                 self.poison(page, size)
             return
         if flags & _FLAG_MINOR:
-            self._filler.put(_CONTINUE, page, ffi.NULL, size, size)
+            self._filler.put(_CONTINUE, page, ffi.NULL, size, size, urgent=True)
             return
         store = area.store
         state = area.state_of(page)
@@ -447,7 +457,7 @@ class Memory:
         gone = state & INSTALLED and area.lasting and size == 4096
         if state & REMOVED or gone or store is None:
             self.stats.zero_pages += 1
-            self._filler.put(_ZERO, page, self._zeros, size, size)
+            self._filler.put(_ZERO, page, self._zeros, size, size, urgent=True)
             return
         if state & INSTALLED and size > 4096 and self._filler.pool_is_empty(page):
             return
@@ -560,12 +570,14 @@ class Memory:
     def _fill_runs(
         self, area: Area, runs: list[tuple[int, int]], source: Any, base: int, page: int | None
     ) -> None:
-        filler, page_size = self._filler, area.page_size
+        filler, page_size, events = self._filler, area.page_size, self.stats.events
+        if page is not None:
+            # The one that somebody waits for first.
+            runs.sort(key=lambda run: not run[0] <= page < run[1])
         for low, high in runs:
-            if source is None:
-                done = filler.put(_ZERO, low, self._zeros, high - low, page_size, area)
-            else:
-                done = filler.put(_COPY, low, source + (low - base), high - low, page_size, area)
+            urgent = page is not None and low <= page < high
+            op, data = (_ZERO, self._zeros) if source is None else (_COPY, source + (low - base))
+            done = filler.put(op, low, data, high - low, page_size, area, urgent=urgent)
             absent = filler.absent[0]
             self.stats.installed_bytes += done - absent
             if absent:
@@ -573,10 +585,13 @@ class Memory:
             if page is not None and low + done < page < high:
                 # The next try begins before it, where meanwhile there may be something else.
                 filler.later(page)
+            if self.stats.events != events:
+                # The others may be something else by now.
+                return
 
     def poison(self, page: int, size: int, why: str = "nothing is known of it") -> None:
         """Make an error of a page that a thread waits for; later, if that cannot be now."""
-        if self._filler.put(_POISON, page, ffi.NULL, size, size):
+        if self._filler.put(_POISON, page, ffi.NULL, size, size, urgent=True):
             self.stats.poisoned_pages += 1
             log.error("%r: the page at %#x becomes an error: %s", self, page, why)
             lib.au_abi_wake(self.fd, page, size)
@@ -586,6 +601,10 @@ class Memory:
                 oldest = next(iter(self._owed))
                 del self._owed[oldest]
                 lib.au_abi_wake(self.fd, oldest, size)
+
+    def put_errors(self, start: int, length: int, page_size: int) -> int:
+        """See `ending.Ending.put_errors`."""
+        return self._filler.attempt(_POISON, start, ffi.NULL, length, page_size, urgent=True)
 
     # ------------------------------------------------------------- background
 
@@ -716,6 +735,7 @@ class Memory:
         self._muted = False
         self._repeats = 0
         self._owed.clear()
+        self._overheard.clear()
         stores = self._bringer.forget_all()
         stores.update(store for store, _ in self._wanted)
         self._wanted.clear()

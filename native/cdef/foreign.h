@@ -1,9 +1,14 @@
 /* What Python may call of foreign.h. */
 
-int64_t au_foreign_put(int fd, int op, uint64_t start, const uint8_t *src, uint64_t length,
-		       uint64_t page_size);
+struct au_foreign_heard {
+	uint64_t patience;
+	struct au_uffd_msg *messages;
+	int64_t room, count;
+};
+
 int64_t au_foreign_fill(int fd, int op, uint64_t start, const uint8_t *src, uint64_t length,
-			uint64_t page_size, uint8_t *states, uint64_t *absent);
+			uint64_t page_size, uint8_t *states, uint64_t *absent,
+			struct au_foreign_heard *heard);
 int64_t au_foreign_read(int fd, struct au_uffd_msg *messages, int64_t max);
 int au_foreign_alive(int fd);
 

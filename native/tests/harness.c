@@ -434,7 +434,7 @@ int main(int count, char **arguments)
 	static const struct test *const suites[] = {
 		slots_tests, region_tests, install_tests, engine_tests,
 		yield_tests, guard_tests,  close_tests,	  fork_tests,  inherit_tests,
-		gap_tests,	  demand_tests,
+		gap_tests,	  demand_tests,	 foreign_tests,
 	};
 	unsigned totals[3] = { 0 };
 	const struct test *test;
