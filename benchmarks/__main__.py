@@ -58,6 +58,7 @@ GROUPS = (
     Group("workingset", "workingset", "a recorded working set at 5 ms, against the same touches"),
     Group("nbd", "nbd", "NBD both ways, against nbdkit, nbdcopy and nbdfuse"),
     Group("serve", "serve", "serving other processes, against a handler in C, and fairness"),
+    Group("balloon", "balloon", "faults of a guest whose balloon inflates"),
     Group("microvm", "microvm", "restoring a microVM lazily, against a copy of its snapshot"),
     Group("loop", "loop_latency", "gaps of the event loop, and wake-ups when idle"),
     Group("size", "size", "cost against size and number of regions, on one CPU", True),
