@@ -2,8 +2,7 @@
 # obstore 0.12.1 refuses a partial reply that is legal, and hands out one that is not what it says.
 #
 # A good engineer would guess: where a server sends less of a range than was asked for, and says so in Content-Range
-# (RFC 9110, 15.3.7: "a server might want to send only a subset of the data requested"), a reader of ranges gets what
-# came, or the rest is asked for; and a body that has another length than its Content-Range is an error.
+# (RFC 9110, 15.3.7, allows that), a reader of ranges gets what came, or the rest is asked for; and a body that has another length than its Content-Range is an error.
 # What happens: the other way round. The first is an error of the general class ("Requested 0..1000, got 0..400"), its
 # bytes are thrown away, and a retry does the same. The second is given as the answer: `reply.range` says 0 to 1000, and
 # `reply.bytes()` has 1,007 bytes.
