@@ -97,8 +97,8 @@ class HttpSource(BaseSource):
         ssl: an ``ssl.SSLContext``, True (verify with the system's authorities) or False (do
             not verify: only for tests).
         proxy: URL of an HTTP proxy, with ``user:password@`` if it wants that. None takes what the
-            environment says for the URL (http_proxy, https_proxy, all_proxy, no_proxy), when it is
-            asked; "" uses none.
+            environment says for the URL (http_proxy, https_proxy, all_proxy, no_proxy) when it is
+            first asked; "" uses none.
         unversioned: what to do when the server sends neither ETag nor Last-Modified, so that a
             change would go unnoticed: "warn" (UnversionedSourceWarning), "accept" or "refuse".
         ignore_dates: do not look at Last-Modified where there is a strong ETag. For copies on
@@ -175,7 +175,8 @@ class HttpSource(BaseSource):
         self._conditional = True
         # Where redirects led, as long as that works.
         self._resolved = self._url
-        self._headers_cache: tuple[str, dict[str, str]] | None = None
+        # For the URL that was asked last: the headers, and the proxy.
+        self._way: tuple[str, dict[str, str], str | None] | None = None
         self._active: set[aiohttp.ClientResponse] = set()
         self._session: Session | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -537,12 +538,8 @@ class HttpSource(BaseSource):
             session = self._session
             if session is None:
                 raise ClosedError(f"{self!r} is closed")
-            response = await session.request(
-                method,
-                _encoded(url),
-                {**self._headers_for(url), **extra},
-                proxy_for(url) if self._proxy is None else self._proxy or None,
-            )
+            headers, proxy = self._way_to(url)
+            response = await session.request(method, _encoded(url), {**headers, **extra}, proxy)
             self._active.add(response)
             location = response.headers.get("Location")
             if response.status not in _REDIRECTS or location is None:
@@ -566,9 +563,10 @@ class HttpSource(BaseSource):
         host = parts.netloc.rpartition("@")[2]
         return urlunsplit((parts.scheme, host, parts.path or "/", parts.query, ""))
 
-    def _headers_for(self, url: str) -> dict[str, str]:
-        """Headers for a URL: none of the private ones for an origin other than the first."""
-        known = self._headers_cache
+    def _way_to(self, url: str) -> tuple[dict[str, str], str | None]:
+        """Headers for a URL, none of the private ones for an origin other than the first, and its
+        proxy."""
+        known = self._way
         if known is None or known[0] != url:
             headers = {
                 name: value
@@ -576,8 +574,10 @@ class HttpSource(BaseSource):
                 if name.lower() not in _PRIVATE_HEADERS or _origin(url) == _origin(self._url)
             }
             headers["Accept-Encoding"] = "identity"
-            known = self._headers_cache = (url, headers)
-        return known[1]
+            # To look into the environment takes longer than all else here.
+            proxy = proxy_for(url) if self._proxy is None else self._proxy or None
+            known = self._way = (url, headers, proxy)
+        return known[1:]
 
     def _checked(self, offset: int, length: int) -> Validator:
         if self._session is None or self._pin is None:
