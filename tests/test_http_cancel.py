@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,7 +50,16 @@ MAKERS = [http, named, objects]
 
 
 def connections(server: RangeServer) -> Callable[[], Mapping[str, int]]:
-    return lambda: {"connections": len(server._connections)}
+    """And threads but those of obstore, which come and go as it likes."""
+
+    def count() -> dict[str, int]:
+        threads = 0
+        for task in Path("/proc/self/task").iterdir():
+            with contextlib.suppress(OSError):
+                threads += not (task / "comm").read_text().startswith("tokio")
+        return {"connections": len(server._connections), "threads": threads}
+
+    return count
 
 
 async def read(source: Any) -> None:

@@ -33,7 +33,7 @@ from ..errors import (
     UnsupportedError,
     UsageError,
 )
-from ..once import Once, cancelled_from_outside
+from ..once import cancelled_from_outside
 from ._http_proxy import checked_proxy, proxy_for
 from ._http_reply import (
     WHOLE,
@@ -49,6 +49,7 @@ from ._http_reply import (
 )
 from ._versions import Unversioned, check_version, check_word
 from .base import BaseSource, Buffer, check_range
+from .lifecycle import Life
 from .names import identity, with_user
 
 if TYPE_CHECKING:
@@ -180,9 +181,7 @@ class HttpSource(BaseSource):
         self._active: set[aiohttp.ClientResponse] = set()
         self._session: Session | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._opening: Once[None] = Once(f"opening {self._name}", abandon=True)
-        self._closing: Once[None] = Once(f"closing {self._name}", keep_failure=True)
-        self._closed = False
+        self._life = Life(repr(self))
 
     def __repr__(self) -> str:
         return f"<HttpSource {self._name}>"
@@ -228,14 +227,7 @@ class HttpSource(BaseSource):
         class describes. May be called again after a failure, and by several tasks at a time; when
         all of them are cancelled it is not open.
         """
-        if self._closed:
-            raise ClosedError(f"{self!r} is closed")
-        try:
-            await self._opening(self._open, self._disconnect)
-        except asyncio.CancelledError:
-            if self._closed and not cancelled_from_outside():
-                raise ClosedError(f"{self!r} was closed while it was opened") from None
-            raise
+        await self._life.open(self._open, self._disconnect)
 
     async def _open(self) -> None:
         self._session = _make_session(self._options)
@@ -259,14 +251,7 @@ class HttpSource(BaseSource):
         Happens once, and to its end although who asks for it is cancelled; later calls return when
         it is over.
         """
-        self._closed = True
-        await self._closing(self._close)
-
-    async def _close(self) -> None:
-        try:
-            await self._opening.stop()
-        finally:
-            await self._disconnect()
+        await self._life.close(self._disconnect)
 
     async def _disconnect(self) -> None:
         session, self._session = self._session, None
@@ -522,7 +507,7 @@ class HttpSource(BaseSource):
                 response, url = await self._follow(method, self._url, extra)
         except asyncio.CancelledError:
             # Closing the pool cancels those who wait for a connection, but not their tasks.
-            if self._closed and not cancelled_from_outside():
+            if self._life.closed and not cancelled_from_outside():
                 raise ClosedError(f"{self!r} was closed during a request") from None
             raise
         except Exception as exc:
@@ -581,7 +566,7 @@ class HttpSource(BaseSource):
 
     def _checked(self, offset: int, length: int) -> Validator:
         if self._session is None or self._pin is None:
-            if self._closed:
+            if self._life.closed:
                 raise ClosedError(f"{self!r} is closed")
             raise UsageError(f"{self!r} is not open", hint="await open() first")
         if asyncio.get_running_loop() is not self._loop:
@@ -592,7 +577,7 @@ class HttpSource(BaseSource):
         return self._pin
 
     def _translated(self, exc: Exception) -> Exception:
-        if self._closed and not isinstance(exc, ClosedError):
+        if self._life.closed and not isinstance(exc, ClosedError):
             return ClosedError(f"{self!r} was closed during a request")
         if isinstance(exc, AiouffdError):
             return exc

@@ -26,13 +26,14 @@ from ..errors import (
     UnsupportedError,
     UsageError,
 )
-from ..once import Once, cancelled_from_outside
+from ..once import cancelled_from_outside
 from ._http_reply import WHOLE, asked_range, check_encoding
 from ._objects_pin import Pin
 from ._objects_threads import answer, check_process
 from ._versions import Unversioned, check_version, check_word
 from .base import BaseSource, Buffer, check_length, check_range
 from .coalesce import Coalescer
+from .lifecycle import Life
 
 __all__ = ["ObjectSource"]
 
@@ -111,9 +112,7 @@ class ObjectSource(BaseSource):
         self._shorter = 0
         self._active: set[asyncio.Future[Any]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._opening: Once[None] = Once(f"opening {self._name}", abandon=True)
-        self._closing: Once[None] = Once(f"closing {self._name}", keep_failure=True)
-        self._closed = False
+        self._life = Life(repr(self))
 
     @classmethod
     def from_url(
@@ -185,7 +184,7 @@ class ObjectSource(BaseSource):
         return f"<ObjectSource {self._name}>"
 
     def __del__(self) -> None:
-        if getattr(self, "_loop", None) is not None and not self._closed:
+        if getattr(self, "_loop", None) is not None and not self._life.closed:
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
 
     @property
@@ -224,14 +223,7 @@ class ObjectSource(BaseSource):
         be called again after a failure, and by several tasks at a time; when all of them are
         cancelled it is not open.
         """
-        if self._closed:
-            raise ClosedError(f"{self!r} is closed")
-        try:
-            await self._opening(self._open, self._not_open)
-        except asyncio.CancelledError:
-            if self._closed and not cancelled_from_outside():
-                raise ClosedError(f"{self!r} was closed while it was opened") from None
-            raise
+        await self._life.open(self._open, self._not_open)
 
     async def _open(self) -> None:
         check_process()
@@ -255,18 +247,14 @@ class ObjectSource(BaseSource):
         Happens once, and to its end although who asks for it is cancelled; later calls return when
         it is over.
         """
-        self._closed = True
-        await self._closing(self._close)
+        await self._life.close(self._close)
 
     async def _close(self) -> None:
-        try:
-            await self._opening.stop()
-        finally:
-            for future in list(self._active):
-                future.cancel()
-            if self._make_store is not None:
-                # obstore closes idle connections when nobody has their store any more.
-                self._store = None
+        for future in list(self._active):
+            future.cancel()
+        if self._make_store is not None:
+            # obstore closes idle connections when nobody has their store any more.
+            self._store = None
         if self._coalescer is not None:
             await self._coalescer.aclose()
 
@@ -283,7 +271,7 @@ class ObjectSource(BaseSource):
             return await self._coalescer.read(offset, length)
         except asyncio.CancelledError:
             # Closing ends requests that were joined, whose readers are not cancelled.
-            if self._closed and not cancelled_from_outside():
+            if self._life.closed and not cancelled_from_outside():
                 raise ClosedError(f"{self!r} was closed during a request") from None
             raise
 
@@ -344,7 +332,7 @@ class ObjectSource(BaseSource):
         plain = pin.without_conditions()
         ranged = True
         while True:
-            if self._closed:
+            if self._life.closed:
                 raise ClosedError(f"{self!r} is closed")
             options = {**conditions, "range": (offset, offset + length)} if ranged else conditions
             try:
@@ -460,7 +448,7 @@ class ObjectSource(BaseSource):
             return await answer(request, self._active)
         except asyncio.CancelledError:
             # aclose() cancels what we wait for, but not our task.
-            if self._closed and not cancelled_from_outside():
+            if self._life.closed and not cancelled_from_outside():
                 raise ClosedError(f"{self!r} was closed during a request") from None
             raise
         except Exception as exc:
@@ -477,7 +465,7 @@ class ObjectSource(BaseSource):
         return translate(self._name, exc)
 
     def _checked(self, offset: int, length: int) -> None:
-        if self._closed:
+        if self._life.closed:
             raise ClosedError(f"{self!r} is closed")
         if self._loop is None or self._pin is None:
             raise UsageError(f"{self!r} is not open", hint="await open() first")
