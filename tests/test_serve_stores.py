@@ -150,3 +150,20 @@ async def test_giving_up_while_it_opens(stores: Stores) -> None:
         await first
     go_on.set()
     assert (await second).size == 4096
+
+
+async def test_options_choose_an_object_too(stores: Stores, file: Path) -> None:
+    """Also those that cannot be hashed, as the accounts of two tenants."""
+
+    def source_of(given: Any, **options: Any) -> Any:
+        return MemorySource(OLD)
+
+    url = "s3://bucket/key"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stores_module, "as_source", source_of)
+        one = await stores.get(url, {"config": {"access_key_id": "one"}}, 1)
+        two = await stores.get(url, {"config": {"access_key_id": "two"}}, 2)
+        again = await stores.get(url, {"config": {"access_key_id": "one"}}, 3)
+        odd = [await stores.get(url, {"session": object()}, user) for user in (4, 5)]
+    assert one is again
+    assert len({one, two, *odd}) == 4

@@ -17,7 +17,7 @@ from ..errors import ClosedError
 from ..once import Once, cancelled_from_outside
 from ..sources import as_source
 from ..sources.lifecycle import in_any_case
-from ..sources.names import display_name
+from ..sources.names import display_name, identity
 from .blocks import BlockStore
 
 __all__ = ["Stores"]
@@ -53,6 +53,20 @@ class _Entry:
         return opening.result()
 
 
+def _key(source: Any, options: dict[str, Any]) -> Any:
+    """What is one object for two clients: the same name with the same options, of which one may
+    choose the account. A name with options that cannot be compared is an object of its own."""
+    if isinstance(source, str | os.PathLike):
+        name = identity(f"{type(source).__name__} {os.fspath(source)!r}", options)
+        return object() if name is None else name
+    try:
+        key = (source, *sorted(options.items()))
+        hash(key)
+    except TypeError:
+        return object() if options else id(source)  # which the entry holds, so that it stays its
+    return key
+
+
 class Stores:
     """On one loop. ``settings`` are those of every `BlockStore`."""
 
@@ -70,11 +84,7 @@ class Stores:
         """The store of an object, for as long as ``user`` does not `release` it. Raises what
         opening the object raises, and ClosedError."""
         self._check_open()
-        try:
-            key: Any = (source, *sorted(options.items()))
-            hash(key)
-        except TypeError:
-            key = id(source)
+        key = _key(source, options)
         entry = self._entries.get(key)
         if entry is not None and entry.named and entry.store is not None:
             entry = await self._checked(entry, entry.store, user)
