@@ -10,6 +10,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,13 @@ import pytest
 
 from aiouffd.errors import ClosedError, SourceError, UsageError
 from aiouffd.sources import file as file_module
-from aiouffd.sources.base import aclose_source, holes_in_source, open_source, read_into_source
+from aiouffd.sources.base import (
+    aclose_source,
+    holes_in_source,
+    open_source,
+    read_into_source,
+    stream_source,
+)
 from aiouffd.sources.cache import CachedSource, writer
 from aiouffd.sources.compose import (
     ChecksumSource,
@@ -29,7 +36,7 @@ from aiouffd.sources.compose import (
 )
 from aiouffd.sources.file import FileSource
 from aiouffd.sources.memory import MemorySource
-from tests.cancelling import Cut, Way, cancel_everywhere
+from tests.cancelling import BY_CALLER, Cut, Way, cancel_everywhere
 from tests.faulty import FullSource
 
 DATA = random.Random(6).randbytes(400_000)
@@ -156,12 +163,31 @@ async def test_reading_may_be_cut_off_anywhere(around: Make, tmp_path: Path) -> 
     await cancel_everywhere(run, also=_opened)
 
 
-async def test_streaming_and_filling_may_be_cut_off_anywhere(around: Make) -> None:
+async def test_filling_may_be_cut_off_anywhere(around: Make) -> None:
+    """Also by somebody who cancels a task of the source's own."""
+
     async def run(cut: Cut) -> None:
         source = around(Slow())
         await open_source(source)
-        await cut(_use(source))
+        await cut.quiet(_use(source))
         await _use(source)
+        await aclose_source(source)
+
+    await cancel_everywhere(run, ways=[*BY_CALLER, Way.TASK], also=_opened)
+
+
+async def test_streaming_may_be_cut_off_anywhere(around: Make) -> None:
+    async def run(cut: Cut) -> None:
+        source = around(Slow())
+        await open_source(source)
+
+        async def stream() -> None:
+            async with aclosing(stream_source(source, 5, 200_000)) as chunks:
+                found = b"".join([bytes(chunk) async for chunk in chunks])
+            assert found == DATA[5:200_005]
+
+        await cut(stream())
+        await stream()
         await aclose_source(source)
 
     await cancel_everywhere(run, also=_opened)
