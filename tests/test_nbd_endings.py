@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import gc
 import os
+import ssl
 import weakref
 from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 from aiouffd.errors import AiouffdError, ClosedError, SourceError
 from aiouffd.nbd import NbdServer, pool, wire
@@ -387,3 +389,23 @@ def test_a_source_whose_loop_is_gone(tmp_path: Path) -> None:
     del source
     gc.collect()
     assert descriptors() <= before
+
+
+async def test_opening_with_tls_that_is_cancelled_anywhere() -> None:
+    authority = trustme.CA()
+    theirs, ours = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH), ssl.create_default_context()
+    # By its address, for looking up a name takes threads that stay.
+    authority.issue_cert("127.0.0.1").configure_cert(theirs)
+    authority.configure_trust(ours)
+    exports = {"": Yielding(bytearray(MIB))}
+    async with NbdServer(exports, tls=theirs, tls_required=True) as server:
+        url = await server.listen(port=0)
+
+        async def run(cut: Cut) -> None:
+            source = NbdSource(url, tls=ours, connections=1)
+            await cut.quiet(source.open())
+            await source.open()
+            assert len(await source.read(0, 10)) == 10
+            await source.aclose()
+
+        await cancel_everywhere(run, also=lambda: {"clients": server.stats.clients})
