@@ -333,6 +333,33 @@ def test_zeros_are_not_sent(zeros: str, tmp_path: Path) -> None:
     assert subprocess.run(["cmp", sparse, image]).returncode == 0
 
 
+@pytest.mark.parametrize("target", ["file", "export"])
+def test_zeros_are_not_fetched(target: str, tmp_path: Path) -> None:
+    """From one export to a file or to another one."""
+    nbd.need("nbdkit")
+    sparse, copied, statistics = (tmp_path / name for name in ("sparse", "copied", "statistics"))
+    with sparse.open("wb") as file:
+        file.truncate(64 * MIB)
+        file.seek(20 * MIB)
+        file.write(b"x" * 65536)
+    with nbd.nbdkit(
+        tmp_path / "s", "file", str(sparse), f"statsfile={statistics}", filters=["stats"]
+    ) as server:
+        if target == "file":
+            copy(nbd.url(tmp_path / "s"), copied)
+        else:
+            copied.touch()
+            os.truncate(copied, 64 * MIB)
+            with nbd.nbdkit(tmp_path / "t", "file", str(copied)):
+                copy(nbd.url(tmp_path / "s"), nbd.url(tmp_path / "t"))
+        server.terminate()
+        server.wait()
+    assert copied.stat().st_blocks * 512 == 65536
+    assert subprocess.run(["cmp", sparse, copied]).returncode == 0
+    (read,) = [line for line in statistics.read_text().splitlines() if line.startswith("read:")]
+    assert read.split(",")[2].strip() == "64.00 KiB"
+
+
 async def test_a_server_that_lost_its_memory_in_between(tmp_path: Path) -> None:
     """Status 0 would say that all is there and durable."""
     path = tmp_path / "source"
