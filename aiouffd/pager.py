@@ -25,6 +25,7 @@ from .messages import EngineEnd
 from .region import Errors, Kind, Region
 from .rescue import service
 from .uffd import Userfaultfd
+from .usercode import tell_loop
 
 __all__ = ["Pager"]
 
@@ -345,9 +346,7 @@ class Pager:
                 sink.miss(block, address, flags, thread, generation)
         except Exception as error:
             # The toucher is never lost: it is woken and asks again, a little later.
-            self._loop.call_exception_handler(
-                {"message": f"dispatching a fault of {region!r} failed", "exception": error}
-            )
+            tell_loop(self._loop, f"dispatching a fault of {region!r} failed", error)
             self._loop.call_later(0.05, self._hand_back, region, block)
 
     def _hand_back(self, region: Region, block: int) -> None:

@@ -55,6 +55,10 @@ class Waiting:
         raise error
 
 
+class OddError(BaseException):
+    """Not an Exception."""
+
+
 TRANSIENT = [
     ConnectionResetError("gone"),
     BrokenPipeError(),
@@ -68,6 +72,8 @@ LASTING = [
     asyncio.CancelledError(),
     concurrent.futures.CancelledError(),
     EOFError(),
+    GeneratorExit(),
+    OddError(),
 ]
 
 
@@ -110,7 +116,9 @@ async def test_who_waits_is_told_at_once_where_there_is_a_deadline(failure: Base
     await store.aclose()
 
 
-@pytest.mark.parametrize("failure", [asyncio.CancelledError(), TimeoutError()], ids=repr)
+@pytest.mark.parametrize(
+    "failure", [asyncio.CancelledError(), TimeoutError(), GeneratorExit(), OddError()], ids=repr
+)
 async def test_without_a_deadline_it_is_tried_again_with_pauses(failure: BaseException) -> None:
     source = Raising(failure)
     store = BlockStore(source)
@@ -126,7 +134,9 @@ async def test_without_a_deadline_it_is_tried_again_with_pauses(failure: BaseExc
     await store.aclose()
 
 
-@pytest.mark.parametrize("given", [ValueError("a bug"), b"short"], ids=repr)
+@pytest.mark.parametrize(
+    "given", [ValueError("a bug"), b"short", asyncio.CancelledError(), OddError()], ids=repr
+)
 async def test_what_cannot_be_read_now_is_read(given: Any) -> None:
     class Now(Raising):
         def read_now(self, offset: int, length: int) -> bytes:

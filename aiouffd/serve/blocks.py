@@ -33,6 +33,7 @@ from ..sources.base import (
 from ..sources.lifecycle import Life
 from ..sources.memory import MemorySource
 from ..tally import Tally
+from ..usercode import describe, ends_the_program, is_ours, tell_loop
 from .reactor import Share
 
 __all__ = ["BlockStore", "Wanter", "end_all"]
@@ -190,11 +191,15 @@ class BlockStore:
                 if data is not None:
                     data = check_length(data, length, offset=start)
                     return (self._whole_pages(data, length),)
-            except Exception as error:
+            except BaseException as error:
                 # What it cannot do so it may still be able to do by `read`.
                 self._now = None
-                self.tally.last_error = str(error)
-                log.error("%r: its source's read_now is not used any more: %r", self, error)
+                if ends_the_program(error):
+                    tell_loop(asyncio.get_running_loop(), "", error)
+                self.tally.last_error = describe(error)
+                log.error(
+                    "%r: its source's read_now is not used any more: %s", self, describe(error)
+                )
         return None
 
     def want(self, block: int, wanter: Wanter) -> None:
@@ -282,10 +287,11 @@ class BlockStore:
     def _ended(self, task: asyncio.Task[None]) -> None:
         flight = self._tasks.pop(task)
         self._running_background -= not flight.urgent
-        if not task.cancelled() and task.exception() is not None:
-            asyncio.get_running_loop().call_exception_handler(
-                {"message": f"a flight of {self!r} broke", "exception": task.exception()}
-            )
+        if not task.cancelled():
+            error = task.exception()
+            # What ends the program has ended the loop already.
+            if error is not None and not ends_the_program(error):
+                tell_loop(task.get_loop(), f"a flight of {self!r} broke", error)
         if not self._closed:
             self._start()
 
@@ -298,7 +304,8 @@ class BlockStore:
             wanted = self._take(flight)
             if isinstance(error, asyncio.CancelledError):
                 error = ClosedError("the server is closing")
-            self._tell_failed(wanted, error)
+            if isinstance(error, Exception):
+                self._tell_failed(wanted, error)
             if not isinstance(error, SourceError | ClosedError):
                 raise
             return
@@ -327,7 +334,7 @@ class BlockStore:
         return wanted
 
     async def _attempts(self, flight: _Flight) -> list[tuple[int, memoryview | None]]:
-        pause = RETRY_FIRST
+        pause, task = RETRY_FIRST, asyncio.current_task()
         while True:
             try:
                 if self._deadline is None:
@@ -335,8 +342,8 @@ class BlockStore:
                 left = max(0.001, flight.since + self._deadline - time.monotonic())
                 async with asyncio.timeout(left if flight.waited else None) as flight.limit:
                     return await self._read(flight)
-            except (Exception, asyncio.CancelledError) as failure:
-                if isinstance(failure, asyncio.CancelledError) and cancelled_from_outside():
+            except BaseException as failure:
+                if is_ours(failure, task):
                     raise
                 error = as_source_error(failure)
             finally:

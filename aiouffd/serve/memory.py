@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .._lib import ffi, lib, pin
 from ..errors import ClosedError
+from ..usercode import tell_loop
 from .areas import INSTALLED, REMOVED, Area, AreaMap, Steps, at_once
 from .bringing import Bringer
 from .ending import make_errors, make_errors_now
@@ -188,9 +189,7 @@ class Memory:
 
     def broken(self, error: Exception) -> None:
         """A bug of ours is this client's end, and must not become everybody's."""
-        self._loop.call_exception_handler(
-            {"message": f"{self!r} cannot be served any more", "exception": error}
-        )
+        tell_loop(self._loop, f"{self!r} cannot be served any more", error)
         if not self._closed:
             self._end()
 

@@ -19,6 +19,7 @@ from ..errors import ClosedError, PeerError, UsageError
 from ..once import Once, cancelled_from_outside
 from ..places import Unsafe, is_trusted
 from ..unix_sockets import Identity, bind_at, identity_of, unlink_own
+from ..usercode import tell_loop
 from ..workingset import WorkingSet
 from .blocks import BLOCK_SIZE, KEEP, BlockStore, end_all
 from .channel import Channel
@@ -404,9 +405,7 @@ class Server:
         except (Exception, asyncio.CancelledError) as error:
             problem, allowed = error, False
         if problem is not None:
-            self._loop.call_exception_handler(
-                {"message": f"whether {peer!r} may be served is not known", "exception": problem}
-            )
+            tell_loop(self._loop, f"whether {peer!r} may be served is not known", problem)
         return bool(allowed)
 
     def _silent_one(self, comer: Peer | None) -> Client | None:
@@ -483,9 +482,7 @@ class Server:
             if isinstance(error, asyncio.CancelledError) and cancelled_from_outside():
                 raise
             if not client.ended.is_set():
-                self._loop.call_exception_handler(
-                    {"message": f"serving {client!r} failed", "exception": error}
-                )
+                tell_loop(self._loop, f"serving {client!r} failed", error)
                 self.refused += 1
                 self._end(client)
         finally:
@@ -513,9 +510,7 @@ class Server:
             try:
                 client.close(handed=handed)
             except Exception as error:
-                self._loop.call_exception_handler(
-                    {"message": f"{client!r} could not be closed", "exception": error}
-                )
+                tell_loop(self._loop, f"{client!r} could not be closed", error)
             finally:
                 self.stores.release(client)
                 self._past += client.stats
