@@ -7,7 +7,7 @@ Layers, each importing only from those below it::
     safetensors               the tensors of a file as arrays over a lazy buffer
     serve                     faults of other processes
     sync, buffer              lazy buffers: what most people use
-    file                      a lazy buffer as a file
+    file, arrays              a lazy buffer as a file, as arrays
     flights, readahead        fetching blocks: retries, deadlines, looking ahead
     workingset                which parts were needed, in which order
     sources, nbd              where bytes come from, and serving them by NBD

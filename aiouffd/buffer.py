@@ -9,16 +9,18 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import operator
 import os
 import warnings
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeAlias, overload
 
 from . import guarded
 from ._lib import ffi, lib
+from .arrays import Shape, array_over, tensor_over
 from .errors import ClosedError, SourceChangedError, SourceError, UnsupportedError, UsageError
 from .exporter import Exporter
 from .file import BufferFile, FileHints, Reading
@@ -36,6 +38,11 @@ from .sources.registry import scheme_of
 from .tally import Tally
 from .workingset import Recording, WorkingSet, observe
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .arrays import Array
+
 __all__ = ["BufferStats", "LazyBuffer", "open"]
 
 Fork: TypeAlias = Literal["drop", "serve"]
@@ -48,6 +55,8 @@ BLOCK_SIZE = 64 * 1024
 READAHEAD = 8 * 1024 * 1024
 #: Bytes that one step of `read` copies, for the sake of the loop's latency.
 COPY_STEP = 1024 * 1024
+#: Bytes of a long read that are asked for at a time; twice as much is under way.
+READ_STEP = 8 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -433,12 +442,19 @@ class LazyBuffer(FileHints, Exporter):
             return bool(lib.au_region_inherited(native) == lib.AU_INHERITED_USER_MODE)
         return self._check().pager.user_mode_only
 
-    def __getitem__(self, key: int | slice) -> Any:
+    @overload
+    def __getitem__(self, key: SupportsIndex) -> int: ...
+
+    @overload
+    def __getitem__(self, key: slice) -> bytes: ...
+
+    def __getitem__(self, key: SupportsIndex | slice) -> int | bytes:
         """``buf[i]`` is an int, ``buf[a:b]`` bytes. Waits as any touch; any thread.
 
-        Copies without the GIL. Unlike a raw touch of `view`, a page whose source failed raises
-        SourceError, and signal handlers run while it waits (on the main thread): Ctrl-C is a
-        KeyboardInterrupt out of it. IndexError past the end.
+        Copies without the GIL, and asks for all blocks of a slice at once. Unlike a raw touch of
+        `view`, a page whose source failed raises SourceError, and signal handlers run while it
+        waits (on the main thread): Ctrl-C is a KeyboardInterrupt out of it. IndexError past the
+        end.
         """
         if isinstance(key, slice):
             start, stop, step = key.indices(self._size)
@@ -449,7 +465,7 @@ class LazyBuffer(FileHints, Exporter):
                 span = self._copy_out(low, high - low)
                 return span[::step] if step > 0 else span[::-1][::-step]
             return self._copy_out(start, max(0, stop - start))
-        index = key.__index__()
+        index = operator.index(key)
         if index < 0:
             index += self._size
         if not 0 <= index < self._size:
@@ -462,8 +478,38 @@ class LazyBuffer(FileHints, Exporter):
         region = self._touchable()
         # Fresh, and seen by nobody else until it is filled.
         data = bytes(length)
-        self._guarded(region, offset, ffi.from_buffer(data), length)
+        self._fill(region, offset, ffi.from_buffer(data), length)
         return data
+
+    def _fill(self, region: Region, offset: int, target: Any, length: int) -> None:
+        """Copy to ``target``, a cffi ``char *``, waiting for what is missing. Any thread."""
+        asked, end = offset, offset + length
+        with self._reading(offset, length) as ask:
+            for start in range(offset, end, READ_STEP):
+                while asked < min(end, start + 2 * READ_STEP):
+                    ask(asked, min(READ_STEP, end - asked))
+                    asked += READ_STEP
+                step = min(READ_STEP, end - start)
+                self._guarded(region, start, ffi.addressof(target, start - offset), step)
+
+    def __bytes__(self) -> bytes:
+        """All of it, as ``buf[:]``."""
+        return self._copy_out(0, self._size)
+
+    def __iter__(self) -> Iterator[int]:
+        """Its bytes as numbers. Waits for them a block at a time, as ``buf[...]``."""
+        for start in range(0, self._size, self._block_size):
+            yield from self[start : start + self._block_size]
+
+    def __reversed__(self) -> Iterator[int]:
+        for start in reversed(range(0, self._size, self._block_size)):
+            yield from reversed(self[start : start + self._block_size])
+
+    def __contains__(self, what: object) -> bool:
+        """Whether these bytes, or the byte of this value, are somewhere in it. As `find`."""
+        if isinstance(what, int):
+            what = bytes((what,))
+        return self.find(what) >= 0  # type: ignore[arg-type]
 
     def _guarded(self, region: Region, offset: int, target: Any, length: int) -> None:
         result, where = guarded.copy(region.check_touchable(), offset, target, length)
@@ -506,6 +552,25 @@ class LazyBuffer(FileHints, Exporter):
         if result:
             self._raise_guarded(result, where)
         return found
+
+    def array(self, dtype: Any = "u1", shape: Shape = None, offset: int = 0) -> Array:
+        """A NumPy array over the memory, from byte ``offset`` on. Fetches nothing.
+
+        It holds the memory, as a view does; it is read-only unless the buffer is writable, and need
+        not be aligned. ``dtype`` is a dtype or its name, those of ml_dtypes as well ("bfloat16");
+        ``shape`` a length or lengths, or all that there is. Any thread. UsageError for what does
+        not fit, UnsupportedError without NumPy.
+        """
+        return array_over(self.view, dtype, shape, offset)
+
+    def tensor(self, dtype: Any = "uint8", shape: Shape = None, offset: int = 0) -> Tensor:
+        """A tensor of torch over the memory, as `array`. ``dtype`` is one of torch's or its name.
+
+        torch knows no read-only memory: unless the buffer is writable, an operation in place ends
+        the process by SIGSEGV.
+        """
+        memory = self._touchable()._export() if self._size else self.view
+        return tensor_over(memory, dtype, shape, offset)
 
     def file(self) -> BufferFile:
         """The buffer as a file: binary, read-only, seekable, at its start. Any thread.

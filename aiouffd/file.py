@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["BufferFile", "FileHints", "Reading"]
 
-#: Bytes of a long read that are asked for at a time; twice as much is under way.
-STEP = 8 * 1024 * 1024
 #: What has a file and not a buffer: whoever looks for these takes it for a file.
 _OF_FILES = frozenset(
     ("seek", "tell", "seekable", "readable", "readline", "readlines", "readall", "fileno")
@@ -226,14 +224,7 @@ class BufferFile(io.RawIOBase):
         buffer, region = self._buffer, self._region()
         if self._heal is not None and buffer._failed:
             self._heal(offset, length)
-        asked, end = offset, offset + length
-        with buffer._reading(offset, length) as ask:
-            for start in range(offset, end, STEP):
-                while asked < min(end, start + 2 * STEP):
-                    ask(asked, min(STEP, end - asked))
-                    asked += STEP
-                step = min(STEP, end - start)
-                buffer._guarded(region, start, ffi.addressof(target, start - offset), step)
+        buffer._fill(region, offset, target, length)
 
     def _region(self) -> Any:
         region = self._buffer._region

@@ -268,6 +268,10 @@ class Region:
         Views, and slices and arrays made of them, keep the memory alive and served after
         `close`. Read-only unless the region is writable. Any thread.
         """
+        return self._export() if self._writable else self._export().toreadonly()
+
+    def _export(self) -> memoryview:
+        """As `view`, but it calls itself writable, whatever the memory is."""
         exported = None if self._exported is None else self._exported()
         if exported is None:
             self._check_open()
@@ -280,8 +284,7 @@ class Region:
         else:
             self._check_open()
             self.check_touchable()
-        view = memoryview(exported)
-        return view if self._writable else view.toreadonly()
+        return memoryview(exported)
 
     @property
     def held_at(self) -> list[str]:

@@ -9,7 +9,7 @@ import logging
 import sys
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar, overload
 
 from .buffer import BufferStats, LazyBuffer
 from .buffer import _reopen as _reopen_lazy
@@ -19,6 +19,11 @@ from .exporter import Exporter
 from .file import BufferFile, FileHints
 from .rescue import service
 from .workingset import Recording, WorkingSet
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .arrays import Array, Shape
 
 __all__ = ["SyncBuffer", "open", "open_file"]
 
@@ -114,8 +119,34 @@ class SyncBuffer(FileHints, Exporter):
     def __len__(self) -> int:
         return len(self._buffer)
 
-    def __getitem__(self, key: int | slice) -> Any:
+    @overload
+    def __getitem__(self, key: SupportsIndex) -> int: ...
+
+    @overload
+    def __getitem__(self, key: slice) -> bytes: ...
+
+    def __getitem__(self, key: SupportsIndex | slice) -> int | bytes:
         return self._buffer[key]
+
+    def __bytes__(self) -> bytes:
+        return bytes(self._buffer)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._buffer)
+
+    def __reversed__(self) -> Iterator[int]:
+        return reversed(self._buffer)
+
+    def __contains__(self, what: object) -> bool:
+        return what in self._buffer
+
+    def array(self, dtype: Any = "u1", shape: Shape = None, offset: int = 0) -> Array:
+        """See `LazyBuffer.array`."""
+        return self._buffer.array(dtype, shape, offset)
+
+    def tensor(self, dtype: Any = "uint8", shape: Shape = None, offset: int = 0) -> Tensor:
+        """See `LazyBuffer.tensor`."""
+        return self._buffer.tensor(dtype, shape, offset)
 
     def find(self, sub: bytes, start: int = 0, end: int | None = None) -> int:
         """See `LazyBuffer.find`."""
@@ -143,8 +174,7 @@ class SyncBuffer(FileHints, Exporter):
             )
         offset, length = self._buffer._range(offset or 0, length)
         self.fetch(offset, length)
-        data: bytes = self._buffer[offset : offset + length]
-        return data
+        return self._buffer[offset : offset + length]
 
     def readinto(self, offset: int, buffer: Any) -> int:
         """See `LazyBuffer.readinto`; blocks. After an exception nothing is written any more."""

@@ -552,7 +552,12 @@ class TestClosing:
                 asyncio.ensure_future(touch(buf.__getitem__, slice(BLOCK, 3 * BLOCK))),
                 asyncio.ensure_future(touch(buf.find, b"absent", 4 * BLOCK)),
             ]
-            await asyncio.to_thread(counters.wait, "misses", 3)
+            # The blocks of the long slice are asked for before they are touched.
+            await asyncio.to_thread(
+                wait_until,
+                lambda: counters["misses"] + counters["hits_in_flight"] >= 3,
+                "three threads to wait",
+            )
         for one in touches:
             with pytest.raises(ClosedError):
                 await one
