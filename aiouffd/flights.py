@@ -36,6 +36,7 @@ from .errors import (
     SourceError,
     SourceTimeoutError,
 )
+from .once import abandon
 from .readahead import Readahead, Reads
 from .region import Errors, Region
 from .sources.base import Source, as_source_error
@@ -552,6 +553,13 @@ class Fetcher:
                 flight.task.cancel()
                 tasks.append(flight.task)
         return tasks
+
+    def abandon(self) -> None:
+        """Its loop was closed: what was under way never goes on, which nobody need be told."""
+        self._closed = True
+        for flight in set(self._flights.values()):
+            if flight.task is not None:
+                abandon(flight.task)
 
     def _withdraw(self, flight: Flight) -> None:
         flights = self._flights

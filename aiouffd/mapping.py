@@ -23,7 +23,7 @@ from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING
 
 from .errors import UsageError
-from .once import Once
+from .once import Once, thrown_away
 from .pager import Pager, shared_pagers
 from .region import Region
 from .rescue import service
@@ -36,8 +36,10 @@ __all__ = ["Mapping"]
 
 log = logging.getLogger("aiouffd")
 
-#: Seconds between two looks whether a loop that ends is closed.
-ENDING = 0.02
+#: Seconds between two looks whether a loop is closed that has to end something: first and longest.
+ENDING_FIRST, ENDING_LONGEST = 0.02, 1.0
+#: Seconds to close a source in whose loop is gone.
+STRANDED = 5.0
 #: Seconds for which the end of a loop may wait without a word.
 SILENCE = 2.0
 
@@ -161,11 +163,9 @@ class Mapping:
     def _begin_to_finish(self) -> None:
         """The last export has gone, in whatever thread and in the middle of whatever it does."""
         if not self._moved:
-            try:
+            with contextlib.suppress(RuntimeError):  # it is closed
                 self._loop.call_soon_threadsafe(self._start_to_finish)
-                return
-            except RuntimeError:
-                pass  # it is closed
+        # It may be closed before it comes to that, or is through with it.
         with contextlib.suppress(RuntimeError, OSError):
             service.call_soon(self._finish_without_loop)
 
@@ -173,8 +173,7 @@ class Mapping:
         if self._moved:
             self._begin_to_finish()
         else:
-            self._task = self._loop.create_task(self.finish())
-            self._task.add_done_callback(self._finished)
+            self._finishing.begin(self._finish).add_done_callback(self._finished)
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         if self._finishing.lost:
@@ -184,20 +183,20 @@ class Mapping:
             log.warning("closing the source of %s failed: %r", self._name, error)
 
     async def _finish(self) -> None:
-        resumed = True
         try:
-            await self._stop_waiting_for_end()
-            if self.sink is not None:
-                await self.sink.stop()
-        except GeneratorExit:
-            resumed = False  # the loop is gone, and nothing can be awaited
-            raise
-        finally:
-            self._drop_memory()
             try:
-                if resumed and not self._moved:
-                    await aclose_source(self.source)
+                await self._stop_waiting_for_end()
+                if self.sink is not None:
+                    await self.sink.stop()
             finally:
+                if not thrown_away():
+                    self._drop_memory()
+                    if not self._moved:
+                        await aclose_source(self.source)
+        finally:
+            if thrown_away():
+                self._begin_to_finish()  # elsewhere
+            else:
                 self._set_ended()
 
     def _drop_memory(self) -> None:
@@ -266,15 +265,18 @@ class Mapping:
         self._waited = waiting
         asyncio.get_running_loop().call_later(SILENCE, self._watch)
 
-    def _finish_without_loop(self) -> None:
-        """On the rescue loop: ours is closed, or about to be."""
-        if not self._loop.is_closed():
-            # It may still be using the descriptor.
-            asyncio.get_running_loop().call_later(ENDING, self._finish_without_loop)
-            return
+    def _finish_without_loop(self, pause: float = ENDING_FIRST) -> None:
+        """On the rescue loop: if ours is closed before it has ended this, do it here."""
         if self._ended.done():
             return
+        if not self._loop.is_closed():
+            # It may still be using the descriptor.
+            longer = min(pause * 2, ENDING_LONGEST)
+            asyncio.get_running_loop().call_later(pause, self._finish_without_loop, longer)
+            return
         try:
+            self._finishing.abandon()
+            self._moving.abandon()
             if self.sink is not None:
                 self.sink.close()
             self._drop_memory()
@@ -285,8 +287,13 @@ class Mapping:
 
     def _close_stranded(self) -> None:
         """Close of the source what does not need the loop that it had."""
-        self._task = asyncio.get_running_loop().create_task(aclose_source(self.source))
+        self._task = asyncio.get_running_loop().create_task(self._close_in_time())
         self._task.add_done_callback(self._stranded)
+
+    async def _close_in_time(self) -> None:
+        # What it waits for may be the other loop's, and never come.
+        async with asyncio.timeout(STRANDED):
+            await aclose_source(self.source)
 
     def _stranded(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:

@@ -12,12 +12,16 @@ What such an operation still has to do itself: put what needs no await into a ``
 from __future__ import annotations
 
 import asyncio
+import logging
+import sys
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
 from .errors import UsageError
 
-__all__ = ["Once", "cancelled_from_outside"]
+__all__ = ["Once", "abandon", "cancelled_from_outside", "thrown_away"]
+
+log = logging.getLogger("aiouffd")
 
 T = TypeVar("T")
 
@@ -92,9 +96,7 @@ class Once(Generic[T]):
         await self._undone()
         task = self._current()
         if task is None:
-            self._began = self._told = False
-            task = asyncio.get_running_loop().create_task(self._run(operation), name=self._what)
-            self._task = task
+            task = self._start(operation)
         elif task.done() and _failed(task):
             return None  # type: ignore[return-value]
         if task.done():
@@ -113,6 +115,17 @@ class Once(Generic[T]):
             self._waiting -= 1
         self._told = True
         return task.result()
+
+    def begin(self, operation: Callable[[], Coroutine[Any, Any, T]]) -> asyncio.Task[T]:
+        """Start it, unless that was done, and wait for nothing. Returns its task, which may have
+        failed long ago; what it raises is the caller's business."""
+        return self._current() or self._start(operation)
+
+    def _start(self, operation: Callable[[], Coroutine[Any, Any, T]]) -> asyncio.Task[T]:
+        self._began = self._told = False
+        task = asyncio.get_running_loop().create_task(self._run(operation), name=self._what)
+        self._task = task
+        return task
 
     async def surely(self, operation: Callable[[], Coroutine[Any, Any, T]]) -> None:
         """The same for closing: also where all tasks are cancelled at once, as at the end of a
@@ -159,6 +172,11 @@ class Once(Generic[T]):
             await asyncio.wait((task,))
         await self._undone()
 
+    def abandon(self) -> None:
+        """Its loop was closed, and what it did half is done elsewhere. See `abandon`."""
+        if self._task is not None:
+            abandon(self._task)
+
     async def _give_up(
         self, task: asyncio.Task[T], undo: Callable[[], Coroutine[Any, Any, None]] | None
     ) -> None:
@@ -184,6 +202,23 @@ class Once(Generic[T]):
         undoing = self._undoing
         if undoing is not None and not undoing.done() and not undoing.get_loop().is_closed():
             await asyncio.wait((undoing,))
+
+
+def thrown_away() -> bool:
+    """In a ``finally``: whether it is there because the coroutine is thrown away unfinished. Its
+    loop is gone, and nothing can be awaited."""
+    return isinstance(sys.exception(), GeneratorExit)
+
+
+def abandon(task: asyncio.Task[Any]) -> None:
+    """End a task whose loop was closed, if it has not ended, without a word. (When such a one is
+    collected it is told of, and where its coroutine has not begun that is told as well.)"""
+    if not task.done():
+        task._log_destroy_pending = False  # type: ignore[attr-defined]
+        try:
+            task.get_coro().close()
+        except Exception as error:
+            log.debug("%r of a loop that is closed: %r", task, error)
 
 
 def _failed(task: asyncio.Task[Any]) -> bool:

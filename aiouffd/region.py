@@ -9,6 +9,7 @@ the pages, issues the ioctl, settles the pages and wakes (see ``native/install.c
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import inspect
 import os
@@ -570,13 +571,11 @@ class Region:
     def _let_go(self) -> None:
         """The last export has gone, in whatever thread."""
         pager = self._pager()
-        if pager is not None and not pager.on_its_thread:
-            try:
-                pager._loop.call_soon_threadsafe(self._shut)
-                return
-            except RuntimeError:
-                pass  # the loop is closed
-        self._shut()
+        if pager is None or pager.on_its_thread:
+            self._shut()
+            return
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            pager._loop.call_soon_threadsafe(_Errand(self._shut))
 
     def _shut(self) -> None:
         """Stop serving, whoever holds the memory: see `close`. Idempotent."""
@@ -603,6 +602,23 @@ class Region:
 
 def _nothing() -> None:
     pass
+
+
+class _Errand:
+    """A callback for a loop. A loop that is closed, now or before it comes to that, lets go of it,
+    and then it is called all the same."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call: Callable[[], None] | None = call
+
+    def __call__(self) -> None:
+        call, self._call = self._call, None
+        if call is not None:
+            call()
+
+    __del__ = __call__
 
 
 class _Unmapper:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import AiouffdError, ClosedError, SourceChangedError, UsageError
 from .flights import Fetcher, FlightCancelledError, FlightEvent, Policy
+from .once import abandon, thrown_away
 from .readahead import Readahead, Reads
 from .region import Region
 from .rescue import service
@@ -59,7 +60,7 @@ class BufferSink:
         self._tally = tally
         self._window = readahead // region.block_size
         self._trace = trace
-        self._closed = False
+        self._closed = self._stopped = False
         # Whether the rescue loop alone serves, because the loop of the buffer ends.
         self._moved = False
         #: What threads read in one go, as blocks.
@@ -282,11 +283,12 @@ class BufferSink:
                 await asyncio.gather(*tasks, return_exceptions=True)
         finally:
             try:
-                if self.inheritance is not None:
+                if self.inheritance is not None and not thrown_away():
                     await self.inheritance.aclose()
             finally:
-                if self._rescue_start is not None:
+                if self._rescue_start is not None and not thrown_away():
                     await service.run(self._stop_rescuer())
+        self._stopped = True
 
     async def _stop_rescuer(self) -> None:
         try:
@@ -304,17 +306,24 @@ class BufferSink:
                     log.warning("closing a clone of the source failed: %r", error)
 
     def close(self) -> None:
-        """The region closes without `stop` having run (collected, or the loop is gone)."""
-        if not self._closed:
-            self._closed = True
-            if not self.fetcher.orphaned:
-                self.fetcher.cancel()
-            if self.inheritance is not None:
-                self.inheritance.close()
-            if self._rescue_start is not None:
-                # At the interpreter's end there may be nobody to do it.
-                with suppress(RuntimeError, OSError):
-                    service.call_soon(self._abandon_rescuer)
+        """The region closes without `stop` having run to its end (collected, or the loop is gone).
+        Any thread, if the loop is closed. Idempotent."""
+        self._closed = True
+        if self._stopped:
+            return
+        self._stopped = True
+        if self.fetcher.orphaned:
+            self.fetcher.abandon()
+            if self._prefetching is not None:
+                abandon(self._prefetching)
+        else:
+            self.fetcher.cancel()
+        if self.inheritance is not None:
+            self.inheritance.close()
+        if self._rescue_start is not None:
+            # At the interpreter's end there may be nobody to do it.
+            with suppress(RuntimeError, OSError):
+                service.call_soon(self._abandon_rescuer)
 
     def _abandon_rescuer(self) -> None:
         self._rescue_end = asyncio.get_running_loop().create_task(self._stop_rescuer())

@@ -175,6 +175,11 @@ class TestHeldMemory:
         found = result_of(scenarios.loop_closed_without_a_word, loop_name)
         assert found == {"right": True, "quick": True}
 
+    @pytest.mark.parametrize("what", ["buffer", "pager", "reading", "closing"])
+    def test_a_loop_that_is_closed_before_it_came_to_that(self, loop_name: str, what: str) -> None:
+        found = result_of(scenarios.loop_closed_before_it_came_to_that, loop_name, what)
+        assert found == {"live_regions": 0, "live_engines": 0}
+
     def test_a_source_for_one_loop_only(self, loop_name: str) -> None:
         outcome = run(scenarios.not_clonable_after_the_loop, loop_name)
         assert "served while its loop ran: True" in outcome.stdout

@@ -179,6 +179,61 @@ def loop_closed_without_a_word(new_loop: NewLoop) -> dict[str, Any]:
     return {"right": right, "quick": seconds < SIZE / BLOCK * 0.04}
 
 
+def loop_closed_before_it_came_to_that(new_loop: NewLoop, what: str) -> dict[str, Any]:
+    """The last export goes while the loop stands still, or is in the middle of ending the rest, and
+    then the loop is closed: nothing is left, and nobody is told of anything."""
+    data = content(SIZE)
+    loop = new_loop()
+    asked = threading.Event()
+
+    class Stuck(Counted):
+        async def read(self, offset: int, length: int) -> bytes:
+            asked.set()
+            await asyncio.get_running_loop().create_future()
+            raise AssertionError
+
+        async def aclose(self) -> None:
+            await asyncio.get_running_loop().create_future()
+
+    async def buffer(data: Any) -> memoryview:
+        async with aiouffd.open(data, readahead=0) as buf:
+            return buf.view
+
+    async def pager() -> memoryview:
+        async with aiouffd.Pager() as pager:
+            return pager.map(SIZE, block_size=BLOCK).view
+
+    match what:
+        case "pager":
+            held = [loop.run_until_complete(pager())]
+        case "reading" | "closing":
+            held = [loop.run_until_complete(buffer(Stuck(data)))]
+        case _:
+            held = [loop.run_until_complete(buffer(Counted(data)))]
+    found: list[bytes] = []
+    if what == "reading":
+        reader = threading.Thread(target=lambda: found.append(bytes(held[0])))
+        reader.start()
+        loop.run_until_complete(asyncio.to_thread(asked.wait))
+        loop.run_until_complete(loop.shutdown_default_executor())
+        loop.close()
+        reader.join()
+        held.clear()
+    elif what == "closing":
+        held.clear()
+        loop.run_until_complete(asyncio.sleep(0.01))
+    else:
+        clearing = threading.Thread(target=held.clear)
+        clearing.start()
+        clearing.join()
+    loop.close()
+    del loop
+    wait_until(lambda: not any(living().values()), "the memory to go")
+    gc.collect()
+    assert found in ([], [data])
+    return living()
+
+
 def not_clonable_after_the_loop(new_loop: NewLoop) -> None:
     """What cannot be served any more is an error, told with the place that holds the memory."""
     data = content(SIZE)
