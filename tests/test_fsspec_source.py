@@ -74,6 +74,14 @@ async def check_reads(source: FsspecSource) -> None:
     await clone.aclose()
 
 
+async def test_the_rest_of_a_shorter_reply_is_asked_for(server: RangeServer) -> None:
+    async with opened(server.url("/a")) as source:
+        server.fault = lambda request: Fault(most=1000) if request.method == "GET" else None
+        assert bytes(await source.read(5, 3500)) == DATA[5:3505]
+        assert server.counts.ranges[-4:] == [(5, 3504), (1005, 3504), (2005, 3504), (3005, 3504)]
+        server.fault = None
+
+
 async def test_local(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(DATA)

@@ -349,6 +349,22 @@ class FsspecSource(BaseSource):
         return other
 
     async def _get(self, offset: int, length: int) -> memoryview:
+        """A whole range: one call, unless it gives less. What stands behind a file system may do
+        so (HTTP servers: RFC 9110, 15.3.7), and then the rest is asked for."""
+        data = await self._begin(offset, length)
+        if not 0 < data.nbytes < length:
+            return check_length(data, length, offset=offset)
+        parts, done = [data], data.nbytes
+        while done < length:
+            data = await self._begin(offset + done, length - done)
+            if not 0 < data.nbytes <= length - done:
+                return check_length(data, length - done, offset=offset + done)
+            parts.append(data)
+            done += data.nbytes
+        return memoryview(b"".join(parts))
+
+    async def _begin(self, offset: int, length: int) -> memoryview:
+        """What one call gives of a range, of the version that was opened."""
         try:
             data = await self._call("cat_file", self._path, start=offset, end=offset + length)
             size = memoryview(data).nbytes
@@ -361,7 +377,7 @@ class FsspecSource(BaseSource):
             await self._checks.run()
         if size == self._size != length:
             raise RangeNotSupportedError(f"{self._name}: whoever serves it does not serve parts")
-        return check_length(data, length, offset=offset)
+        return check_length(data, size, offset=offset)
 
     async def _check(self) -> None:
         """See whether it is still the version that was opened."""
