@@ -552,12 +552,7 @@ class TestClosing:
                 asyncio.ensure_future(touch(buf.__getitem__, slice(BLOCK, 3 * BLOCK))),
                 asyncio.ensure_future(touch(buf.find, b"absent", 4 * BLOCK)),
             ]
-            # The blocks of the long slice are asked for before they are touched.
-            await asyncio.to_thread(
-                wait_until,
-                lambda: counters["misses"] + counters["hits_in_flight"] >= 3,
-                "three threads to wait",
-            )
+            await asyncio.to_thread(counters.wait, "live_slots", 3)
         for one in touches:
             with pytest.raises(ClosedError):
                 await one
