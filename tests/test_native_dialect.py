@@ -41,6 +41,7 @@ from aiouffd.serve.dialects.native import (
     mapped_runs,
     tag_of,
 )
+from aiouffd.serve.steps import at_once
 from aiouffd.sources import FunctionSource
 from aiouffd.uffd import address_of
 from tests.support import content, wait_until, word
@@ -242,7 +243,7 @@ def test_what_was_unmapped_is_left_out() -> None:
     fd = os.memfd_create("states")
     try:
         os.ftruncate(fd, 3 << 20)
-        assert mapped_runs(memoryview(bytes(3 << 20)), fd, 0, 3 << 20) == [(0, 3 << 20)]
+        assert at_once(mapped_runs(memoryview(bytes(3 << 20)), fd, 0, 3 << 20)) == [(0, 3 << 20)]
         mapping = mmap.mmap(fd, 3 << 20)
         for first, last in (
             (0, 1),
@@ -254,11 +255,11 @@ def test_what_was_unmapped_is_left_out() -> None:
         mapping[9] = REMOVED | INSTALLED
         states = memoryview(mapping)
         everything = [(1, 5), (7, (1 << 20) - 2), ((1 << 20) + 3, (3 << 20) - 1)]
-        assert mapped_runs(states, fd, 0, 3 << 20) == everything
+        assert at_once(mapped_runs(states, fd, 0, 3 << 20)) == everything
         # An area in the middle of the file, whose first page is the third of those that are gone.
-        assert mapped_runs(states, fd, 1 << 20, 10) == [(3, 10)]
-        assert mapped_runs(states, fd, 5, 2) == []
-        assert mapped_runs(states, fd, 8, 4) == [(0, 4)]
+        assert at_once(mapped_runs(states, fd, 1 << 20, 10)) == [(3, 10)]
+        assert at_once(mapped_runs(states, fd, 5, 2)) == []
+        assert at_once(mapped_runs(states, fd, 8, 4)) == [(0, 4)]
         states.release()
         mapping.close()
     finally:

@@ -30,7 +30,7 @@ from tests.criu import images as written
 from tests.guests import PlainDialect, guest
 from tests.other_user import NOBODY, as_nobody, listening, shared_folder
 from tests.servers.pager import PagerProcess
-from tests.support import word
+from tests.support import wait_until, word
 from tests.test_criu_dialect import tree
 from tests.test_serve import DATA, PAGE, PAGES, serving
 
@@ -421,7 +421,7 @@ def test_memory_is_not_handed_to_another_user_when_the_server_is_gone() -> None:
                 server.start()
                 at = 200 * PAGE
                 assert memory[at : at + 8] == DATA[at : at + 8]
-                assert memory.resumed == 1
+                wait_until(lambda: memory.resumed == 1, "the keeper to say so")
         finally:
             server.kill()
 

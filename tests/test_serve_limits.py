@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import mmap
 import os
 import resource
 import socket
@@ -18,10 +19,10 @@ from aiouffd import serve
 from aiouffd.serve import Area, areas, ending, memory, states
 from aiouffd.serve.areas import AreaMap
 from aiouffd.serve.blocks import ZEROS_COST, BlockStore
-from aiouffd.serve.dialects.native import REFUSED, UNAVAILABLE
+from aiouffd.serve.dialects.native import REFUSED, UNAVAILABLE, mapped_runs
 from aiouffd.serve.reactor import Share
 from aiouffd.sources import FunctionSource
-from tests.guests import PlainDialect, guest
+from tests.guests import AREA, COUNT, PlainDialect, guest
 from tests.other_user import as_nobody, shared_folder
 from tests.support import ROOT, Gate, environment, word
 from tests.test_serve import ALL, DATA, PAGE, PAGES, serving, until
@@ -147,6 +148,63 @@ async def test_a_hand_over_waits_for_events_that_are_being_applied(
             assert await one.ask("words", [15, 16, 115, 116]) == [
                 word(15 * PAGE), 0, 0, word(116 * PAGE),
             ]  # fmt: skip
+
+
+def test_what_is_left_of_large_memory_is_found_in_steps() -> None:
+    """A client that connects again says what has gone; it may say that of every other page."""
+    count = 1 << 20
+    fd = states.new_file("states")
+    try:
+        os.write(fd, bytes([areas.GONE, 1]) * (count // 2))
+        with mmap.mmap(fd, count) as data, memoryview(data) as view:
+            finding = mapped_runs(view, fd, 0, count)
+            turns = sum(1 for _ in zip(range(count), finding, strict=False))
+        assert turns >= 8
+    finally:
+        os.close(fd)
+
+
+async def test_many_areas_are_checked_in_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve.client, "CHECKED", 1)
+    monkeypatch.setattr(memory, "WAKES", 1)
+
+    class InSteps(PlainDialect):
+        async def talk(self, client: serve.Client) -> None:
+            async def adopt(fd: int, whole: list[Area], **_: Any) -> Any:
+                (area,) = whole
+                pages = [
+                    Area(area.start + at, PAGE, area.store, at)
+                    for at in range(0, area.length, PAGE)
+                ]
+                turns = 0
+
+                async def count() -> None:
+                    nonlocal turns
+                    while True:
+                        await asyncio.sleep(0)
+                        turns += 1
+
+                counting = asyncio.ensure_future(count())
+                found = await client.adopt_in_steps(fd, pages)
+                counting.cancel()
+                assert turns >= len(pages) - 1
+                return found
+
+            data, fds = await client.channel.recv_exactly(COUNT.size, max_fds=1)
+            data, _ = await client.channel.recv_exactly(AREA.size)
+            start, length, offset = AREA.unpack(data)
+            await adopt(fds[0], [Area(start, length, client.source, offset)])
+            await client.channel.send(b"k")
+            client.keep_while_connected()
+
+    async with (
+        serving(tmp_path, dialect=InSteps()) as (server, _),
+        guest(tmp_path / "s", PAGES) as one,
+    ):
+        assert len(server.clients[0].memories[0].areas) == PAGES
+        assert await one.ask("words", [0, 99, 255]) == [word(0), word(99 * PAGE), word(255 * PAGE)]
 
 
 class Blocks:
@@ -538,6 +596,22 @@ async def test_blocks_of_zeros_are_kept_within_the_limit() -> None:
     assert len(store._kept) == 100
     assert store.peek(999) == (None,)
     assert store.peek(0) is None
+    await store.aclose()
+
+
+async def test_what_nobody_wants_any_more_is_not_fetched() -> None:
+    gate = Gate(DATA, is_open=False)
+    store = BlockStore(FunctionSource(gate.read, size=len(DATA)), block_size=PAGE)
+    await store.open()
+    one, two = Asker(), Asker()
+    for block in range(80):  # 64 are on their way at a time
+        store.want(block, one)
+    store.want(79, two)
+    for block in (1, 70, 79):
+        store.forget(one, block)
+    gate.open()
+    await until(lambda: one.came == 77 and two.came == 1)
+    assert store.peek(70) is None
     await store.aclose()
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -215,6 +217,13 @@ def _criu(parsed: argparse.Namespace) -> int:
     return run(main())
 
 
+def _all_descriptors() -> None:
+    """Clients take descriptors, so use as many as this user may have at all."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def _on_signals(stop: Callable[[], object]) -> None:
     loop = asyncio.get_running_loop()
     # A terminal that is closed must not be the sudden end of who serves processes that keep no copy
@@ -235,6 +244,7 @@ def _serve(parsed: argparse.Namespace, dialect: Dialect) -> int:
         folder = os.path.dirname(os.path.abspath(parsed.record))
         if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
             raise UsageError(f"--record: {folder} is not a folder that can be written to")
+    _all_descriptors()
     run(_main(parsed, dialect))
     return 0
 

@@ -14,22 +14,20 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING
 
 from . import states as page_states
 from .states import STEP
+from .steps import Steps, at_once
 
 if TYPE_CHECKING:
     from .blocks import BlockStore
 
 __all__ = ["ABSENT", "GONE", "INSTALLED", "MOVED", "REMOVED", "Area", "AreaMap", "Steps", "at_once"]
 
-T = TypeVar("T")
-#: Work in steps, see above; its value is what the work was for.
-Steps: TypeAlias = Generator[None, None, T]
 
 #: State of a page, bits of one byte. REMOVED: it reads as zeros, for the process dropped it.
 REMOVED = 1
@@ -51,16 +49,6 @@ _HAS_ABSENT = re.compile(b"[" + re.escape(bytes(v for v in range(256) if v & ABS
 _UNMAP = bytes(value | GONE for value in range(256))
 _MOVE = bytes(value | MOVED for value in range(256))
 _REMAP = bytes(value & ~(GONE | MOVED) & 0xFF for value in range(256))
-
-
-def at_once(steps: Steps[T]) -> T:
-    """All steps, one after the other."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            value: Any = end.value
-            return value  # type: ignore[no-any-return]
 
 
 def _change(states: memoryview, table: bytes) -> Steps[None]:

@@ -241,17 +241,18 @@ class BlockStore:
             flight.wanters.setdefault(block, []).append(wanter)
         self._start()
 
-    def forget(self, wanter: Wanter) -> None:
-        """``wanter`` wants nothing any more. What nobody wants is not fetched."""
-        for flight in set(self._flights.values()):
-            for block, wanters in list(flight.wanters.items()):
-                left = [other for other in wanters if other is not wanter]
-                if left:
-                    flight.wanters[block] = left
-                else:
-                    del flight.wanters[block]
-            if not flight.wanters and not flight.running:
-                self._drop(flight)
+    def forget(self, wanter: Wanter, block: int) -> None:
+        """``wanter`` does not want ``block`` any more. What nobody wants is not fetched."""
+        flight = self._flights.get(block)
+        if flight is None:
+            return
+        left = [other for other in flight.wanters.get(block, ()) if other is not wanter]
+        if left:
+            flight.wanters[block] = left
+        else:
+            flight.wanters.pop(block, None)
+        if not flight.wanters and not flight.running:
+            self._drop(flight)
 
     def _drop(self, flight: _Flight) -> None:
         for block in range(flight.first, flight.first + flight.count):

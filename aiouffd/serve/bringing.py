@@ -8,33 +8,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from ..errors import SourceError
 from ..readahead import Readahead
-from .areas import Area, AreaMap, Steps
+from .areas import Area, AreaMap
 from .blocks import BlockStore, Wanter
 from .filling import AGAIN_LONGEST, Filler
+from .steps import in_steps
 
 __all__ = ["PLACES", "Bringer", "Brought"]
-
-T = TypeVar("T")
 
 #: Areas of one block that are filled in one turn of the loop; and how many areas are many.
 PLACES, MANY = 64, 1024
 #: Blocks that `complete` and `prefetch` ask for at a time.
 WINDOW = 64
-
-
-async def _in_steps(steps: Steps[T]) -> T:
-    """All steps, and between them the turn of others."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            value: Any = end.value
-            return value  # type: ignore[no-any-return]
-        await asyncio.sleep(0)
 
 
 class Brought(Wanter, Protocol):
@@ -91,7 +79,7 @@ class Bringer:
             if self._was_absent:
                 self._was_absent = False
                 for area in list(self._areas):
-                    await _in_steps(area.forgetting_absent())
+                    await in_steps(area.forgetting_absent())
             await self._complete()
         finally:
             self._completing -= 1
@@ -150,7 +138,7 @@ class Bringer:
         found = 0
         for area in list(self._areas):
             if area.store is not None:
-                found += await _in_steps(area.missing_bytes())
+                found += await in_steps(area.missing_bytes())
         return found
 
     def _blocks_of_areas(self) -> dict[BlockStore, list[tuple[int, int]]]:
@@ -252,17 +240,19 @@ class Bringer:
         """Something that we may have waited for has come to an end."""
         self._room.set()
 
-    def forget(self, store: BlockStore) -> None:
-        """Nothing of one object is wanted any more."""
-        for key in [key for key in self._liked if key[0] is store]:
-            del self._liked[key]
+    def forget(self, store: BlockStore) -> list[int]:
+        """Nothing of one object is wanted any more. Returns the blocks that were."""
+        blocks = [block for of, block in self._liked if of is store]
+        for block in blocks:
+            del self._liked[store, block]
+        return blocks
 
-    def forget_all(self) -> set[BlockStore]:
-        """Nothing is wanted any more. Returns the objects of which something was."""
-        stores = {store for store, _ in self._liked}
+    def forget_all(self) -> list[tuple[BlockStore, int]]:
+        """Nothing is wanted any more. Returns what was."""
+        liked = list(self._liked)
         self._liked.clear()
         self._room.set()
-        return stores
+        return liked
 
     def stop(self) -> None:
         """For good, after the filler was stopped. Once."""

@@ -248,9 +248,10 @@ class _ChildMemory(Memory):
             self.areas.add(Area(area.start, area.length, None, page_size=area.page_size))
             if store is None:
                 continue
-            store.forget(self)
-            self._bringer.forget(store)
+            for block in self._bringer.forget(store):
+                store.forget(self, block)
             for key in [key for key in self._wanted if key[0] is store]:
+                store.forget(self, key[1])
                 # An error may be the end of this child, and then nothing is wanted any more.
                 for page in self._wanted.pop(key, ()):
                     self.poison(page, area.page_size)

@@ -14,7 +14,7 @@ from ..errors import AiouffdError, ClosedError, PeerError, UsageError
 from ..places import is_trusted
 from ..uffd import Userfaultfd
 from ..workingset import WorkingSet
-from .areas import Area, AreaMap, Steps
+from .areas import Area, AreaMap
 from .blocks import PAGE, BlockStore
 from .channel import Channel
 from .ending import refuse
@@ -22,6 +22,7 @@ from .memory import Memory, Uncovered
 from .peer import Peer
 from .reactor import Share
 from .stats import MemoryStats
+from .steps import Steps, at_once, in_steps
 
 if TYPE_CHECKING:
     from .server import Server
@@ -32,6 +33,8 @@ log = logging.getLogger("aiouffd")
 
 OnFailure = Literal["poison", "kill"]
 
+#: Areas that are checked in one step.
+CHECKED = 64
 #: Addresses from here on are the kernel's.
 _ADDRESS_MAX = 1 << 47
 _PAGE_SIZES = (4096, 2 << 20, 1 << 30)
@@ -145,11 +148,50 @@ class Client:
         Raises PeerError when the descriptor is none, or the areas cannot be: unaligned,
         overlapping, past the end of their object, or more than the server's limits allow.
         """
+        checking = self._checked(areas, page_size, whole)
+        return self._adopt(
+            fd,
+            lambda: at_once(checking),
+            page_size=page_size,
+            uncovered=uncovered,
+            background=background,
+            name=name,
+            start=start,
+        )
+
+    async def adopt_in_steps(
+        self,
+        fd: int,
+        areas: Sequence[Area],
+        *,
+        page_size: int = 4096,
+        background: bool = False,
+        whole: bool = False,
+    ) -> Memory:
+        """`adopt` for many areas: others have their turn meanwhile."""
+        try:
+            found = await in_steps(self._checked(areas, page_size, whole))
+        except BaseException:
+            os.close(fd)
+            raise
+        return self._adopt(fd, lambda: found, page_size=page_size, background=background)
+
+    def _adopt(
+        self,
+        fd: int,
+        areas: Callable[[], AreaMap],
+        *,
+        page_size: int,
+        uncovered: Uncovered = "poison",
+        background: bool = False,
+        name: str = "",
+        start: bool = True,
+    ) -> Memory:
         try:
             self.server.reactor.give_way()
             if self._ending:
                 raise ClosedError(f"{self!r} has ended")
-            areas_map = self._checked(areas, page_size, whole)
+            areas_map = areas()
             if len(self.memories) >= self.server.limits.memories:
                 raise PeerError("it has handed over too many descriptors")
             try:
@@ -172,7 +214,7 @@ class Client:
             self._start(memory)
         return memory
 
-    def _checked(self, areas: Sequence[Area], page_size: int, whole: bool) -> AreaMap:
+    def _checked(self, areas: Sequence[Area], page_size: int, whole: bool) -> Steps[AreaMap]:
         limits = self.server.limits
         if page_size not in _PAGE_SIZES:
             raise PeerError(f"pages of {page_size} bytes")
@@ -180,7 +222,9 @@ class Client:
             raise PeerError(f"it has {len(areas)} areas, more than {limits.areas}")
         total = 0
         found = AreaMap()
-        for area in sorted(areas, key=attrgetter("start")):
+        for number, area in enumerate(sorted(areas, key=attrgetter("start")), 1):
+            if number % CHECKED == 0:
+                yield
             start, length, offset = area.start, area.length, area.offset
             where = f"the area of {length:#x} bytes at {start:#x}"
             if area.page_size != page_size:

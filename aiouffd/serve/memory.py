@@ -39,13 +39,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from .._lib import ffi, lib, pin
 from ..errors import ClosedError
 from ..usercode import tell_loop
-from .areas import INSTALLED, REMOVED, Area, AreaMap, Steps, at_once
+from .areas import INSTALLED, REMOVED, Area, AreaMap
 from .bringing import Bringer
 from .ending import make_errors, make_errors_now
 from .filling import Filler
 from .reactor import Reactor, Share
 from .reserve import Reserve
 from .stats import MemoryStats
+from .steps import Steps, at_once
 
 if TYPE_CHECKING:
     from .blocks import BlockStore
@@ -80,11 +81,13 @@ REPEATS, REPEATS_PAUSE = 16, 0.001
 
 #: Work of events (see `AreaMap.work`) that is done before others have their turn; some 0.2 ms.
 WORK_MAX = 1 << 18
+#: Areas whose threads are woken in one turn of the loop.
+WAKES = 512
 #: Areas with which messages are answered natively; where there are more, changes cost too much.
 AT_HAND_MAX = 512
 #: Addresses for which threads wait, or that are to become errors, before the oldest are forgotten:
 #: who still waits there asks again.
-WAITING_MAX = 1 << 16
+WAITING_MAX = 1 << 14
 
 
 class Memory:
@@ -167,8 +170,16 @@ class Memory:
 
     def wake(self) -> None:
         """Have every thread that waits fault again, so that whoever reads next hears of it."""
-        for area in self.areas:
+        self._wake(list(self.areas), 0)
+
+    def _wake(self, areas: list[Area], first: int) -> None:
+        """A part now, the others in the next turns of the loop; once too often does no harm."""
+        if self._closed:
+            return
+        for area in areas[first : first + WAKES]:
             lib.au_abi_wake(self.fd, area.start, area.length)
+        if first + WAKES < len(areas):
+            self._loop.call_soon(self._wake, areas, first + WAKES)
 
     def fileno(self) -> int:
         return self.fd
@@ -735,11 +746,9 @@ class Memory:
         self._repeats = 0
         self._owed.clear()
         self._overheard.clear()
-        stores = self._bringer.forget_all()
-        stores.update(store for store, _ in self._wanted)
+        for store, block in [*self._bringer.forget_all(), *self._wanted]:
+            store.forget(self, block)
         self._wanted.clear()
-        for store in stores:
-            store.forget(self)
 
     def __repr__(self) -> str:
         return f"<Memory {self.name or self.fd}: {len(self.areas)} areas>"

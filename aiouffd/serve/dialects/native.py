@@ -13,6 +13,7 @@ later can hurt us, because it is sealed.
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import hashlib
 import logging
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ...errors import AiouffdError, PeerError, SourceError
 from ..areas import GONE, Area
+from ..steps import Steps, in_steps
 
 if TYPE_CHECKING:
     from ..blocks import BlockStore
@@ -276,11 +278,12 @@ def map_states(fd: int, pages: int) -> memoryview:
         raise Refusal(REFUSED, f"the file of states cannot be mapped: {error.strerror}") from None
 
 
-def mapped_runs(states: memoryview, fd: int, at: int, count: int) -> list[tuple[int, int]]:
+def mapped_runs(states: memoryview, fd: int, at: int, count: int) -> Steps[list[tuple[int, int]]]:
     """First pages and those behind the last of what is still mapped, of an area whose states begin
     at ``at`` in the file."""
     runs, begin = list[tuple[int, int]](), 0
     for start, end in _written(fd, at, at + count):
+        yield
         data = bytes(states[start:end]).translate(_IS_GONE)
         hole = data.find(1)
         while hole >= 0 and len(runs) <= PARTS_MAX:
@@ -291,6 +294,8 @@ def mapped_runs(states: memoryview, fd: int, at: int, count: int) -> list[tuple[
             after = len(data) if after < 0 else after
             begin = start - at + after
             hole = data.find(1, after)
+            if len(runs) % 1024 == 0:
+                yield
     if begin < count:
         runs.append((begin, count))
     return runs
@@ -298,7 +303,7 @@ def mapped_runs(states: memoryview, fd: int, at: int, count: int) -> list[tuple[
 
 _IS_GONE: Final = bytes(bool(value & GONE) for value in range(256))
 #: Bytes of states that are looked at in one go.
-_STEP: Final = 1 << 20
+_STEP: Final = 1 << 17
 
 
 def _written(fd: int, at: int, end: int) -> Iterator[tuple[int, int]]:
@@ -349,7 +354,7 @@ class NativeDialect:
                     continue
                 if store is None and not all(area.zeros for area in record.areas):
                     raise Refusal(NOT_FOUND, _UNKNOWN)
-                _adopt(client, record, store, fds)
+                await _adopt(client, record, store, fds)
                 await _send(client, OK, store)
                 client.reconnects = True
                 client.keep_while_connected()
@@ -422,7 +427,7 @@ async def _send(client: Client, status: int, store: BlockStore | None, text: str
     await client.channel.send(answer(status, size=size, tag=tag, text=text))
 
 
-def _adopt(client: Client, record: Attach, store: BlockStore | None, fds: list[int]) -> None:
+async def _adopt(client: Client, record: Attach, store: BlockStore | None, fds: list[int]) -> None:
     if len(fds) != 2:
         raise Refusal(BAD_RECORD, f"{len(fds)} descriptors came, not a userfaultfd and a memfd")
     tag = NO_TAG if store is None else tag_of(store.version)
@@ -432,10 +437,14 @@ def _adopt(client: Client, record: Attach, store: BlockStore | None, fds: list[i
     areas, at = list[Area](), 0
     for area in record.areas:
         count, size = area.length // area.page_size, area.page_size
-        runs = mapped_runs(states, fds[1], at, count) if record.resumed else [(0, count)]
+        runs = [(0, count)]
+        if record.resumed:
+            runs = await in_steps(mapped_runs(states, fds[1], at, count))
         if len(areas) + len(runs) > PARTS_MAX:
             raise Refusal(REFUSED, "too many holes have been made in the memory")
-        for first, last in runs:
+        for number, (first, last) in enumerate(runs, 1):
+            if number % 1024 == 0:
+                await asyncio.sleep(0)
             areas.append(
                 Area(
                     area.address + first * size,
@@ -452,7 +461,9 @@ def _adopt(client: Client, record: Attach, store: BlockStore | None, fds: list[i
         client.source = store
     uffd = fds.pop(0)
     try:
-        client.adopt(uffd, areas, page_size=record.page_size, background=record.background)
+        await client.adopt_in_steps(
+            uffd, areas, page_size=record.page_size, background=record.background
+        )
     except Refusal:
         raise
     except PeerError as error:
