@@ -351,6 +351,22 @@ async def test_a_condition_that_never_holds_is_given_up(
         await clone.aclose()
 
 
+async def test_a_connection_that_ends_with_the_refusal(server: RangeServer) -> None:
+    """Said to be kept alive, as by nginx, so that the next request may still go there."""
+    async with opened(URL, **to(server)) as source:
+        server.faults.extend([Fault(status=412), Fault(no_reply=True)])
+        assert bytes(await source.read(10, 1000)) == DATA[10:1010]
+    async with opened(URL, **to(server)) as source:
+        refused = [Fault(status=412), Fault(no_reply=True, reset=True)]
+        server.faults.extend([*refused, Fault(headers={"ETag": '"v2"'})])
+        with pytest.raises(SourceChangedError):
+            await source.read(10, 1000)
+        server.faults.extend([Fault(status=412), Fault(no_reply=True), Fault(no_reply=True)])
+        with pytest.raises(SourceError) as caught:
+            await source.read(10, 1000)
+        assert caught.value.transient
+
+
 def web(server: RangeServer, name: str = "a") -> str:
     return "obstore+" + server.url(f"/bucket/{name}")
 

@@ -330,7 +330,7 @@ class ObjectSource(BaseSource):
         assert pin is not None
         assert conditions is not None
         plain = pin.without_conditions()
-        ranged = True
+        ranged, refused = True, False
         while True:
             if self._life.closed:
                 raise ClosedError(f"{self!r} is closed")
@@ -343,7 +343,10 @@ class ObjectSource(BaseSource):
                     length = shorter
                 elif conditions != plain and _is_refused(exc):
                     # It has changed, or the server's comparison is broken: its ETag will tell.
-                    conditions = plain
+                    conditions, refused = plain, True
+                elif refused and self._broken(exc):
+                    # nginx says keep-alive in such a refusal, and closes the connection.
+                    refused = False
                 elif ranged and (pin.size <= WHOLE or length == pin.size) and _ignores_range(exc):
                     ranged = False
                 else:
@@ -426,6 +429,10 @@ class ObjectSource(BaseSource):
                 if shorter is None:
                     raise
                 length = shorter
+
+    def _broken(self, exc: Exception) -> bool:
+        """Whether a connection failed or broke."""
+        return getattr(self._translated(exc), "errno", None) == errno.ECONNRESET
 
     def _is_final(self, exc: Exception) -> bool:
         return not getattr(self._translated(exc), "transient", True)

@@ -306,7 +306,8 @@ def _module(name: str) -> Make:
 
 KINDS = [
     Kind("nginx", _nginx, program="nginx", empty=200,
-         remark="its ETag is the date in seconds and the size"),
+         remark="its ETag is the date in seconds and the size; a 412 says `keep-alive`, and ends"
+         " the connection"),
     Kind("Apache", _apache, program="apache2", empty=200, same_second=True),
     Kind("lighttpd", _lighttpd('mimetype.assign = ( "" => "application/octet-stream" )'),
          program="lighttpd", empty=200, conditions=False, same_second=True,
