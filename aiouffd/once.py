@@ -49,6 +49,7 @@ class Once(Generic[T]):
     __slots__ = (
         "_abandon",
         "_began",
+        "_given_up",
         "_keep_failure",
         "_task",
         "_told",
@@ -63,6 +64,8 @@ class Once(Generic[T]):
         self._abandon = abandon
         self._task: asyncio.Task[T] | None = None
         self._undoing: asyncio.Task[None] | None = None
+        # A task that nobody waits for, and that is told to end.
+        self._given_up: asyncio.Task[T] | None = None
         self._began = False
         self._waiting = 0
         # Whether anybody has been told of its success.
@@ -187,6 +190,7 @@ class Once(Generic[T]):
                 self._task = None
                 self._undoing = task.get_loop().create_task(undo(), name=f"undo {self._what}")
 
+        self._given_up = task
         task.cancel()
         try:
             await asyncio.wait((task,))
@@ -199,9 +203,15 @@ class Once(Generic[T]):
         await self._undone()
 
     async def _undone(self) -> None:
-        undoing = self._undoing
-        if undoing is not None and not undoing.done() and not undoing.get_loop().is_closed():
+        """Wait for what ends because nobody wanted it, not to be taken for its victim."""
+        if (task := self._given_up) is not None and _on_this_loop(task):
+            await asyncio.wait((task,))
+        if (undoing := self._undoing) is not None and _on_this_loop(undoing):
             await asyncio.wait((undoing,))
+
+
+def _on_this_loop(task: asyncio.Task[Any]) -> bool:
+    return not task.done() and task.get_loop() is asyncio.get_running_loop()
 
 
 def thrown_away() -> bool:

@@ -119,6 +119,16 @@ OPERATIONS = [
 ]  # fmt: skip
 
 
+async def _nothing() -> None:
+    pass
+
+
+@pytest.fixture(autouse=True)
+async def _background_loop() -> None:
+    """It is there for good once it was needed, and so is what it takes."""
+    await service.run(_nothing())
+
+
 async def in_full(
     cut: Cut, what: str, make: Callable[[], aiouffd.LazyBuffer], data: bytes = DATA
 ) -> None:

@@ -92,6 +92,32 @@ async def test_a_success_that_nobody_was_told_of_is_taken_back() -> None:
     assert (steps.undone, once.succeeded) == (1, False)
 
 
+async def test_who_asks_while_it_is_given_up_gets_a_run_of_its_own() -> None:
+    """And not the end of one that was cancelled for others."""
+    leaving = asyncio.Event()
+    steps, once = Steps(), Once[int]("opening", abandon=True)
+
+    async def slow_to_end() -> int:
+        try:
+            return await steps.run()
+        finally:
+            await leaving.wait()
+
+    caller = asyncio.create_task(once(slow_to_end))
+    await _begun(steps)
+    caller.cancel()
+    await asyncio.sleep(0)
+    other = asyncio.create_task(once(steps.run))
+    await asyncio.sleep(0)
+    caller.cancel()  # once more, and it waits no longer for that end
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    steps.gate.set()
+    leaving.set()
+    assert await other == 7
+    assert steps.began == 2
+
+
 @pytest.mark.parametrize("keep", [False, True])
 async def test_a_failure_goes_to_those_who_wait(keep: bool) -> None:
     runs = 0
