@@ -7,7 +7,8 @@ Layers, each importing only from those below it::
     safetensors               the tensors of a file as arrays over a lazy buffer
     serve                     faults of other processes
     sync, buffer              lazy buffers: what most people use
-    file, arrays              a lazy buffer as a file, as arrays
+    file, arrays, saving      a lazy buffer as a file, as arrays, in a file
+    copying, destination      whole objects, and what they become
     flights, readahead        fetching blocks: retries, deadlines, looking ahead
     workingset                which parts were needed, in which order
     sources, nbd              where bytes come from, and serving them by NBD

@@ -231,6 +231,7 @@ class LazyBuffer(FileHints, Exporter):
         self._trace = trace
         self._expected: Pinned | None = None
         self._tally = Tally()
+        self._pins: dict[object, tuple[int, int]] = {}
         self._mapping: Mapping | None = None
         self._opening = Once[None]("opening a lazy buffer", abandon=True)
         self._closing = Once[None]("closing a lazy buffer", keep_failure=True)
@@ -741,9 +742,59 @@ class LazyBuffer(FileHints, Exporter):
     async def pin(self, offset: int = 0, length: int | None = None) -> AsyncIterator[memoryview]:
         """``async with buf.pin(offset, length) as view``: resident, and stays so inside."""
         offset, length = self._range(offset, length)
-        await self.fetch(offset, length)
-        with self.view[offset : offset + length] as view:
-            yield view
+        with self._pinned(offset, length):
+            await self.fetch(offset, length)
+            with self.view[offset : offset + length] as view:
+                yield view
+
+    @contextmanager
+    def _pinned(self, offset: int, length: int) -> Iterator[None]:
+        """Let nobody `drop` this range. Any thread."""
+        key = object()
+        self._pins[key] = offset, offset + length
+        try:
+            yield
+        finally:
+            del self._pins[key]
+
+    async def save(
+        self, path: str | os.PathLike[str], offset: int = 0, length: int | None = None
+    ) -> int:
+        """Write bytes to a file, all by default; returns how many.
+
+        The file appears, or replaces another one, when it is complete and durable, and not before;
+        an error or a cancellation leaves what was there. A symbolic link is followed; a device or a
+        pipe is written to. Fetches what is missing, and holds at most some 16 MiB besides. Unlike
+        ``file.write(buf.view)`` it needs no privileges. What the program wrote into the buffer is
+        saved too.
+
+        Raises as `fetch`, and OSError for the file.
+        """
+        from .saving import save
+
+        offset, length = self._range(offset, length)
+        if not self._open or self._size:
+            self._check()
+        await save(self, path, offset, length)
+        return length
+
+    async def drop(
+        self, offset: int = 0, length: int | None = None, *, writes_too: bool = False
+    ) -> int:
+        """Give memory back, all by default: the next touch fetches anew. Returns its bytes.
+
+        Only whole pages within the range, and none that is pinned. Views and arrays stay right,
+        and wait again. UsageError for a writable buffer, unless ``writes_too`` says that what was
+        written may be lost, and with ``fork="serve"``.
+        """
+        from .saving import check_droppable, drop
+
+        offset, length = self._range(offset, length)
+        if not length:
+            return 0
+        region = self._check()
+        check_droppable(self, writes_too=writes_too)
+        return await drop(region, offset, length, list(self._pins.values()))
 
     # ------------------------------------------------------------- looking at it
 

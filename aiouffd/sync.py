@@ -6,6 +6,7 @@ The loop that serves them is the background one of `aiouffd.rescue`.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, suppress
@@ -190,11 +191,19 @@ class SyncBuffer(FileHints, Exporter):
     @contextmanager
     def pin(self, offset: int = 0, length: int | None = None) -> Iterator[memoryview]:
         """See `LazyBuffer.pin`."""
-        if length is None:
-            length = len(self) - offset
-        self.fetch(offset, length)
-        with self.view[offset : offset + length] as view:
-            yield view
+        offset, length = self._buffer._range(offset, length)
+        with self._buffer._pinned(offset, length):
+            self.fetch(offset, length)
+            with self.view[offset : offset + length] as view:
+                yield view
+
+    def save(self, path: str | os.PathLike[str], offset: int = 0, length: int | None = None) -> int:
+        """See `LazyBuffer.save`; blocks."""
+        return self._run(self._buffer.save(os.path.abspath(path), offset, length))
+
+    def drop(self, offset: int = 0, length: int | None = None, *, writes_too: bool = False) -> int:
+        """See `LazyBuffer.drop`; blocks."""
+        return self._run(self._buffer.drop(offset, length, writes_too=writes_too))
 
     def prefetch(self, working_set: WorkingSet) -> bool:
         """See `LazyBuffer.prefetch`."""

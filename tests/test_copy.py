@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from aiouffd.cli import files, main
+from aiouffd import destination
+from aiouffd.cli import main
 from aiouffd.errors import UsageError
 from aiouffd.nbd import NbdServer
 from aiouffd.sources.file import FileSource, path_of_url
@@ -190,7 +191,7 @@ async def test_what_may_not_be_written_is_not_replaced(
     (folder / "a").write_bytes(b"before")
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(PermissionError):
-        await files.file_sink(str(folder / "a"), 10)
+        await destination.file_sink(str(folder / "a"), 10)
 
 
 async def test_a_file_of_somebody_else_is_written_in_place(
@@ -199,15 +200,15 @@ async def test_a_file_of_somebody_else_is_written_in_place(
     target = folder / "a"
     target.write_bytes(b"before" * MIB)
     identity = inode(target)
-    monkeypatch.setattr(files, "_replaceable", lambda path, found: False)
-    sink = await files.file_sink(str(target), 3 * MIB, source=str(source))
+    monkeypatch.setattr(destination, "_replaceable", lambda path, found: False)
+    sink = await destination.file_sink(str(target), 3 * MIB, source=str(source))
     await sink.zeros(0, MIB)
     await sink.write(MIB, b"x" * 10)
     await sink.finish()
     assert inode(target) == identity
     assert target.read_bytes() == bytes(MIB) + b"x" * 10 + bytes(2 * MIB - 10)
     with pytest.raises(UsageError, match="same file"):
-        await files.file_sink(str(source), 10, source=str(source))
+        await destination.file_sink(str(source), 10, source=str(source))
     assert bytes_of(source) == DATA
 
 
@@ -223,7 +224,7 @@ async def test_where_a_file_cannot_be_without_a_name(
 
     monkeypatch.setattr(os, "open", no_tmpfile)
     for finish in (False, True):
-        sink = await files.file_sink(str(folder / "a"), 10)
+        sink = await destination.file_sink(str(folder / "a"), 10)
         assert len(os.listdir(folder)) == 1
         await sink.write(0, b"x" * 10)
         await (sink.finish() if finish else sink.abandon())

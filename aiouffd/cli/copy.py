@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from ..copying import PipeSink, SourceSink, transfer
+from ..destination import file_sink
 from ..errors import UsageError
 from ..sources import as_source
 from ..sources.base import Source
@@ -26,8 +28,6 @@ from .common import (
     size_argument,
     source_of,
 )
-from .files import file_sink
-from .transfer import PipeSink, SourceSink, transfer
 
 __all__ = ["add_to"]
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, Protocol
 
-from ..errors import UsageError
-from ..sources.base import Buffer, Source, check_length, holes_in_source, own_method
+from .errors import UsageError
+from .sources.base import Buffer, Source, check_length, holes_in_source, own_method
 
 __all__ = ["PipeSink", "Sink", "SourceSink", "transfer"]
 

@@ -17,10 +17,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from ..errors import UsageError
-from ..sources._fallocate import fallocate_zeros
-from ..sources.base import Buffer
-from .transfer import STEP, PipeSink, Sink
+from .copying import STEP, PipeSink, Sink
+from .errors import UsageError
+from .sources._fallocate import fallocate_zeros
+from .sources.base import Buffer
 
 __all__ = ["file_sink"]
 
