@@ -94,6 +94,36 @@ async def test_events_that_are_applied_in_steps(
         await until(lambda: len(server.clients[0].memories) == 1)
 
 
+async def test_bringing_everything_waits_out_what_came_at_a_bad_time(tmp_path: Path) -> None:
+    """Blocks that come while nothing can be filled are asked for again, also if that is over by the
+    time that they are missed."""
+    gate = Gate(DATA, is_open=False)
+    source = FunctionSource(gate.read, size=len(DATA))
+    async with (
+        serving(tmp_path, source, keep=0) as (_, dialect),
+        guest(tmp_path / "s", PAGES) as one,
+    ):
+        found = await dialect.memories.get()
+        real = found._bringer.heard
+
+        def heard(store: BlockStore, block: int) -> bool:
+            if len(found._bringer._liked) == 1 and not pauses:
+                pauses.append(block)
+                found.pause()
+                asyncio.get_running_loop().call_soon(found.resume)
+            return real(store, block)
+
+        pauses: list[int] = []
+        found._bringer.heard = heard  # type: ignore[method-assign]
+        bringing = asyncio.ensure_future(found.complete())
+        await asyncio.to_thread(gate.wait)
+        gate.open()
+        async with asyncio.timeout(10):
+            await bringing
+        assert pauses
+        assert await one.ask("word", 255) == word(255 * PAGE)
+
+
 @pytest.mark.needs_root
 async def test_a_client_that_ends_while_its_events_are_applied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -58,6 +58,8 @@ class Bringer:
         # this memory before.
         self._was_absent = True
         self._completing = 0
+        #: How often blocks came, or were forgotten, while nothing could be filled.
+        self.missed = 0
 
     # ----------------------------------------------------------------- orders
 
@@ -90,7 +92,7 @@ class Bringer:
             before = await self._missing_bytes()
             if not before:
                 return
-            retries, version = stats.retries, areas.version
+            state = (stats.retries, areas.version, self.missed)
             for store, runs in self._blocks_of_areas().items():
                 await self.prefetch(store, runs)
             while self._liked and not self._stopped:
@@ -105,7 +107,7 @@ class Bringer:
                     self._filler.resting
                     or self._filler.busy
                     or self._spreading
-                    or (retries, version) != (stats.retries, areas.version)
+                    or state != (stats.retries, areas.version, self.missed)
                 ):
                     # Something was in the way, or is elsewhere now.
                     await asyncio.sleep(AGAIN_LONGEST)
@@ -251,6 +253,7 @@ class Bringer:
         """Nothing is wanted any more. Returns what was."""
         liked = list(self._liked)
         self._liked.clear()
+        self.missed += 1
         self._room.set()
         return liked
 

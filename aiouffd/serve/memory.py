@@ -504,6 +504,7 @@ class Memory:
         waiting = self._wanted.pop((store, block), ())
         liked = self._bringer.heard(store, block)
         if self._closed or self._off:
+            self._bringer.missed += 1
             return
         for page in waiting:
             area = self._still(store, block, page)
