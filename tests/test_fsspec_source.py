@@ -31,7 +31,7 @@ from aiouffd.errors import (
 from aiouffd.sources import FileSource, SourcePermissionError, as_source
 from tests.cancelling import Cut, Way, cancel_everywhere
 from tests.scenarios import torture
-from tests.servers.http import Entry, Fault, RangeServer
+from tests.servers.http import MODIFIED, Entry, Fault, RangeServer
 from tests.support import content, result_of
 
 pytest.importorskip("fsspec")
@@ -80,6 +80,14 @@ async def test_the_rest_of_a_shorter_reply_is_asked_for(server: RangeServer) -> 
         assert bytes(await source.read(5, 3500)) == DATA[5:3505]
         assert server.counts.ranges[-4:] == [(5, 3504), (1005, 3504), (2005, 3504), (3005, 3504)]
         server.fault = None
+
+
+async def test_a_date_that_contradicts_the_etag_is_a_change(server: RangeServer) -> None:
+    async with opened(server.url("/a")) as source:
+        assert bytes(await source.read(5, 10)) == DATA[5:15]
+        server.objects["/a"] = Entry(memoryview(DATA[::-1]), modified=MODIFIED + 1)
+        with pytest.raises(SourceChangedError):
+            await source.read(5, 10)
 
 
 async def test_local(tmp_path: Path) -> None:

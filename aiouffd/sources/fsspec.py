@@ -484,6 +484,10 @@ class _Look:
                 # A file that took another's place may be as old.
                 self.version = text if "ino" not in info else f"{info['ino']}-{text}"
                 break
+        # A server may keep the ETag of a file that has been replaced; then the date tells.
+        date = info.get("Last-Modified")
+        if date and self.version is not None and str(date) not in self.version:
+            self.version += f" {date}"
 
 
 def _look(fs: Any, path: str, depth: int = 0) -> _Look:
