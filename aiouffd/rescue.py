@@ -77,8 +77,12 @@ class _Call:
         self._task: asyncio.Task[Any] | None = None
 
     def start(self) -> None:
-        self._task = asyncio.get_running_loop().create_task(self._coroutine)
-        self._task.add_done_callback(self._ended)
+        try:
+            self._task = asyncio.get_running_loop().create_task(self._coroutine)
+        except Exception as error:
+            self.fail(error)
+        else:
+            self._task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         if task.cancelled():
@@ -175,9 +179,14 @@ class Service:
     def _run(self) -> None:
         if self._seat.setdefault("taken", _thread.get_ident()) != _thread.get_ident():
             return
-        loop = self._when_needed()
-        loop.call_soon(self._take_inbox)
-        self._loop = loop
+        try:
+            loop = self._when_needed()
+            loop.call_soon(self._take_inbox)
+            self._loop = loop
+        except BaseException:
+            # Never seen; but then the next one who needs it starts another.
+            self._seat.clear()
+            raise
         while True:
             try:
                 loop.run_forever()
