@@ -17,8 +17,10 @@ from tests.support import Process, wait_until
 from tests.test_readme import BASE, _blocks
 
 SIZE = 4 << 22
-#: Seconds from the last Ctrl-C to the end of the process.
-SOON = 4.0
+#: Seconds from the last Ctrl-C to the end of the process: two, but for a machine that is busy.
+SOON = 8.0
+#: Seconds for what is not about time.
+LIMIT = 30.0
 
 #: What the program needs is loaded by root, whose Python nobody else may be able to read.
 AS_NOBODY = """
@@ -122,8 +124,8 @@ def end(server: Held, process: Process, way: str) -> None:
         process.popen.send_signal(signal.SIGUSR1)
 
 
-def check(process: Process, way: str, statuses: set[int]) -> None:
-    outcome = process.wait(SOON)
+def check(process: Process, way: str, statuses: set[int], limit: float) -> None:
+    outcome = process.wait(limit)
     assert outcome.status in statuses, outcome.stderr
     assert "Traceback (most recent call last)" in outcome.stderr
     assert RAISED[way] in outcome.stderr
@@ -138,7 +140,7 @@ def test_a_slow_server_is_waited_for(loop_name: str, way: str, user: str) -> Non
         time.sleep(0.5)  # a while, in which nothing must end or die
         assert process.popen.poll() is None, process.stderr()
         server.go.set()
-        check(process, way, {-signal.SIGINT} if way == "Ctrl-C" else {1})
+        check(process, way, {-signal.SIGINT} if way == "Ctrl-C" else {1}, LIMIT)
         assert process.stderr().rstrip().splitlines()[-1] == RAISED[way]
 
 
@@ -158,5 +160,5 @@ def test_a_dead_server_is_named_and_another_interrupt_ends(loop_name: str, user:
             assert "/weights.bin" in process.stderr()
             process.popen.send_signal(signal.SIGINT)
         for way, (_, process) in running.items():
-            check(process, way, {-signal.SIGINT, 1})
+            check(process, way, {-signal.SIGINT, 1}, SOON)
             assert "KeyboardInterrupt" in process.stderr()
