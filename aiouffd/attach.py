@@ -42,6 +42,7 @@ import weakref
 from collections.abc import Callable, Generator
 from typing import Any, Literal, TypeVar
 
+from . import guarded
 from ._lib import ffi, lib
 from .errors import ClosedError, PeerError, SourceError, UnsupportedError, UsageError
 from .exporter import Exporter
@@ -412,10 +413,21 @@ class Attachment(Exporter):
         # Fresh, and seen by nobody else until it is filled.
         data = bytes(length)
         if length:
+            self._wait_for(memory, offset, length)
             where = ffi.new("uint64_t *")
             target = ffi.from_buffer(data)
             self._check(lib.au_attach_read(memory.native, offset, target, length, where), where[0])
         return data
+
+    @staticmethod
+    def _wait_for(memory: _Memory, offset: int, length: int) -> None:
+        """Let signal handlers run meanwhile."""
+
+        def touch(where: Any) -> None:
+            lib.au_attach_touch(memory.native, offset, length, where)  # which keeps it
+
+        if offset + length <= memory.native.length:
+            guarded.wait_for(memory.native.address + offset, length, touch)
 
     def fetch(self, offset: int = 0, length: int | None = None) -> None:
         """Have bytes brought, all by default, and wait for it without the GIL.
@@ -429,6 +441,7 @@ class Attachment(Exporter):
         if offset < 0 or length < 0 or offset + length > self._length:
             raise UsageError(f"{length} bytes at {offset} are not within {self._length} bytes")
         if length:
+            self._wait_for(memory, offset, length)
             where = ffi.new("uint64_t *")
             self._check(lib.au_attach_touch(memory.native, offset, length, where), where[0])
 

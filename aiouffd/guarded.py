@@ -12,12 +12,13 @@ from __future__ import annotations
 import errno
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from ._lib import ffi, lib
 from .errors import ClosedError
 
-__all__ = ["copy", "find"]
+__all__ = ["copy", "find", "wait_for"]
 
 _INTERRUPTED, _NOBODY_TO_ASK = -errno.EINTR, -errno.EOPNOTSUPP
 
@@ -91,12 +92,20 @@ def _check_alive() -> None:
 
 
 def _touch_elsewhere(region: Any, offset: int, length: int) -> None:
-    """In a forked child there is no engine to ask: another thread touches, and this one waits."""
-    if lib.au_region_mapped(region, offset, length):
+    """In a forked child there is no engine to ask."""
+    wait_for(region.start + offset, length, lib.au_region_touch, region, offset, length)
+
+
+def wait_for(address: int, length: int, touch: Callable[..., object], *args: Any) -> None:
+    """Wait until memory is there that another process serves, so that nobody here can be asked.
+
+    On the main thread, if some of it is missing, ``touch(*args, where)`` is called by another
+    thread, and this one runs signal handlers meanwhile. Whatever ``touch`` returns, the caller will
+    see by a touch of its own. That thread is left behind when a handler raises.
+    """
+    if not length or not _runs_handlers() or lib.au_mapped(address, length):
         return
     where = ffi.new("uint64_t *")
-    thread = threading.Thread(
-        target=lib.au_region_touch, args=(region, offset, length, where), daemon=True
-    )
+    thread = threading.Thread(target=touch, args=(*args, where), daemon=True)
     thread.start()
     thread.join()

@@ -186,19 +186,17 @@ int au_wait_find(struct au_region *region, uint64_t offset, uint64_t length, con
 	return end(region, result, wait);
 }
 
-int au_region_mapped(struct au_region *region, uint64_t offset, uint64_t length)
+int au_mapped(uint64_t address, uint64_t length)
 {
 	uint64_t base = (uint64_t)sysconf(_SC_PAGESIZE), items[512];
 	uint64_t page, last, count, index;
 	int fd, all = 1;
 
-	if (!length || offset > region->length || length > region->length - offset)
-		return 0;
 	fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
 	if (fd < 0)
 		return 0;
-	page = (region->start + offset) / base;
-	last = (region->start + offset + length - 1) / base;
+	page = address / base;
+	last = (address + length - 1) / base;
 	while (all && page <= last) {
 		count = last - page + 1 < 512 ? last - page + 1 : 512;
 		if (pread(fd, items, count * sizeof *items, (off_t)(page * sizeof *items)) !=

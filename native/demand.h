@@ -34,7 +34,7 @@ int au_wait_find(struct au_region *region, uint64_t offset, uint64_t length, con
 /* After -EINTR, when there will be no next call. */
 void au_wait_end(struct au_wait *wait);
 
-/* For memory without an engine, in a forked child: 1 when all of the range is mapped. */
-int au_region_mapped(struct au_region *region, uint64_t offset, uint64_t length);
+/* For memory without an engine here, which another process serves: 1 when all of it is mapped. */
+int au_mapped(uint64_t address, uint64_t length);
 
 #endif

@@ -6,11 +6,12 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tests.scenarios import interrupt as scenarios
-from tests.support import Process, result_of, wait_until
+from tests.support import Process, result_of, start, wait_until
 
 #: Seconds from a signal to its handler: well under a tenth, but for a machine that is busy.
 PROMPT = 0.5
@@ -38,6 +39,19 @@ def test_closing_ends_the_wait() -> None:
 
 def test_a_forked_child_is_cut_short() -> None:
     assert result_of(scenarios.in_a_child, "asyncio", warnings="ignore") < PROMPT
+
+
+def test_reading_attached_memory_is_cut_short(tmp_path: Path) -> None:
+    path = str(tmp_path / "pager.sock")
+    with start(scenarios.serve_dead, "asyncio", path) as server:
+        server.expect("serving")
+        with start(scenarios.attached, "asyncio", path) as client:
+            for _ in range(2):
+                server.expect("asked")
+                client.popen.send_signal(signal.SIGINT)
+                client.expect("interrupted")
+            outcome = client.wait(10.0)
+    assert (outcome.status, outcome.stderr) == (0, "")
 
 
 RAW = """

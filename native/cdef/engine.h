@@ -134,7 +134,7 @@ int au_wait_read(struct au_region *region, uint64_t offset, void *destination, u
 int au_wait_find(struct au_region *region, uint64_t offset, uint64_t length, const void *needle,
                  uint64_t needle_length, struct au_wait *wait);
 void au_wait_end(struct au_wait *wait);
-int au_region_mapped(struct au_region *region, uint64_t offset, uint64_t length);
+int au_mapped(uint64_t address, uint64_t length);
 
 int au_sentry_start(void);
 int au_sentry_sees(void);

@@ -183,3 +183,23 @@ def in_a_child(new_loop: NewLoop) -> float:
     os.waitpid(child, 0)
     buf.close()
     return took
+
+
+async def serve_dead(path: str) -> None:
+    """A server of memory that never comes."""
+    source = Dead()
+    async with aiouffd.serve.listen(path, source=source):
+        print("serving", flush=True)
+        while True:
+            await asyncio.to_thread(source.asked.acquire)
+            print("asked", flush=True)
+
+
+def attached(new_loop: NewLoop, path: str) -> None:
+    """Waits for memory of a server, twice, each time until it is interrupted."""
+    with aiouffd.attach(path) as memory:
+        for call in (lambda: memory[5], lambda: memory.fetch(SIZE - 1, 1)):
+            try:
+                call()
+            except KeyboardInterrupt:
+                print("interrupted", flush=True)
