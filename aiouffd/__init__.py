@@ -57,6 +57,44 @@ from .uffd import Userfaultfd as Userfaultfd
 from .workingset import Recording as Recording
 from .workingset import WorkingSet as WorkingSet
 
+__all__ = [
+    "AiouffdError",
+    "Attachment",
+    "BlockingTouchWarning",
+    "BufferFile",
+    "BufferStats",
+    "ClosedError",
+    "Fault",
+    "Feature",
+    "FlightEvent",
+    "FlushError",
+    "InternalError",
+    "KernelError",
+    "LazyBuffer",
+    "Mode",
+    "Pager",
+    "PeerError",
+    "RangeNotSupportedError",
+    "Recording",
+    "Region",
+    "ShortReadError",
+    "Source",
+    "SourceChangedError",
+    "SourceError",
+    "SourceTimeoutError",
+    "StalledError",
+    "UnsupportedError",
+    "UnversionedSourceWarning",
+    "UsageError",
+    "Userfaultfd",
+    "WorkingSet",
+    "attach",
+    "open",
+    "open_file",
+    "probe",
+    "sync",
+]
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:

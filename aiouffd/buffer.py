@@ -25,6 +25,7 @@ from .errors import ClosedError, SourceChangedError, SourceError, UnsupportedErr
 from .exporter import Exporter
 from .file import BufferFile, FileHints, Reading
 from .flights import FlightEvent, Policy
+from .keywords import size_in_bytes
 from .mapping import Mapping
 from .once import Once, cancelled_from_outside
 from .pager import shared_pagers
@@ -88,8 +89,8 @@ class BufferStats:
 def open(
     source: Any,
     *,
-    block_size: int | None = None,
-    readahead: int | None = None,
+    block_size: int | str | None = None,
+    readahead: int | str | None = None,
     errors: Errors = "hard",
     deadline: float | None = None,
     strict: bool = False,
@@ -107,13 +108,14 @@ def open(
 
     :param source: a URL (``http://``, ``s3://``, ``nbd://``, ...), a path, bytes, or a `Source`.
     :param block_size: bytes fetched at a time when access is random: a power of two, at
-        least one page (64 KiB by default; 2 MiB for huge pages).
+        least one page (64 KiB by default; 2 MiB for huge pages). Sizes may be text: "64K".
     :param readahead: how much to keep under way ahead of sequential or strided access, in bytes
         (8 MiB by default); 0 switches it off.
     :param errors: when the source fails: ``"hard"`` retries for ever while touchers wait;
         ``"soft"`` gives up after ``deadline`` or an error that is not transient: SIGBUS for raw
         touches, `SourceError` from the methods.
-    :param deadline: seconds for ``errors="soft"``, from the touch on.
+    :param deadline: seconds for ``errors="soft"``, from the touch on. Without one, errors that may
+        pass (a server that cannot be reached) are retried for ever, as with ``"hard"``.
     :param strict: a touch from the event loop's own thread ends the process with a traceback
         instead of a `BlockingTouchWarning`.
     :param writable: allow the program to write. What it writes stays in this memory.
@@ -164,8 +166,8 @@ class LazyBuffer(FileHints, Exporter):
         self,
         source: Any,
         *,
-        block_size: int | None,
-        readahead: int | None,
+        block_size: int | str | None,
+        readahead: int | str | None,
         errors: Errors,
         deadline: float | None,
         strict: bool,
@@ -186,10 +188,17 @@ class LazyBuffer(FileHints, Exporter):
                 "deadline is a positive number of seconds and goes with errors='soft'",
                 hint="errors='hard' waits for ever by definition",
             )
+        if block_size is not None:
+            block_size = size_in_bytes("block_size", block_size)
+        if readahead is not None:
+            readahead = size_in_bytes("readahead", readahead)
         if readahead is not None and readahead < 0:
             raise UsageError("readahead is a number of bytes; 0 switches it off")
         if block_size is not None and (block_size < 1 or block_size & (block_size - 1)):
-            raise UsageError(f"the block size {block_size} is not a power of two")
+            raise UsageError(
+                f"the block size {block_size} is not a power of two",
+                hint=f"{1 << block_size.bit_length()} is the next" if block_size > 0 else None,
+            )
         if fork not in ("drop", "serve"):
             raise UsageError(f"fork is 'drop' or 'serve', not {fork!r}")
         if prefetch_version not in ("same", "any"):

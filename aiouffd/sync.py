@@ -5,12 +5,13 @@ The loop that serves them is the background one of `aiouffd.rescue`.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import sys
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ParamSpec, SupportsIndex, TypeVar, overload
 
 from .buffer import BufferStats, LazyBuffer
 from .buffer import _reopen as _reopen_lazy
@@ -30,8 +31,24 @@ __all__ = ["SyncBuffer", "open", "open_file"]
 
 log = logging.getLogger("aiouffd")
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
+def _as(_like: Callable[P, object], /) -> Callable[[Callable[..., T]], Callable[P, T]]:
+    """For functions that take what another one takes: its arguments, for type checkers and help."""
+
+    def decorate(function: Callable[..., T]) -> Callable[P, T]:
+        signature = inspect.signature(_like)
+        result = inspect.signature(function).return_annotation
+        function.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            return_annotation=result
+        )
+        return function
+
+    return decorate
+
+
+@_as(_open)
 def open(source: Any, **settings: Any) -> SyncBuffer:
     """Open a lazy buffer; blocks until its size is known. Arguments as `aiouffd.open`.
 
@@ -41,6 +58,7 @@ def open(source: Any, **settings: Any) -> SyncBuffer:
     return SyncBuffer(_open(source, **settings))
 
 
+@_as(_open)
 def open_file(source: Any, **settings: Any) -> BufferFile:
     """Open an object as a file: binary, read-only, seekable, and fetched where it is read.
 

@@ -12,6 +12,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from ..keywords import SETTINGS, check_keywords, meant
 from .base import BaseSource, Buffer, Source, SourcePermissionError
 from .file import FileSource
 from .function import FunctionSource, ReadFunction
@@ -73,7 +74,8 @@ def as_source(obj: object, **options: Any) -> Source:
         if options:
             raise UsageError(
                 f"{type(obj).__name__} is a source already and takes no options"
-                f" ({', '.join(options)})"
+                f" ({', '.join(options)})",
+                hint=meant(options, SETTINGS),
             )
         return obj  # type: ignore[return-value]
     if isinstance(obj, os.PathLike):
@@ -112,11 +114,17 @@ def _is_source(obj: object) -> bool:
 
 
 def _make(factory: Any, obj: object, options: dict[str, Any]) -> Source:
+    check_keywords(factory, options)
     try:
         inspect.signature(factory).bind(obj, **options)
     except TypeError as exc:
         # A class, or its from_url.
         owner = getattr(factory, "__self__", factory)
         raise UsageError(f"{getattr(owner, '__name__', factory)}: {exc}") from exc
-    source: Source = factory(obj, **options)
+    try:
+        source: Source = factory(obj, **options)
+    except TypeError:
+        # A constructor that hands on what it does not know itself, maybe to its class.
+        check_keywords(getattr(factory, "__self__", factory), options)
+        raise
     return source
