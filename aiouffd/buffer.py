@@ -398,6 +398,8 @@ class LazyBuffer(FileHints, Exporter):
 
     def _touchable(self) -> Region:
         """As `_check`, for what forked children may do as well: touching."""
+        if self._fork == "drop":
+            return self._check()
         region = self._region
         if not self._inherited or self._closed or region is None:
             return self._check()

@@ -12,14 +12,16 @@ import itertools
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from types import CodeType
+from typing import Any, TypeAlias
 
 from ._lib import ffi
 from .errors import ClosedError
 
 __all__ = ["Exports"]
 
-_PACKAGE = __name__.partition(".")[0]
+_Place: TypeAlias = tuple[CodeType, int]
+_FOLDER = os.path.join(os.path.dirname(__file__), "")
 
 
 class Exports:
@@ -29,7 +31,7 @@ class Exports:
 
     def __init__(self) -> None:
         # Each step of a dict is atomic, and the places are kept for messages.
-        self._held: dict[int, str] = {}
+        self._held: dict[int, str | _Place] = {}
         self._ended = False
         self._last: list[Callable[[], None]] = []
 
@@ -41,7 +43,7 @@ class Exports:
     @property
     def places(self) -> list[str]:
         """Who they are, or where they got hold of it: ``file:line``."""
-        return sorted(set(self._held.copy().values()))
+        return sorted({_said(place) for place in self._held.copy().values()})
 
     def add(self, pointer: Any, length: int, keep: Any) -> Any:
         """A cffi buffer of ``length`` bytes at ``pointer``. ``keep`` is kept alive with it.
@@ -118,12 +120,20 @@ class _Lease:
             exports.release(self.number)
 
 
-def _caller() -> str:
-    """The first frame outside this package."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        name = frame.f_globals.get("__name__") or ""
-        if name != _PACKAGE and not name.startswith(_PACKAGE + "."):
-            break
+def _caller() -> _Place:
+    """The first frame outside this package: its code and instruction, which is all that there is
+    time for with each view."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_FOLDER):
         frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    return frame.f_code, frame.f_lasti
+
+
+def _said(place: str | _Place) -> str:
+    if isinstance(place, str):
+        return place
+    code, instruction = place
+    for start, end, line in code.co_lines():
+        if start <= instruction < end and line is not None:
+            return f"{code.co_filename}:{line}"
+    return code.co_filename

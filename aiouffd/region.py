@@ -269,22 +269,20 @@ class Region:
         Views, and slices and arrays made of them, keep the memory alive and served after
         `close`. Read-only unless the region is writable. Any thread.
         """
-        return self._export() if self._writable else self._export().toreadonly()
+        view = self._export()
+        return view if self._writable else view.toreadonly()
 
     def _export(self) -> memoryview:
         """As `view`, but it calls itself writable, whatever the memory is."""
         exported = None if self._exported is None else self._exported()
+        self._check_open()
+        native = self.check_touchable()
         if exported is None:
-            self._check_open()
-            native = self.check_touchable()
             # While somebody holds the memory its pager has to be there to serve it.
             exported = self._exports.add(
                 ffi.cast("char *", self.address), self.length, (native, self._pager())
             )
             self._exported = weakref.ref(exported)
-        else:
-            self._check_open()
-            self.check_touchable()
         return memoryview(exported)
 
     @property
