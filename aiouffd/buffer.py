@@ -27,6 +27,7 @@ from .file import BufferFile, FileHints, Reading
 from .flights import FlightEvent, Policy
 from .keywords import size_in_bytes
 from .mapping import Mapping
+from .notebook import html_of
 from .once import Once, cancelled_from_outside
 from .pager import shared_pagers
 from .region import Errors, Kind, Region
@@ -635,23 +636,45 @@ class LazyBuffer(FileHints, Exporter):
             )
         return offset, length
 
-    async def fetch(self, offset: int = 0, length: int | None = None) -> None:
+    async def fetch(
+        self,
+        offset: int = 0,
+        length: int | None = None,
+        *,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> None:
         """Make bytes resident, so that touching them waits for nothing. All by default.
 
+        ``progress(done, total)`` is called on the loop with numbers of bytes, at the end too; what
+        it raises comes out of this call.
         Also heals pages whose source had failed. Raises SourceError (soft mode, or the source
         changed), UsageError, ClosedError. Cancelling it does not stop what is under way.
         """
         offset, length = self._range(offset, length)
-        if not length:
-            return
+        if length:
+            await self._fetch(offset, length, progress)
+        if progress is not None:
+            progress(length, length)
+
+    async def _fetch(
+        self, offset: int, length: int, progress: Callable[[int, int], object] | None
+    ) -> None:
         region = self._check()
         assert self._sink is not None
         if region.is_resident(offset, length):
             return
         size = self._block_size
         first, last = offset // size, (offset + length - 1) // size
+        done = 0
+
+        def landed(block: int) -> None:
+            nonlocal done
+            before, done = done, max(done, min(block * size - offset, length))
+            if progress is not None and before < done < length:
+                progress(done, length)
+
         while True:
-            await self._sink.fetcher.fetch(first, last - first + 1)
+            await self._sink.fetcher.fetch(first, last - first + 1, landed)
             if self._closed:
                 raise ClosedError("the buffer is closed")
             if region.is_resident(offset, length):
@@ -920,9 +943,19 @@ class LazyBuffer(FileHints, Exporter):
             pinned = self._expected  # it was unpickled and never opened
         return _reopen, (self._place, {**self._settings, "prefetch": self._prefetch}, pinned)
 
+    @property
+    def _state(self) -> str:
+        return "closed" if self._closed else "open" if self._region is not None else "not open"
+
     def __repr__(self) -> str:
-        state = "closed" if self._closed else "open" if self._region is not None else "not open"
-        return f"<LazyBuffer {self._name} {self._size} bytes, {state}>"
+        return f"<LazyBuffer {self._name} {self._size} bytes, {self._state}>"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: which parts are resident. Touches nothing."""
+        resident: list[tuple[int, int]] = []
+        with suppress(ClosedError, UsageError):
+            resident = self.resident()
+        return html_of("LazyBuffer", self._name, self._size, self._state, resident)
 
 
 def _absolute(source: Any) -> Any:

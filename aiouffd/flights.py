@@ -248,8 +248,11 @@ class Fetcher:
                 runs.append((block, 1))
         return runs
 
-    async def fetch(self, first: int, count: int) -> None:
-        """Make blocks resident; heals poisoned ones. Raises what the source raised.
+    async def fetch(
+        self, first: int, count: int, landed: Callable[[int], None] | None = None
+    ) -> None:
+        """Make blocks resident; heals poisoned ones. Raises what the source raised. ``landed`` is
+        told of blocks before which all are there.
 
         Where a flight waits for its next try it is made at once, whatever the source had asked for.
         """
@@ -274,9 +277,12 @@ class Fetcher:
                         mine.append(under_way)
                 block += step
             if mine:
+                flight = mine.popleft()
                 # What was cancelled is missing still, which our caller sees.
                 with contextlib.suppress(FlightCancelledError):
-                    await mine.popleft().wait()
+                    await flight.wait()
+                if landed is not None:
+                    landed(min(flight.first + flight.count, end))
 
     async def prefetch(self, runs: Iterable[tuple[int, int]]) -> bool:
         """Bring runs of blocks before anybody waits for them, in this order, behind what somebody

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 __all__ = ["SyncBuffer", "open", "open_file"]
 
 log = logging.getLogger("aiouffd")
+#: Bytes that are fetched between two reports of progress.
+PROGRESS_STEP = 16 * 1024 * 1024
+
 T = TypeVar("T")
 P = ParamSpec("P")
 
@@ -179,9 +182,27 @@ class SyncBuffer(FileHints, Exporter):
         """See `LazyBuffer.resident`."""
         return self._buffer.resident(offset, length)
 
-    def fetch(self, offset: int = 0, length: int | None = None) -> None:
-        """See `LazyBuffer.fetch`; blocks."""
-        self._run(self._buffer.fetch(offset, length))
+    def fetch(
+        self,
+        offset: int = 0,
+        length: int | None = None,
+        *,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> None:
+        """See `LazyBuffer.fetch`; blocks. ``progress`` is called by this thread."""
+        if progress is None:
+            self._run(self._buffer.fetch(offset, length))
+            return
+        offset, length = self._buffer._range(offset, length)
+        end = offset + length
+        while True:
+            # Step by step: on the background loop it would hold up all that is served there.
+            step = min(PROGRESS_STEP, end - offset)
+            self._run(self._buffer.fetch(offset, step))
+            offset += step
+            progress(length - (end - offset), length)
+            if offset == end:
+                return
 
     def read(self, offset: int | None = None, length: int | None = None) -> bytes:
         """See `LazyBuffer.read`; blocks. All without arguments. UsageError for an offset alone,
@@ -253,6 +274,9 @@ class SyncBuffer(FileHints, Exporter):
 
     def __repr__(self) -> str:
         return repr(self._buffer).replace("LazyBuffer", "SyncBuffer")
+
+    def _repr_html_(self) -> str:
+        return self._buffer._repr_html_().replace("LazyBuffer", "SyncBuffer", 1)
 
 
 def _reopen(*arguments: Any) -> SyncBuffer:

@@ -894,6 +894,61 @@ class Reader:
         self.there.update(asked)
 
 
+class TestProgress:
+    async def test_fetch_tells_how_far_it_is(self) -> None:
+        told: list[tuple[int, int]] = []
+        size = 20 * HUGE + 5
+        async with aiouffd.open(PlainSource(bytes(size))) as buf:
+            await buf.fetch(HUGE + 7, 12 * HUGE, progress=lambda *step: told.append(step))
+            assert len(told) > 5
+            assert told == sorted(set(told))
+            assert told[-1] == (12 * HUGE, 12 * HUGE)
+            del told[:]
+            await buf.fetch(HUGE + 7, 12 * HUGE, progress=lambda *step: told.append(step))
+            await buf.fetch(0, 0, progress=lambda *step: told.append(step))
+            assert told == [(12 * HUGE, 12 * HUGE), (0, 0)]
+
+    async def test_what_it_raises_comes_out(self) -> None:
+        def fail(done: int, total: int) -> None:
+            raise LookupError(done)
+
+        async with aiouffd.open(PlainSource(some())) as buf:
+            with pytest.raises(LookupError):
+                await buf.fetch(progress=fail)
+            assert await buf.read() == some()
+
+    def test_sync(self) -> None:
+        told: list[tuple[int, int, threading.Thread]] = []
+        size = 20 * HUGE
+        with aiouffd.sync.open(PlainSource(bytes(size))) as buf:
+            buf.fetch(progress=lambda *step: told.append((*step, threading.current_thread())))
+            assert buf.resident() == [(0, size)]
+        assert [step[0] for step in told] == [8 * HUGE, 16 * HUGE, size]
+        assert {step[1:] for step in told} == {(size, threading.main_thread())}
+
+
+class TestNotebook:
+    async def test_it_shows_what_is_resident(self) -> None:
+        source = PlainSource(some())
+        buf = aiouffd.open(source)
+        assert "not open" in buf._repr_html_()
+        async with buf:
+            assert buf._repr_html_().count("<rect") == 1
+            await buf.fetch(0, 1)
+            await buf.fetch(3 * BLOCK, BLOCK)
+            html = buf._repr_html_()
+            assert html.count("<rect") == 3
+            assert "128 KiB of 332.1 KiB resident" in html
+            assert len(source.reads) == 2
+        assert "closed" in buf._repr_html_()
+
+    def test_names_are_escaped(self, tmp_path: Path) -> None:
+        (tmp_path / "<b>&.bin").write_bytes(b"")
+        with aiouffd.sync.open(tmp_path / "<b>&.bin") as buf:
+            assert "&lt;b&gt;&amp;.bin" in buf._repr_html_()
+            assert "SyncBuffer" in buf._repr_html_()
+
+
 class TestReadahead:
     def test_sequential_doubles(self) -> None:
         plans = Readahead(10_000, 64)
