@@ -34,7 +34,9 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
+import contextlib
 import errno
+import functools
 import os
 import sys
 import threading
@@ -176,6 +178,9 @@ class Attachment(Exporter):
         self._memory: _Memory | None = None
         self._buffer: Any = None
         self._view: memoryview | None = None
+        # What was closed while somebody held it.
+        self._left: weakref.ref[_Memory] | None = None
+        self._forced = False
         self._length = self._object_size = 0
         self._user_mode_only = False
         self._closed = False
@@ -303,7 +308,7 @@ class Attachment(Exporter):
 
     async def _undo(self) -> None:
         """Let go of what was opened for nobody. It can be opened again."""
-        await _in_thread(self._release)
+        await _in_thread(functools.partial(self._release, True))
 
     def __enter__(self) -> Attachment:
         return self.open()
@@ -477,12 +482,14 @@ class Attachment(Exporter):
 
     # --------------------------------------------------------------- the end
 
-    def close(self) -> None:
-        """Let the server go. Whoever waits gets an error, never zeros. Idempotent.
+    def close(self, *, force: bool = False) -> None:
+        """Done with the methods, and with the server when nobody holds the memory. Idempotent.
 
-        The memory is unmapped at once when there are no views of it, else with the last one; until
-        then what is there can be read and the rest is SIGBUS. Blocks until the server has let go,
-        5 seconds at most.
+        Memory that a view, or an array made of one, still holds goes on being served, and threads
+        that wait get their bytes; the last one to let go ends the rest. With ``force`` it ends now:
+        what is there can be read, the rest is SIGBUS, for who waits as well; never zeros. The same,
+        as a ClosedError, for calls that wait when there are no views. Blocks until the server has
+        let go, if it is to: 5 seconds at most.
         """
         if self._pid != os.getpid():
             self._closed = True  # without the lock, which somebody may have held as it forked
@@ -490,36 +497,49 @@ class Attachment(Exporter):
         self._closed = True
         for attempt in list(self._attempts):
             attempt()
-        self._release()
+        self._release(force)
 
-    def _release(self) -> None:
-        """Have the server let go of the memory, if there is any, and forget it. Blocks."""
+    def _release(self, force: bool) -> None:
+        """Have the server let go of the memory, unless somebody holds it. Blocks."""
         with self._lock:  # which attempts have until their end
             memory, self._memory = self._memory, None
             view, self._view = self._view, None
-            self._buffer = None
+            buffer, self._buffer = self._buffer, None
             if memory is None:
-                return
-            lib.au_attach_refuse(memory.native)
+                memory = None if self._left is None else self._left()
+                if memory is None or not force:
+                    return
+            # Views made of ours keep the buffer; it would be missed if ours did.
+            held = None if buffer is None else weakref.ref(buffer)
             if view is not None:
-                try:
+                with contextlib.suppress(BufferError):  # released by who uses it
                     view.release()
-                except BufferError:
-                    pass  # it is in use, and released by whoever does that
-            # Whoever is the last to let go of these ends the memory; without views, that is here.
-            del view, memory
+            del view, buffer
+            if force or held is None or held() is None:
+                lib.au_attach_refuse(memory.native)
+            else:
+                self._left = weakref.ref(memory)
+            # Whoever is the last to let go of this ends the memory; without views, that is here.
+            del memory
 
-    async def aclose(self) -> None:
+    async def aclose(self, *, force: bool = False) -> None:
         """As `close`, without blocking the loop. Ends an `aopen` that is under way."""
         self._closed = True
+        self._forced = self._forced or force
         await self._ending.surely(self._aclose)
+        if force:
+            await self._close_elsewhere()
 
     async def _aclose(self) -> None:
         await self._opening.stop()
+        await self._close_elsewhere()
+
+    async def _close_elsewhere(self) -> None:
+        close = functools.partial(self.close, force=self._forced)
         try:
-            closing = _in_thread(self.close)
+            closing = _in_thread(close)
         except RuntimeError:  # no thread is to be had
-            self.close()
+            close()
             return
         await asyncio.shield(closing)
 

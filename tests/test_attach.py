@@ -628,9 +628,22 @@ def test_close_below_a_raw_touch(peer: Callable[..., PagerProcess]) -> None:
     assert "it was closed" in outcome.stderr
 
 
+def test_an_exception_beside_a_touch(server: PagerProcess) -> None:
+    with start(attaching.exception_beside_a_touch, "asyncio", server.path) as client:
+        client.expect("begins")
+        server.suspend()
+        client.popen.send_signal(signal.SIGUSR1)
+        client.expect("left")
+        server.resume()
+        outcome = client.wait()
+    assert (outcome.status, outcome.result) == (0, [word(PAGE_SIZE)]), outcome.stderr
+
+
 def test_views_after_close(server: PagerProcess) -> None:
-    assert result_of(attaching.after_close, "asyncio", server.path, 0) == word(0)
-    outcome = run(attaching.after_close, "asyncio", server.path, 63)
+    for force, page in ((False, 0), (False, 63), (True, 0)):
+        found = result_of(attaching.after_close, "asyncio", server.path, page, force)
+        assert found == word(page * PAGE_SIZE)
+    outcome = run(attaching.after_close, "asyncio", server.path, 63, True)
     assert outcome.death == "SIGBUS", (outcome.stdout, outcome.stderr)
 
 

@@ -93,17 +93,42 @@ def closed_below(_: NewLoop, path: str, way: str, wait: bool = False) -> Any:
     if wait:
         say("begins")
         told()
-    memory.close()
+    memory.close(force=True)
     thread.join(10)
     return found
 
 
-def after_close(_: NewLoop, path: str, page: int) -> Any:
-    """A view after `close`: what was there is there."""
+def exception_beside_a_touch(_: NewLoop, path: str) -> Any:
+    """Leaving `with` by an exception while a thread waits, which gets its bytes."""
+    found: list[int] = []
+
+    def touch(views: list[memoryview]) -> None:
+        found.append(TOUCHES["memcpy"](views.pop(), PAGE_SIZE))
+
+    block_signal()
+    try:
+        with aiouffd.attach(path) as memory:
+            say("begins")
+            told()
+            thread = threading.Thread(target=touch, args=([memory.view],))
+            thread.start()
+            wait_until(lambda: waits(thread), "the thread to wait")
+            raise ValueError("the user's own")
+    except ValueError:
+        say("left")
+    thread.join(10)
+    wait_until(lambda: keeper() is None, "the memory to go")
+    return found
+
+
+def after_close(_: NewLoop, path: str, page: int, force: bool) -> Any:
+    """A view after `close`: it is served on, or by force what was there is there."""
     memory = aiouffd.attach(path).open()
     view = memory.view
     assert struct.unpack_from("<Q", view, 0)[0] == word(0)
     memory.close()
+    if force:
+        memory.close(force=True)
     assert keeper() is not None
     value: int = struct.unpack_from("<Q", view, page * PAGE_SIZE)[0]
     del view
@@ -164,7 +189,7 @@ def _touch_and_close(path: str, seed: int, writer: int) -> None:
         begun.acquire()
     memory.fetch(0, random.Random(seed).randrange(1, pages // 4) * PAGE_SIZE)
     # Nothing refers to the memory by then but bare pointers.
-    memory.close()
+    memory.close(force=True)
     for thread in threads:
         thread.join()
 

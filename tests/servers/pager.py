@@ -83,6 +83,11 @@ class PagerProcess:
         status = Path(f"/proc/{self.pid}/status")
         wait_until(lambda: "State:\tT" in status.read_text(), "the server to stop")
 
+    def resume(self) -> None:
+        """After `suspend`."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+
     def restart(self, *arguments: str) -> None:
         self.kill()
         self.start(*arguments)
