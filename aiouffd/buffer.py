@@ -920,14 +920,16 @@ class LazyBuffer(FileHints, Exporter):
         mapping = getattr(self, "_mapping", None)
         if mapping is None or self._closed or self._pid != os.getpid():
             return
-        warnings.warn(
-            f"unclosed {self!r}; use `async with` or `await buf.aclose()`",
-            ResourceWarning,
-            source=self,
-            stacklevel=1,
-        )
-        self._closed = True
-        mapping.close()
+        try:
+            warnings.warn(
+                f"unclosed {self!r}; use `async with` or `await buf.aclose()`",
+                ResourceWarning,
+                source=self,
+                stacklevel=1,
+            )
+        finally:  # a filter may make it an error
+            self._closed = True
+            mapping.close()
 
     def __reduce__(self) -> Any:
         """Pickles as URL or path and settings. The copy is opened anew: the very same object, or

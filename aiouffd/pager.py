@@ -541,8 +541,10 @@ class Pager:
         # At the end of the interpreter threads that wait are left alone, and end with it.
         if getattr(self, "_uffd", None) is None or self._closed or _finalizing():
             return
-        warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=1)
-        self.close(force=True)
+        try:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=1)
+        finally:  # a filter may make it an error
+            self.close(force=True)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open" if self._uffd is not None else "not open"

@@ -154,6 +154,16 @@ class TestHeldMemory:
         del view
         await asyncio.to_thread(counters.wait_for_end, "live_regions")
 
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+    async def test_dropped_where_that_is_an_error(self, counters: Counters) -> None:
+        """With ``-W error`` the warning is an exception, which is no reason to keep it all."""
+        buf = await aiouffd.open(PlainSource(DATA), readahead=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ResourceWarning)
+            del buf
+            gc.collect()
+        await asyncio.to_thread(counters.wait_for_end, "live_regions")
+
     def test_sync(self, counters: Counters) -> None:
         with aiouffd.sync.open(DATA) as buf:
             view = buf.view
