@@ -65,7 +65,7 @@ class _Call:
     """A coroutine that is to run on the rescue loop. ``done`` is told its result or its error, on
     that loop, or on the rescue thread if there is no loop to be had."""
 
-    __slots__ = ("_coroutine", "_done", "_task")
+    __slots__ = ("_coroutine", "_done", "_task", "posted")
 
     def __init__(
         self,
@@ -75,6 +75,8 @@ class _Call:
         self._coroutine = coroutine
         self._done = done
         self._task: asyncio.Task[Any] | None = None
+        #: Whether it is, or was, in the inbox.
+        self.posted = False
 
     def start(self) -> None:
         try:
@@ -82,9 +84,11 @@ class _Call:
         except Exception as error:
             self.fail(error)
         else:
+            _running.add(self)
             self._task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
+        _running.discard(self)
         if task.cancelled():
             self._done(None, concurrent.futures.CancelledError())
         elif error := task.exception():
@@ -100,6 +104,10 @@ class _Call:
     def fail(self, error: BaseException) -> None:
         self._coroutine.close()
         self._done(None, error)
+
+
+#: Calls under way: a loop has but weak references to its tasks, and nobody may wait any more.
+_running: set[_Call] = set()
 
 
 def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
@@ -243,6 +251,8 @@ class Service:
         if sys.is_finalizing():
             raise RuntimeError("the interpreter ends")
         self._start()
+        if isinstance(call, _Call):
+            call.posted = True
         self._inbox.append(call)
         loop = self._loop
         if loop is None:
@@ -260,7 +270,18 @@ class Service:
         try:
             self._post(call)
         except BaseException:
-            coroutine.close()
+            # A signal handler may raise after it was posted too, and then it may be running.
+            try:
+                self._inbox.remove(call)
+            except ValueError:
+                under_way = call.posted
+            else:
+                under_way = False
+            if under_way:
+                with contextlib.suppress(RuntimeError, OSError):
+                    self.call_soon(call.cancel)
+            else:
+                coroutine.close()
             raise
         return call
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import errno
+from typing import Any
 
 import pytest
 
 import aiouffd
 from aiouffd._lib import PAGE_SIZE
+from aiouffd.rescue import service
 from tests.faulty import PlainSource
 from tests.scenarios import sync as scenarios
-from tests.support import content, result_of, run
+from tests.support import Gate, content, result_of, run, wait_until
 
 SIZE = 64 * PAGE_SIZE
 DATA = content(SIZE)
@@ -71,6 +73,12 @@ def test_a_signal_handler_may_come_anywhere() -> None:
     assert places > 40
 
 
+def test_a_signal_handler_may_raise_anywhere() -> None:
+    outcome = run(scenarios.interrupted_at_random, "asyncio", 100, warnings="ignore")
+    assert outcome.status == 0, outcome.stderr
+    assert outcome.result == {"tasks": 0, "regions": 0, "descriptors": 0}
+
+
 @pytest.mark.parametrize("answers", [True, False], ids=["a live source", "a dead source"])
 @pytest.mark.parametrize(
     "how",
@@ -101,3 +109,29 @@ def test_a_touch_waits_for_descriptors_of_the_rescue_loop(loop_name: str) -> Non
 def test_without_threads_it_is_an_error_now_and_works_later() -> None:
     outcomes = result_of(scenarios.without_threads, "asyncio", warnings="ignore")
     assert outcomes == [errno.EAGAIN, errno.EAGAIN, 1]
+
+
+def test_an_interrupt_just_after_a_call_was_posted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be running by then: it is cancelled, and not thrown away under the loop."""
+    data = content(SIZE)
+    posting = service._post
+
+    def post(call: Any) -> None:
+        posting(call)
+        if getattr(call, "posted", False) and not gone:
+            gone.append(call)
+            wait_until(lambda: call._task is not None, "it to run")
+            raise KeyboardInterrupt
+
+    gone: list[Any] = []
+    with aiouffd.sync.open(data):  # so that the loop is there
+        pass
+    gate = Gate(data, is_open=False)
+    with aiouffd.sync.open(gate.read, size=SIZE, portable=True, readahead=0) as buf:
+        monkeypatch.setattr(service, "_post", post)
+        with pytest.raises(KeyboardInterrupt):
+            buf.fetch(0, SIZE)
+        (call,) = gone
+        wait_until(lambda: call._task.done(), "it to end")
+        gate.open()
+        assert buf.read(0, SIZE) == data

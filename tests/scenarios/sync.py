@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import ctypes
+import gc
 import os
+import random
 import resource
 import signal
 import sys
@@ -17,8 +20,9 @@ from typing import Any
 
 import aiouffd
 from aiouffd._lib import PAGE_SIZE
+from aiouffd.rescue import service
 from tests.scenarios.gil_yield import NewLoop
-from tests.support import Gate, content, wait_until
+from tests.support import Gate, content, read_counters, wait_until
 
 SIZE = 64 * PAGE_SIZE
 #: What lives until the interpreter throws its modules away.
@@ -313,3 +317,61 @@ def closing_goes_on(new_loop: NewLoop) -> list[str]:
     go_on.set()
     buf.close()
     return seen
+
+
+def interrupted_at_random(new_loop: NewLoop, times: int) -> dict[str, int]:
+    """A signal handler raises at any moment of opening, reading and closing. Tasks, memory and
+    descriptors that are left afterwards."""
+    data = content(SIZE)
+
+    class Slow(aiouffd.sources.BaseSource):
+        size = SIZE
+
+        async def open(self) -> None:
+            await asyncio.sleep(0.0005)
+
+        async def read(self, offset: int, length: int) -> bytes:
+            await asyncio.sleep(0.0005)
+            return data[offset : offset + length]
+
+        async def aclose(self) -> None:
+            await asyncio.sleep(0.0005)
+
+        def clone(self) -> Slow:
+            return Slow()
+
+    def ring(*_: Any) -> None:
+        raise Interrupted
+
+    def once() -> None:
+        with aiouffd.sync.open(Slow(), readahead=0) as buf:
+            assert buf[SIZE // 2 :] == data[SIZE // 2 :]
+            assert buf.read(0, SIZE) == data
+
+    once()
+    signal.signal(signal.SIGALRM, ring)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    chance = random.Random(4)
+    interrupted = 0
+    while interrupted < times:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.00001 + chance.random() * 0.012)
+            once()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        except Interrupted:
+            interrupted += 1
+    signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def left() -> dict[str, int]:
+        gc.collect()
+        loop = service._loop
+        assert loop is not None
+        return {
+            "tasks": len(asyncio.all_tasks(loop)),
+            "regions": read_counters()["live_regions"],
+            "descriptors": len(os.listdir("/proc/self/fd")) - descriptors,
+        }
+
+    with contextlib.suppress(TimeoutError):
+        wait_until(lambda: not any(left().values()), "everything to end", 5)
+    return left()
