@@ -9,12 +9,6 @@ hundred in 64 MiB some five do. So after a few touches that no stream foresaw, o
 to begin a stream has to be followed by another before anything is fetched for it. Random
 access then costs the blocks that it touches and hardly any others.
 
-Columns of a table, and tensors among others, are runs with a gap after each. A scan without gaps is
-trusted with as much again as it has read, up to the window. Once there were several runs, the next
-one is expected to be as long as the one before it, and up to there is fetched at once; past that,
-and where nothing is known, a quarter of what it has read. A lead of two windows is for scans of
-many windows only.
-
 Pages that are resident make no faults, so a reader is only seen when it reaches a block
 that is missing or still in flight. That is when the window moves on; and once it has grown,
 each piece that arrives is replaced by the next, up to a lead of two windows over the last
@@ -34,31 +28,15 @@ STREAMS = 16
 LONGEST_STRIDE = 4096
 #: Strided streams fetch single blocks, so their window is counted in blocks.
 STRIDED_WINDOW = 16
-#: Blocks from which on a sequential stream counts as a run.
-RUN = 4
-#: Windows from which on a run is a scan, which gets a lead of two.
-SCAN = 6
 #: After so many touches in a row that no stream foresaw, one that fits may be chance.
 DOUBT = 4
 
 
 class _Stream:
-    __slots__ = (
-        "doubted",
-        "expected",
-        "frontier",
-        "guess",
-        "jump",
-        "last",
-        "start",
-        "step",
-        "window",
-    )
+    __slots__ = ("doubted", "frontier", "guess", "last", "step", "window")
 
     def __init__(self, block: int, guess: int) -> None:
-        self.start = self.last = block
-        self.jump = -1  # the touch before the last one, if that one was far from it
-        self.expected = 0  # length, from the runs before it; 0 if nothing is known
+        self.last = block
         self.step = 0  # not known yet
         self.guess = guess  # distance to the touch nearest before it; believed when repeated
         self.window = 0
@@ -78,9 +56,6 @@ class Readahead:
         self._piece = piece
         self._streams: deque[_Stream] = deque(maxlen=STREAMS)
         self._strangers = 0  # touches in a row that no stream foresaw
-        self._run: _Stream | None = None  # the sequential stream that was touched last
-        self._several = False  # whether there were gaps between runs
-        self._length = 0  # of the last run that a gap ended
 
     def touch(self, block: int) -> list[tuple[int, int]]:
         """A thread needs ``block``: returns ``(first, count)`` runs worth fetching now.
@@ -130,7 +105,7 @@ class Readahead:
                 continue
             if stream.last - stream.window <= first < stream.frontier:
                 start = stream.frontier
-                limit = min(self._blocks, self._limit_of(stream))
+                limit = min(self._blocks, self._ahead_of(stream) + 2 * self._window)
                 end = min(limit, start + max(count, self._piece))
                 end = end if end == self._blocks else end - end % self._piece
                 if end <= start:
@@ -167,58 +142,20 @@ class Readahead:
         return nearest if abs(nearest) <= LONGEST_STRIDE else 0
 
     def _sequential(self, stream: _Stream, block: int) -> list[tuple[int, int]]:
-        if stream is not self._run:
-            self._begin_run(stream)
         stream.window = min(self._window, stream.window * 2 or 2)
-        # Far behind the last touch it may be chance that something else is needed there.
-        stream.jump = stream.last if block - stream.last >= self._window else -1
         stream.last = max(stream.last, block)
         start = max(stream.frontier, block + 1)
-        end = min(self._blocks, self._end_of(stream))
+        end = min(self._blocks, self._ahead_of(stream) + stream.window)
         if end <= start:
             return []
         stream.frontier = max(stream.frontier, end)
         return [(start, end - start)]
-
-    def _begin_run(self, stream: _Stream) -> None:
-        """Another stream is touched than before: a new run, or one of several at a time."""
-        before, self._run = self._run, stream
-        if before is not None and before.last - before.start + 1 >= RUN:
-            self._several = True
-            if not stream.window:
-                end = before.last if before.jump < 0 else before.jump
-                self._length = end - before.start + 1
-        if not stream.window:
-            stream.expected = self._length
-
-    def _end_of(self, stream: _Stream) -> int:
-        """Up to where to fetch after a touch of ``stream.last``."""
-        expected = stream.start + stream.expected
-        done = stream.last + 1 - stream.start
-        if stream.last + 1 < expected:
-            return min(expected, stream.last + 1 + self._window)
-        if self._several:
-            done = max(0, done - stream.expected)
-            cautious = stream.last + 1 + max(2, done // 4)
-            return min(cautious, self._ahead_of(stream) + stream.window)
-        end = self._ahead_of(stream) + stream.window
-        most = stream.last + 1 + self._window
-        if end > most and done < SCAN * self._window:
-            return max(most - most % self._piece, stream.last + 1)
-        return end
 
     def _ahead_of(self, stream: _Stream) -> int:
         """Where the window begins. Once it has grown, behind the piece that the reader waits
         for: plans are whole pieces then, which end where flights and huge pages do."""
         after = stream.last + 1
         return after if stream.window < 2 * self._piece else after + -after % self._piece
-
-    def _limit_of(self, stream: _Stream) -> int:
-        """The longest lead, for what is fetched in place of what has arrived."""
-        done = stream.last + 1 - stream.start
-        if done >= SCAN * self._window:
-            return self._ahead_of(stream) + 2 * self._window
-        return self._end_of(stream)
 
     def _strided(self, stream: _Stream, block: int) -> list[tuple[int, int]]:
         stream.window = min(STRIDED_WINDOW, self._window, stream.window * 2 or 1)

@@ -393,46 +393,6 @@ class TestLibraries:
             assert system.cat("folder/name") == b"text"
 
 
-class TestColumns:
-    """Of a table in memory that fetches where it is touched."""
-
-    @pytest.mark.parametrize("groups", [1, 4, 10])
-    @pytest.mark.parametrize("kind", ["parquet", "arrow"])
-    def test_a_column_costs_little_more_than_itself(
-        self, tmp_path: Path, kind: str, groups: int
-    ) -> None:
-        pa = pytest.importorskip("pyarrow")
-        pq = pytest.importorskip("pyarrow.parquet")
-        rows = 4 << 20
-        noise = np.random.default_rng(11).random(rows)
-        table = pa.table({f"c{number}": noise for number in range(5)})
-        path, each = tmp_path / "table", -(-rows // groups)
-        if kind == "parquet":
-            pq.write_table(
-                table, path, compression="none", use_dictionary=False, row_group_size=each
-            )
-        else:
-            with pa.ipc.new_file(path, table.schema) as writer:
-                writer.write_table(table, max_chunksize=each)
-        source = PlainSource(path.read_bytes())
-
-        def read() -> None:
-            memory = pa.BufferReader(pa.py_buffer(buf.view))
-            if kind == "parquet":
-                pq.ParquetFile(memory).read(columns=["c2"])
-                return
-            file = pa.ipc.open_file(memory)
-            for number in range(file.num_record_batches):
-                file.get_batch(number).column("c2").to_numpy().sum()
-
-        with aiouffd.sync.open(source) as buf:
-            thread = threading.Thread(target=read)
-            thread.start()
-            thread.join()
-        # A bit more than the 1.3 that is usual, for pieces arrive in any order.
-        assert source.bytes_read <= 1.4 * noise.nbytes
-
-
 class TestABufferIsNoFile:
     """Whoever takes it for one is told what is."""
 
