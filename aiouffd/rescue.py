@@ -181,6 +181,9 @@ class Service:
             _thread.start_new_thread(self._run, ())
         except RuntimeError as failure:
             raise OSError(errno.EAGAIN, f"cannot start the rescue thread: {failure}") from failure
+        # It counts as watched from here on: a touch with the GIL held may come before the thread
+        # has run at all, and the sentry has to notice that it never will.
+        lib.au_rescue_fd()
 
     # ------------------------------------------------------------ the thread
 
