@@ -45,8 +45,9 @@ class Exports:
         """Who they are, or where they got hold of it: ``file:line``."""
         return sorted({_said(place) for place in self._held.copy().values()})
 
-    def add(self, pointer: Any, length: int, keep: Any) -> Any:
-        """A cffi buffer of ``length`` bytes at ``pointer``. ``keep`` is kept alive with it.
+    def add(self, pointer: Any, length: int, memory: Any, server: Any) -> Any:
+        """A cffi buffer of ``length`` bytes at ``pointer``. With it are kept alive ``memory``, and
+        ``server`` until somebody has been told that it has gone.
 
         Raises ClosedError after `end`.
         """
@@ -55,7 +56,7 @@ class Exports:
         if self._ended:
             self.release(number)
             raise ClosedError("the memory is closed")
-        _kept[number] = (self, keep)
+        _kept[number] = (self, memory, server)
         return ffi.buffer(ffi.gc(pointer, _Lease(number)), length)
 
     def hold(self, who: str) -> int:
@@ -95,7 +96,7 @@ class Exports:
 _numbers = itertools.count()
 #: What serves exported memory, by the number of the export. The export does not refer to it itself:
 #: it may become garbage in a cycle, and what serves it would be part of that and finalized first.
-_kept: dict[int, tuple[Exports, Any]] = {}
+_kept: dict[int, tuple[Exports, Any, Any]] = {}
 
 
 class _Lease:
@@ -110,13 +111,15 @@ class _Lease:
     def __call__(
         self,
         _pointer: Any,
-        kept: dict[int, tuple[Exports, Any]] = _kept,
+        kept: dict[int, tuple[Exports, Any, Any]] = _kept,
         getpid: Any = os.getpid,
         finalizing: Any = sys.is_finalizing,
     ) -> None:
         # A forked child does not end what its parent serves; nor does an interpreter that ends.
         if self.pid == getpid() and not finalizing():
-            exports, _ = kept.pop(self.number)
+            exports, memory, _server = kept.pop(self.number)
+            # Now, for who is told of the end may go on before this returns.
+            del memory
             exports.release(self.number)
 
 

@@ -280,7 +280,7 @@ class Region:
         if exported is None:
             # While somebody holds the memory its pager has to be there to serve it.
             exported = self._exports.add(
-                ffi.cast("char *", self.address), self.length, (native, self._pager())
+                ffi.cast("char *", self.address), self.length, native, self._pager()
             )
             self._exported = weakref.ref(exported)
         return memoryview(exported)
