@@ -320,6 +320,7 @@ class Reading(Coroutine[Any, Any, bytes]):
         self._not_bytes()
 
     def __getattr__(self, name: str) -> Any:
-        if hasattr(bytes, name):
+        # asyncio asks coroutines for names of theirs, which classes have too.
+        if not name.startswith("__") and hasattr(bytes, name):
             self._not_bytes()
         return getattr(self._coroutine, name)

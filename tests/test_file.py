@@ -396,6 +396,13 @@ class TestLibraries:
 class TestABufferIsNoFile:
     """Whoever takes it for one is told what is."""
 
+    async def test_a_task_of_a_read_has_a_name(self, data: bytes) -> None:
+        """asyncio formats what it runs: in messages, and whenever `asyncio.run` is on its way."""
+        async with aiouffd.open(data) as buf:
+            task = asyncio.create_task(buf.read(0, 5))
+            assert "LazyBuffer._read" in repr(task)
+            assert await task == data[:5]
+
     async def test_a_lazy_buffer(self, tmp_path: Path) -> None:
         np.save(tmp_path / "a.npy", np.arange(100_000))
         async with aiouffd.open(tmp_path / "a.npy") as buf:
