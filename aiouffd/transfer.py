@@ -30,6 +30,7 @@ from .sources.base import (
 )
 from .staging import HUGE, SMALL, Stages
 from .tally import Tally
+from .unwatched import Unwatched
 from .usercode import Complaints
 
 __all__ = ["Begun", "Mover", "Progress"]
@@ -280,7 +281,8 @@ class Mover:
         page = self._region.page_size
         edge = bytearray()
         start = progress.offset
-        async with contextlib.aclosing(stream_source(self._source, start, end - start)) as chunks:
+        stream = Unwatched(stream_source(self._source, start, end - start))
+        async with contextlib.aclosing(stream) as chunks:
             async for view in chunks:
                 self._tally.fetched_bytes += view.nbytes
                 if edge:

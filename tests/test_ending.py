@@ -215,8 +215,9 @@ class TestExceptions:
         assert "worked" in outcome.stdout, "those that had begun went on to their end"
         assert "wrong" not in outcome.stdout
 
-    def test_a_dead_source_is_told_of(self, loop_name: str) -> None:
-        with start(scenarios.dead_source_at_the_end, loop_name) as process:
+    @pytest.mark.parametrize("block_size", [BLOCK, 1 << 20], ids=["read", "stream"])
+    def test_a_dead_source_is_told_of(self, loop_name: str, block_size: int) -> None:
+        with start(scenarios.dead_source_at_the_end, loop_name, block_size) as process:
             process.expect("begins")
             wait_until(lambda: "waits for thread" in process.stderr(), "the message")
             process.popen.send_signal(signal.SIGINT)
@@ -224,6 +225,7 @@ class TestExceptions:
         assert outcome.status in (1, 130, -signal.SIGINT), outcome.stderr
         assert "the user's own" in outcome.stderr
         assert "for byte 0 of" in outcome.stderr
+        assert "asynchronous generator" not in outcome.stderr
 
     @pytest.mark.parametrize("how", ["nobody waits", "joined", "daemon"])
     def test_exit_is_prompt(self, loop_name: str, how: str) -> None:

@@ -22,6 +22,7 @@ from collections.abc import AsyncGenerator, Awaitable, Sequence
 from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from ..errors import KernelError, ShortReadError, SourceError, UsageError
+from ..unwatched import Unwatched
 from ..usercode import describe, ends_the_program, is_ours
 
 __all__ = [
@@ -402,6 +403,7 @@ async def stream_source(
             f"stream() of {type(source).__name__} is a coroutine",
             hint="`yield` its chunks, or return an async iterator from a plain function",
         )
+    chunks = Unwatched(chunks)
     try:
         async for chunk in chunks:
             view = _flat(chunk)
@@ -423,6 +425,4 @@ async def stream_source(
                 " were asked for"
             )
     finally:
-        aclose = getattr(chunks, "aclose", None)
-        if aclose is not None:
-            await aclose()
+        await chunks.aclose()

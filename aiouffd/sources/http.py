@@ -34,6 +34,7 @@ from ..errors import (
     UsageError,
 )
 from ..once import cancelled_from_outside
+from ..unwatched import Unwatched
 from ._http_proxy import checked_proxy, proxy_for
 from ._http_reply import (
     WHOLE,
@@ -263,14 +264,14 @@ class HttpSource(BaseSource):
 
     async def read(self, offset: int, length: int) -> Buffer:
         """Return ``length`` bytes at byte ``offset``; errors as the class describes."""
-        async with contextlib.aclosing(self.stream(offset, length)) as stream:
+        async with contextlib.aclosing(Unwatched(self.stream(offset, length))) as stream:
             chunks = [chunk async for chunk in stream]
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         """Read ``len(buffer)`` bytes at byte ``offset`` into ``buffer``, chunk by chunk."""
         done = 0
-        async with contextlib.aclosing(self.stream(offset, len(buffer))) as stream:
+        async with contextlib.aclosing(Unwatched(self.stream(offset, len(buffer)))) as stream:
             async for chunk in stream:
                 end = done + len(chunk)
                 buffer[done:end] = chunk

@@ -9,7 +9,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import aiouffd
@@ -136,16 +136,28 @@ def exception_beside_workers(new_loop: NewLoop, how: str, slow: float) -> None:
     run(new_loop, main())
 
 
-def dead_source_at_the_end(new_loop: NewLoop) -> None:
-    """The loop's end waits for a worker that waits for ever; it says so, until Ctrl-C."""
+class Dead(aiouffd.sources.BaseSource):
+    """Never answers; by a stream where it is asked for much."""
 
-    async def never(offset: int, length: int) -> bytes:
+    size = 64 * SIZE
+
+    async def read(self, offset: int, length: int) -> bytes:
         await asyncio.Event().wait()
         return b""
 
+    async def stream(self, offset: int, length: int) -> AsyncGenerator[bytes, None]:
+        await asyncio.Event().wait()
+        yield b""
+
+    def clone(self) -> Dead:
+        return Dead()
+
+
+def dead_source_at_the_end(new_loop: NewLoop, block_size: int) -> None:
+    """The loop's end waits for a worker that waits for ever; it says so, until Ctrl-C."""
+
     async def main() -> None:
-        source = aiouffd.sources.FunctionSource(never, SIZE, portable=True)
-        async with aiouffd.open(source, readahead=0) as buf:
+        async with aiouffd.open(Dead(), readahead=0, block_size=block_size) as buf:
             worker = asyncio.create_task(asyncio.to_thread(buf.view.__getitem__, 5))
             await asyncio.sleep(0.1)
             worker.cancel()

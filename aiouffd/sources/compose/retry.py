@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from ...backoff import pause_after
 from ...errors import SourceError, UsageError
+from ...unwatched import Unwatched
 from ..base import Buffer, stream_source
 from .wrapper import Wrapper
 
@@ -109,7 +110,8 @@ class RetrySource(Wrapper):
         while offset < end:
             begun = offset
             try:
-                async with aclosing(stream_source(self._inner, offset, end - offset)) as chunks:
+                stream = Unwatched(stream_source(self._inner, offset, end - offset))
+                async with aclosing(stream) as chunks:
                     async for chunk in chunks:
                         offset += chunk.nbytes
                         attempt.again()
