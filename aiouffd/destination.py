@@ -56,6 +56,8 @@ def _sink(path: str, size: int, source: str | None) -> Sink | None:
         return _Replacing(os.path.realpath(path), size, None, source)
     if stat.S_ISDIR(found.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    if source is not None and _same(source, found):
+        raise UsageError(f"{path} and {source} are the same file")
     regular = stat.S_ISREG(found.st_mode)
     if regular:
         # cp without -f: what may not be written is not replaced either.
@@ -66,8 +68,6 @@ def _sink(path: str, size: int, source: str | None) -> Sink | None:
             return _Replacing(real, size, found, source)
     elif not stat.S_ISBLK(found.st_mode):
         return None
-    if source is not None and _same(source, found):
-        raise UsageError(f"{path} and {source} are the same file")
     return _InPlace(path, size, regular=regular)
 
 

@@ -148,8 +148,20 @@ def test_holes_stay_holes(folder: Path, tmp_path: Path) -> None:
     assert (folder / "a").stat().st_blocks * 512 <= 4 * MIB
 
 
-def test_a_file_copied_to_itself_is_itself(source: Path) -> None:
-    copy(source, source)
+@pytest.mark.parametrize("how", ["itself", "symbolic link", "hard link"])
+def test_a_file_is_not_copied_to_itself(
+    how: str, source: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As with cp; with --length it would be cut short."""
+    target = source
+    if how == "symbolic link":
+        target = folder / "link"
+        target.symlink_to(source)
+    elif how == "hard link":
+        target = folder / "link"
+        target.hardlink_to(source)
+    copy("--length", "4096", source, target, expected=2)
+    assert "the same file" in capsys.readouterr().err
     assert source.read_bytes() == DATA
 
 
