@@ -313,6 +313,9 @@ class Reading(Coroutine[Any, Any, bytes]):
             " a file, whose read(size) returns them)"
         )
 
+    def __bool__(self) -> bool:
+        return True  # asyncio asks whether a task has a coroutine
+
     def __len__(self) -> int:
         self._not_bytes()
 

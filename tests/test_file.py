@@ -406,7 +406,7 @@ class TestABufferIsNoFile:
     async def test_a_lazy_buffer(self, tmp_path: Path) -> None:
         np.save(tmp_path / "a.npy", np.arange(100_000))
         async with aiouffd.open(tmp_path / "a.npy") as buf:
-            with pytest.raises(TypeError, match=r"buf\.file\(\)"):
+            with pytest.raises((AttributeError, TypeError), match=r"buf\.file\(\)"):
                 np.load(buf)  # type: ignore[arg-type]
             with pytest.raises(TypeError, match=r"buf\.file\(\)"):
                 len(buf.read(6))  # type: ignore[arg-type]
