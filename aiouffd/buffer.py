@@ -431,6 +431,11 @@ class LazyBuffer(FileHints, Exporter):
         return self._touchable().address
 
     def __len__(self) -> int:
+        if not self._open and not self._closed:
+            raise UsageError(
+                "the buffer is not open, and has no size yet",
+                hint="async with aiouffd.open(...) as buf",
+            )
         return self._size
 
     @property
@@ -470,7 +475,7 @@ class LazyBuffer(FileHints, Exporter):
         end.
         """
         if isinstance(key, slice):
-            start, stop, step = key.indices(self._size)
+            start, stop, step = key.indices(len(self))
             if step != 1:
                 if start == stop or (step > 0) != (stop > start):
                     return b""
@@ -479,10 +484,11 @@ class LazyBuffer(FileHints, Exporter):
                 return span[::step] if step > 0 else span[::-1][::-step]
             return self._copy_out(start, max(0, stop - start))
         index = operator.index(key)
+        size = len(self)
         if index < 0:
-            index += self._size
-        if not 0 <= index < self._size:
-            raise IndexError(f"index {key} is past the end of a buffer of {self._size} bytes")
+            index += size
+        if not 0 <= index < size:
+            raise IndexError(f"index {key} is past the end of a buffer of {size} bytes")
         return self._copy_out(index, 1)[0]
 
     def _copy_out(self, offset: int, length: int) -> bytes:
@@ -507,15 +513,15 @@ class LazyBuffer(FileHints, Exporter):
 
     def __bytes__(self) -> bytes:
         """All of it, as ``buf[:]``."""
-        return self._copy_out(0, self._size)
+        return self._copy_out(0, len(self))
 
     def __iter__(self) -> Iterator[int]:
         """Its bytes as numbers. Waits for them a block at a time, as ``buf[...]``."""
-        for start in range(0, self._size, self._block_size):
+        for start in range(0, len(self), self._block_size):
             yield from self[start : start + self._block_size]
 
     def __reversed__(self) -> Iterator[int]:
-        for start in reversed(range(0, self._size, self._block_size)):
+        for start in reversed(range(0, len(self), self._block_size)):
             yield from reversed(self[start : start + self._block_size])
 
     def __contains__(self, what: object) -> bool:
@@ -552,7 +558,7 @@ class LazyBuffer(FileHints, Exporter):
         Fetches what it searches. Without the GIL; any thread; raises SourceError, and what signal
         handlers raise, as ``buf[...]`` does.
         """
-        start, stop, _ = slice(start, end).indices(self._size)
+        start, stop, _ = slice(start, end).indices(len(self))
         if stop - start < len(sub):
             return -1
         if not sub:
@@ -628,11 +634,12 @@ class LazyBuffer(FileHints, Exporter):
     # ------------------------------------------------------------- coroutines
 
     def _range(self, offset: int, length: int | None) -> tuple[int, int]:
+        size = len(self)
         if length is None:
-            length = self._size - offset
-        if offset < 0 or length < 0 or offset + length > self._size:
+            length = size - offset
+        if offset < 0 or length < 0 or offset + length > size:
             raise UsageError(
-                f"{length} bytes at {offset} are not within the {self._size} bytes of the buffer"
+                f"{length} bytes at {offset} are not within the {size} bytes of the buffer"
             )
         return offset, length
 

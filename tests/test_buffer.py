@@ -108,12 +108,23 @@ class TestLife:
 
     async def test_use_before_it_is_open(self, source: PlainSource) -> None:
         buf = aiouffd.open(source)
-        assert len(buf) == 0
-        for use in (lambda: buf.view, lambda: buf.address, lambda: buf.user_mode_only):
+        for use in (
+            lambda: buf.view,
+            lambda: buf.address,
+            lambda: buf.user_mode_only,
+            lambda: len(buf),
+            lambda: buf[0],
+            lambda: buf[0:8],
+            lambda: buf.find(b"x"),
+            lambda: bytes(buf),
+            lambda: list(buf),
+        ):
             with pytest.raises(UsageError, match="not open"):
                 use()
-        with pytest.raises(IndexError):
-            buf[0]
+        with pytest.raises(UsageError, match="not open"):
+            await buf.fetch()
+        with pytest.raises(UsageError, match="not open"):
+            await buf.read(0, 4)
         with pytest.raises(UsageError):
             await buf.fetch(0, 10)
 
