@@ -9,6 +9,7 @@ threads run none, and simply touch.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import sys
 import threading
@@ -58,6 +59,7 @@ def _runs_handlers() -> bool:
 
 def _copy_patiently(region: Any, offset: int, target: Any, length: int) -> tuple[int, int]:
     wait = ffi.new("struct au_wait *")
+    before = _cancellations()
     start, end = offset, offset + length
     try:
         while True:
@@ -65,7 +67,7 @@ def _copy_patiently(region: Any, offset: int, target: Any, length: int) -> tuple
             if result != _INTERRUPTED:
                 return result, wait.at
             offset = wait.at
-            _check_alive()
+            _check_alive(before)
     except BaseException:
         lib.au_wait_end(wait)
         raise
@@ -73,6 +75,7 @@ def _copy_patiently(region: Any, offset: int, target: Any, length: int) -> tuple
 
 def _find_patiently(region: Any, offset: int, length: int, needle: Any) -> tuple[int, int, int]:
     wait = ffi.new("struct au_wait *")
+    before = _cancellations()
     end = offset + length
     try:
         while True:
@@ -80,15 +83,29 @@ def _find_patiently(region: Any, offset: int, length: int, needle: Any) -> tuple
             if result != _INTERRUPTED:
                 return result, wait.at, wait.found
             offset = wait.at
-            _check_alive()
+            _check_alive(before)
     except BaseException:
         lib.au_wait_end(wait)
         raise
 
 
-def _check_alive() -> None:
+def _cancellations() -> tuple[asyncio.Task[Any] | None, int]:
+    """The task that is about to block its own loop, and how often it has been cancelled."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:
+        task = None
+    return task, 0 if task is None else task.cancelling()
+
+
+def _check_alive(before: tuple[asyncio.Task[Any] | None, int]) -> None:
     if sys.is_finalizing():
         raise ClosedError("the interpreter ends, and nobody is left who could bring these bytes")
+    task, cancelled = before
+    # Whoever cancels a task that blocks its loop is a signal handler: that of asyncio.run makes
+    # KeyboardInterrupt of it, which would not come out before the bytes are there.
+    if task is not None and task.cancelling() > cancelled:
+        raise asyncio.CancelledError
 
 
 def _touch_elsewhere(region: Any, offset: int, length: int) -> None:

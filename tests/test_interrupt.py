@@ -28,6 +28,11 @@ def test_touches_through_the_buffer_are_cut_short_on_its_loop(loop_name: str) ->
     assert max(took.values()) < PROMPT, took
 
 
+def test_the_first_one_ends_asyncio_run(loop_name: str) -> None:
+    seen = result_of(scenarios.under_asyncio_run, loop_name, warnings="ignore")
+    assert seen == ["cancelled", "KeyboardInterrupt"]
+
+
 def test_a_handler_may_use_the_buffer_and_the_call_goes_on() -> None:
     seen = result_of(scenarios.handler_that_returns, "asyncio")
     assert seen == ["0106000000000000", True]

@@ -203,3 +203,30 @@ def attached(new_loop: NewLoop, path: str) -> None:
                 call()
             except KeyboardInterrupt:
                 print("interrupted", flush=True)
+
+
+def under_asyncio_run(new_loop: NewLoop) -> list[str]:
+    """The handler of asyncio.run cancels the task, which blocks the loop by then, and raises
+    nothing itself."""
+    source = Dead()
+    seen: list[str] = []
+
+    def interrupt() -> None:
+        source.asked.acquire()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    async def main() -> None:
+        async with aiouffd.open(source, readahead=0) as buf:
+            threading.Thread(target=interrupt, daemon=True).start()
+            try:
+                buf[5:10]
+            except asyncio.CancelledError:
+                seen.append("cancelled")
+                raise
+
+    try:
+        with asyncio.Runner(loop_factory=new_loop) as runner:
+            runner.run(main())
+    except KeyboardInterrupt:
+        seen.append("KeyboardInterrupt")
+    return seen
