@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import random
 import struct
 import warnings
@@ -17,12 +19,13 @@ from hypothesis import strategies as st
 
 import aiouffd
 from aiouffd.errors import AiouffdError, ClosedError, SourceChangedError, SourceError, UsageError
-from aiouffd.nbd import wire
+from aiouffd.nbd import client, wire
 from aiouffd.nbd.client_core import Export, Handshake, Replies, Request
 from aiouffd.nbd.extents import ZeroMap
 from aiouffd.nbd.uri import NbdAddress, parse
 from aiouffd.nbd.wire import NbdProtocolError
 from aiouffd.ranges import Ranges
+from aiouffd.sources.base import SourcePermissionError
 from aiouffd.sources.nbd import NbdSource
 from tests.scenarios import torture
 from tests.servers import nbd
@@ -61,6 +64,20 @@ class Opened:
 
 async def check(source: NbdSource, offset: int, length: int) -> None:
     assert bytes(await source.read(offset, length)) == pattern(offset, length), (offset, length)
+
+
+async def test_a_socket_of_others_is_no_reason_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an ordinary user sees it; root may connect everywhere."""
+
+    async def refuse(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(client.Connection, "_connect", refuse)
+    source = NbdSource("nbd+unix:///?socket=theirs")
+    with pytest.raises(SourcePermissionError, match="Permission denied") as caught:
+        await source.open()
+    assert not caught.value.transient
+    await source.aclose()
 
 
 # ------------------------------------------------------------------------- URIs

@@ -75,6 +75,13 @@ def _translated(address: NbdAddress, error: BaseException) -> BaseException:
             errno=errno.EACCES,
             hint="name the user whose server may be believed: server_user=",
         )
+    if isinstance(error, PermissionError):
+        return SourcePermissionError(
+            f"{address}: cannot connect: {error.strerror}",
+            transient=False,
+            errno=error.errno,
+            hint="who may connect is decided by the mode of the socket and of its folder",
+        )
     if isinstance(error, TimeoutError):
         return SourceTimeoutError(f"{address}: the server took too long to answer")
     if isinstance(error, ssl_module.SSLCertVerificationError):
