@@ -41,7 +41,7 @@ ENDING_FIRST, ENDING_LONGEST = 0.02, 1.0
 #: Seconds to close a source in whose loop is gone.
 STRANDED = 5.0
 #: Seconds for which the end of a loop may wait without a word.
-SILENCE = 2.0
+SILENCE = 1.0
 
 
 class Mapping:
@@ -256,7 +256,8 @@ class Mapping:
         for name, offset in (waiting & self._waited) - self._told:
             self._told.add((name, offset))
             log.warning(
-                "the end of an event loop waits for thread %s, which waits for byte %d of %s: %s",
+                "the end of an event loop waits for thread %s, which waits for byte %d of %s: %s "
+                "(Ctrl-C ends the program)",
                 name,
                 offset,
                 self._name,

@@ -466,7 +466,8 @@ class Pager:
         log.error(
             "block %d of %r could not be served in %s s because only the loop of its pager can, "
             "which %s; whoever waits gets an error. The memory is held by: %s. Use a source that "
-            "can be cloned. Declare the handler portable, or do not touch from the loop's thread.",
+            "can be cloned (portable=True for an async function). Declare the handler portable, or "
+            "do not touch from the loop's thread.",
             block,
             region,
             self.rescue_deadline,
