@@ -66,12 +66,16 @@ static void fills_between_two_events(void)
 					  .room = ROOM };
 	uint64_t until = au_now_ns() + 20 * AU_NS_PER_S, page, absent, events = 0;
 	uint8_t *bytes = malloc(PAGE), states[PAGES / 2] = { 0 };
+	struct pollfd event = { .events = POLLIN };
 	cpu_set_t before, after;
 	pthread_t thread;
 
 	owner_open();
 	CHECK_EQ(sched_getaffinity(0, sizeof(before), &before), 0);
 	thread = spawn(inflate, NULL);
+	/* Or all could be filled before it first runs. */
+	event.fd = owner.fd;
+	CHECK_EQ(poll(&event, 1, 10000), 1);
 	for (page = 0; page < 300; page++) {
 		int64_t result;
 
