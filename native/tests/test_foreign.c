@@ -3,6 +3,7 @@
 
 #include "foreign.h"
 
+#include <poll.h>
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
