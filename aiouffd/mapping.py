@@ -241,7 +241,8 @@ class Mapping:
             log.debug("%s stays with its loop: %s", self._name, error)
             return
         self._moved = True
-        service.call_soon(self._watch)
+        with contextlib.suppress(RuntimeError, OSError):  # then in silence
+            service.call_soon(self._watch)
         try:
             await aclose_source(self.source)
         except Exception as error:

@@ -376,6 +376,24 @@ class TestOnce:
         assert counters["live_regions"] == 0
         assert "closing a clone" in caplog.text
 
+    async def test_moving_closes_the_source_in_any_case(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Also where there are no descriptors for the loop that would watch over those who wait."""
+        source = Closing()
+        buf = await aiouffd.open(source, readahead=0)
+        mapping = buf._mapping
+        assert mapping is not None
+
+        def refuse(*_: Any) -> None:
+            raise OSError("no descriptors")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(service, "call_soon", refuse)
+            await mapping._move()
+        assert source.is_closed
+        await buf.aclose()
+
     async def test_another_loop_is_told(self) -> None:
         buf = await aiouffd.open(PlainSource(DATA))
 
