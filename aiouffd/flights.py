@@ -339,7 +339,7 @@ class Fetcher:
             flight.begun = self._mover.begin(offset, length, flight)
             if flight.begun is not None:
                 return
-        flight.task = self._loop.create_task(self._fly(flight))
+        self._begin(flight)
 
     def _landed(self, flight: Flight, error: BaseException | None) -> None:
         """The end of a flight that had no task."""
@@ -348,11 +348,20 @@ class Fetcher:
             self._settle(flight, None)
         elif not self._closed:
             # The failure policy is a task's business, and it begins with a try of its own.
-            flight.task = self._loop.create_task(self._fly(flight))
+            self._begin(flight)
 
     def _fill(self) -> None:
         while self._running < MAX_FLIGHTS and (self._urgent or self._later) and not self._closed:
             self._start(self._urgent.popleft() if self._urgent else self._later.popleft())
+
+    def _begin(self, flight: Flight) -> None:
+        def ended(_task: asyncio.Task[None]) -> None:
+            # A task that is cancelled before its first step does nothing at all.
+            if not flight.finished:
+                self._settle(flight, self._end_of_flight())
+
+        flight.task = self._loop.create_task(self._fly(flight))
+        flight.task.add_done_callback(ended)
 
     async def _fly(self, flight: Flight) -> None:
         error: BaseException | None = None
