@@ -47,6 +47,7 @@ from .errors import UnversionedSourceWarning as UnversionedSourceWarning
 from .errors import UsageError as UsageError
 from .file import BufferFile as BufferFile
 from .flights import FlightEvent as FlightEvent
+from .headers import include_dir as include_dir
 from .pager import Pager as Pager
 from .probe import probe as probe
 from .region import Fault as Fault
@@ -89,6 +90,7 @@ __all__ = [
     "Userfaultfd",
     "WorkingSet",
     "attach",
+    "include_dir",
     "open",
     "open_file",
     "probe",

@@ -6,7 +6,7 @@
         weights = np.frombuffer(memory.view, dtype="f4")
 
 The other process has the sources, the cache and the connections; here is one userfaultfd, which
-it was given, and one native thread, the keeper (``native/client/aiouffd_client.h``). A server that
+it was given, and one native thread, the keeper (``include/aiouffd_client.h``). A server that
 dies is a pause: threads that wait go on waiting, and the keeper hands the memory to the one that
 comes next. It needs no GIL, and neither does the server need ours, so a touch that holds the GIL is
 served like any other. But it holds it while it waits, and all other Python threads wait with it:

@@ -44,7 +44,8 @@ async def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         program, path = Path(name, "example"), Path(name, "pager.sock")
-        command = [compiler, "-std=c11", "-O2", "-pthread", CLIENT / "example.c", "-o", program]
+        command = [compiler, "-std=c11", "-O2", "-pthread", "-I", aiouffd.include_dir()]
+        command += [CLIENT / "example.c", "-o", program]
         await asyncio.to_thread(subprocess.run, command, check=True)
         source = FunctionSource(read, size=SIZE)
         async with aiouffd.serve.listen(path, source=source, readahead=1 << 20) as server:

@@ -1,4 +1,4 @@
-#include "client/aiouffd_client.h"
+#include "aiouffd_client.h"
 
 #include "attach.h"
 #include "guard.h"

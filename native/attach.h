@@ -1,4 +1,4 @@
-/* Memory of this process that another process fills: the C client (client/aiouffd_client.h), and
+/* Memory of this process that another process fills: the C client (include/aiouffd_client.h), and
  * copies out of it that survive a poisoned page.
  *
  * Nothing here needs the GIL, and neither does the client's thread: a touch that holds the GIL is

@@ -2,7 +2,7 @@
 
 The declarations that Python may call stand in ``native/cdef/*.h``, one file per
 C header; cffi's compiler checks them against the real ones. The module is built
-outside the limited API because the GIL yield (``yield.c``) needs to know which
+outside the limited API because the GIL yield (``handler.c``, ``gil.c``) needs to know which
 thread state holds the GIL, which the limited API cannot tell; see docs/concepts.md.
 """
 
@@ -12,7 +12,8 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
+#: The header for clients in C, which the module itself uses.
+INCLUDE = HERE.parent / "include"
 
 
 def _relative(path: Path) -> str:
@@ -40,7 +41,7 @@ ffibuilder.set_source(
     "aiouffd._native",
     '#include "native.h"\n',
     sources=_sources(),
-    include_dirs=[_relative(HERE)],
+    include_dirs=[_relative(HERE), _relative(INCLUDE)],
     extra_compile_args=flags,
     extra_link_args=link,
     libraries=["pthread"],
@@ -48,7 +49,7 @@ ffibuilder.set_source(
     py_limited_api=False,
     depends=[
         _relative(path)
-        for path in [*headers, *sorted(HERE.glob("*.h")), *sorted(HERE.glob("client/*.h"))]
+        for path in [*headers, *sorted(HERE.glob("*.h")), *sorted(INCLUDE.glob("*.h"))]
     ],
 )
 

@@ -188,7 +188,7 @@ native_module() {
     local venv=$1 module
     module=aiouffd/_native$("$venv/bin/python" -c \
         'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
-    if [ -e "$module" ] && [ -z "$(find native/*.c native/*.h native/client/*.h native/cdef \
+    if [ -e "$module" ] && [ -z "$(find native/*.c native/*.h include/*.h native/cdef \
         native/build_ffi.py setup.py -type f -newer "$module" | head -1)" ]; then
         return 0
     fi

@@ -57,7 +57,7 @@ def add_to(commands: Any) -> None:
 
     native = dialects.add_parser(
         "native",
-        help="aiouffd.attach, and C programs with native/client/aiouffd_client.h",
+        help="aiouffd.attach, and C programs with aiouffd_client.h",
         description="Serve SOURCE to clients of aiouffd's own protocol.",
     )
     _add_socket(native)

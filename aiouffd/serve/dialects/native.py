@@ -324,7 +324,7 @@ Objects = Mapping[str, Any] | Callable[[str], Any]
 
 
 class NativeDialect:
-    """Serves clients of ``aiouffd.attach`` and of ``native/client/aiouffd_client.h``.
+    """Serves clients of ``aiouffd.attach`` and of ``include/aiouffd_client.h``.
 
     :param objects: what clients may ask for by name: a mapping to whatever `aiouffd.open` takes, or
         a function of the name that returns that, or None. A client that gives no name gets the
