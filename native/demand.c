@@ -2,11 +2,11 @@
 
 #include "engine.h"
 #include "guard.h"
+#include "pagemap.h"
 #include "slots.h"
 #include "sys.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <string.h>
@@ -189,23 +189,15 @@ int au_wait_find(struct au_region *region, uint64_t offset, uint64_t length, con
 int au_mapped(uint64_t address, uint64_t length)
 {
 	uint64_t base = (uint64_t)sysconf(_SC_PAGESIZE), items[512];
-	uint64_t page, last, count, index;
-	int fd, all = 1;
+	uint64_t page = address / base, last = (address + length - 1) / base, count, index;
 
-	fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-	if (fd < 0)
-		return 0;
-	page = address / base;
-	last = (address + length - 1) / base;
-	while (all && page <= last) {
+	for (; page <= last; page += count) {
 		count = last - page + 1 < 512 ? last - page + 1 : 512;
-		if (pread(fd, items, count * sizeof *items, (off_t)(page * sizeof *items)) !=
-		    (ssize_t)(count * sizeof *items))
-			all = 0;
-		for (index = 0; all && index < count; index++)
-			all = items[index] >> 63; /* present; what is in swap may be a marker */
-		page += count;
+		if (!au_pagemap_read(page * base, items, count))
+			return 0;
+		for (index = 0; index < count; index++)
+			if (!(items[index] & AU_PAGEMAP_PRESENT))
+				return 0; /* what is in swap may be a marker */
 	}
-	close(fd);
-	return all;
+	return 1;
 }

@@ -13,6 +13,7 @@
 #include "guard.h"
 #include "handler.h"
 #include "inherit.h"
+#include "pagemap.h"
 #include "region.h"
 #include "sentry.h"
 #include "slots.h"

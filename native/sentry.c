@@ -8,6 +8,7 @@
 #include "handler.h"
 #include "inherit.h"
 #include "interrupt.h"
+#include "pagemap.h"
 #include "slots.h"
 #include "sys.h"
 
@@ -909,6 +910,7 @@ void au_sentry_forked(void)
 	pthread_mutex_init(&engines_lock, NULL);
 	pthread_mutex_init(&start_lock, NULL);
 	memset(&regain, 0, sizeof regain);
+	au_pagemap_forked();
 	au_interrupt_forked();
 	au_handler_forked();
 	au_slots_reset();
