@@ -27,6 +27,8 @@
 	X(retries_eagain) \
 	X(already_present) \
 	X(native_serves) \
+	X(continues) \
+	X(continued_bytes) \
 	X(sentry_wakeups) \
 	X(sentry_messages) \
 	X(kicks) \

@@ -2,11 +2,11 @@
 
 #include "abi.h"
 #include "counters.h"
+#include "pagemap.h"
 #include "sentry.h"
 #include "slots.h"
 #include "sys.h"
 
-#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -262,19 +262,13 @@ static void emit(struct au_engine *engine, struct sink *sink, const struct au_en
 
 /* ------------------------------------------------------------------ fold */
 
-static int pagemap_fd = -1;
-
 /* Is there a page at `address`?  The kernel's own answer. */
-static bool page_is_there(uint64_t address, uint32_t page_size)
+static bool page_is_there(uint64_t address)
 {
-	uint64_t item = 0;
+	uint64_t item;
 
-	if (pagemap_fd < 0)
-		pagemap_fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-	if (pagemap_fd < 0 ||
-	    pread(pagemap_fd, &item, sizeof item, (off_t)(address / page_size * 8)) != sizeof item)
-		return false;
-	return (item >> 62) != 0; /* present or swapped */
+	return au_pagemap_read(address, &item, 1) &&
+	       (item & (AU_PAGEMAP_PRESENT | AU_PAGEMAP_SWAPPED));
 }
 
 static void take_hand(struct sink *sink, struct au_region *region, int op, uint64_t offset,
@@ -394,11 +388,12 @@ again:
 		return;
 	case AU_PAGE_PRESENT:
 		if (minor) {
+			/* Reclaim, say, has unmapped it: the bytes are in the page cache. */
 			take_hand(sink, region, AU_OP_CONTINUE, page << region->page_shift,
 				  region->page_size);
 			return;
 		}
-		if (page_is_there(address, engine->page_size)) {
+		if (page_is_there(address)) {
 			free_slot(slot);
 			au_abi_wake(engine->fd, address, region->page_size);
 			au_count(AU_COUNT_spurious, 1);
@@ -534,6 +529,12 @@ static void serve_hands(struct au_engine *engine, struct sink *sink)
 		const uint8_t *backing = __atomic_load_n(&region->backing, __ATOMIC_ACQUIRE);
 		int64_t settled;
 
+		if (hand->op == AU_OP_CONTINUE) {
+			au_region_map_again(region, hand->offset >> region->page_shift);
+			au_count(AU_COUNT_native_serves, 1);
+			au_region_leave(region);
+			continue;
+		}
 		settled = au_region_install(region, hand->op, hand->offset,
 					    backing ? backing + hand->offset : NULL,
 					    hand->length, 0, UINT64_MAX, &error);
@@ -818,7 +819,4 @@ void au_engine_forked(struct au_engine *engine)
 	atomic_store(&engine->closing, 1);
 	atomic_store(&engine->users, 0);
 	pthread_mutex_init(&engine->lock, NULL);
-	if (pagemap_fd >= 0)
-		close(pagemap_fd);
-	pagemap_fd = -1;
 }

@@ -141,6 +141,10 @@ int64_t au_region_install(struct au_region *region, int op, uint64_t offset, con
 int64_t au_region_put(struct au_region *region, int op, uint64_t offset, const uint8_t *src,
 		      uint64_t length, int over_poison, uint64_t generation);
 
+/* The bytes of `page` are in the page cache and its mapping went: map it, and what else went of its
+ * block, and wake.  The region is entered.  Whoever waits for what cannot be had faults again. */
+void au_region_map_again(struct au_region *region, uint64_t page);
+
 /* For the sentry. */
 bool au_engine_enter(struct au_engine *engine);
 void au_engine_leave(struct au_engine *engine);

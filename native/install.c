@@ -15,12 +15,12 @@
 
 #include "abi.h"
 #include "counters.h"
+#include "pagemap.h"
 #include "sentry.h"
 #include "slots.h"
 #include "sys.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
@@ -45,18 +45,10 @@ static uint64_t address_of(const struct au_region *region, uint64_t page)
 
 static bool present_in_pagemap(const struct au_region *region, uint64_t page)
 {
-	uint64_t item = 0;
-	uint64_t base = (uint64_t)sysconf(_SC_PAGESIZE);
-	int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-	bool there;
+	uint64_t item;
 
-	if (fd < 0)
-		return true;
-	there = pread(fd, &item, sizeof item, (off_t)(address_of(region, page) / base * 8)) ==
-			sizeof item &&
-		(item >> 62) != 0;
-	close(fd);
-	return there;
+	return !au_pagemap_read(address_of(region, page), &item, 1) ||
+	       (item & (AU_PAGEMAP_PRESENT | AU_PAGEMAP_SWAPPED));
 }
 
 /* The pages [from, to) are there (or poisoned): publish it.  Returns true when one of
@@ -351,6 +343,114 @@ static bool stale(struct au_region *region, uint64_t page, uint64_t generation)
 	       (uint32_t)atomic_load(&region->generations[block]) != (uint32_t)generation;
 }
 
+static uint8_t state_of(const struct au_region *region, uint64_t page)
+{
+	return atomic_load(&region->states[page]) & AU_PAGE_STATE;
+}
+
+/* Map pages [from, to), whose bytes are in the page cache, where they are not mapped, and wake
+ * nobody.  Returns the first page that could not be; *error says why. */
+static uint64_t map_cached(struct au_region *region, uint64_t from, uint64_t to, int *error)
+{
+	int tries = 0;
+
+	*error = 0;
+	while (from < to) {
+		int64_t done = 0;
+		int result = au_abi_continue(region->engine->fd, address_of(region, from),
+					     (to - from) << region->page_shift,
+					     AU_CONTINUE_MODE_DONTWAKE, &done);
+
+		au_count(AU_COUNT_continues, 1);
+		if (done > 0) {
+			au_count(AU_COUNT_continued_bytes, (uint64_t)done);
+			from += (uint64_t)done >> region->page_shift;
+			tries = 0;
+		} else if (result == -EEXIST) {
+			from++;
+			tries = 0;
+		} else if (result == -EAGAIN && ++tries < TRIES) {
+			au_engine_pump_only(region->engine);
+			au_sleep_ns(20000ULL * (uint64_t)tries);
+		} else {
+			*error = result ? -result : EIO;
+			break;
+		}
+	}
+	return from;
+}
+
+static void wake_all(struct au_region *region, uint64_t from, uint64_t to)
+{
+	uint64_t start = address_of(region, from), end = address_of(region, to);
+
+	if (from == to)
+		return;
+	au_slots_end(region->engine, start, end);
+	au_abi_wake(region->engine->fd, start, end - start);
+}
+
+/* Most entries of the page map that are looked at for one fault. */
+#define LOOK_AROUND 512
+
+/* The part of the block of `page` that can be seen at once, and what is mapped of it. */
+static void look_around(const struct au_region *region, uint64_t page, uint64_t *first,
+			uint64_t *last, uint64_t *items)
+{
+	uint32_t shift = region->block_shift - region->page_shift;
+
+	*first = page >> shift << shift;
+	*last = *first + (1ULL << shift);
+	if (*last > region->pages)
+		*last = region->pages;
+	if (*last - *first > LOOK_AROUND) {
+		*first = page & ~(uint64_t)(LOOK_AROUND - 1);
+		if (*last - *first > LOOK_AROUND)
+			*last = *first + LOOK_AROUND;
+	}
+	/* A huge page has many entries. */
+	if (region->page_size == region->engine->page_size &&
+	    au_pagemap_read(address_of(region, *first), items, *last - *first))
+		return;
+	*first = page;
+	*last = page + 1;
+	items[0] = 0;
+}
+
+void au_region_map_again(struct au_region *region, uint64_t page)
+{
+	uint64_t items[LOOK_AROUND], first, last, at, from, low = page, high = page + 1;
+	uint8_t state = AU_PAGE_PRESENT;
+	int error, failed = 0;
+
+	look_around(region, page, &first, &last, items);
+	for (at = first; at < last;) {
+		from = at;
+		while (at < last && !(items[at - first] & (AU_PAGEMAP_PRESENT | AU_PAGEMAP_SWAPPED)) &&
+		       state_of(region, at) == AU_PAGE_PRESENT)
+			at++;
+		if (at == from) {
+			at++;
+			continue;
+		}
+		low = from < low ? from : low;
+		high = at > high ? at : high;
+		while ((from = map_cached(region, from, at, &error)) < at && error != EAGAIN) {
+			/* A hole in the page cache, or a page that is broken: the others are not. */
+			if (from == page)
+				failed = error;
+			from++;
+		}
+	}
+	if (failed == EFAULT && atomic_compare_exchange_strong(&region->states[page], &state,
+							       AU_PAGE_MISSING))
+		/* Removed by somebody, since the message, without an event. */
+		atomic_fetch_sub(&region->present_pages, 1);
+	/* At the end, or who waits would come to pages that are next before us.  Also who came for
+	 * what was mapped already. */
+	wake_all(region, low, high);
+}
+
 static int64_t install(struct au_region *region, int op, uint64_t offset, const void *src,
 		       uint64_t length, int over_poison, uint64_t generation, int *error)
 {
@@ -373,17 +473,13 @@ static int64_t install(struct au_region *region, int op, uint64_t offset, const 
 
 		if (op == AU_OP_CONTINUE && settled_state(region, page) == AU_PAGE_PRESENT) {
 			/* The bytes are in the page cache and only the mapping went. */
-			int64_t done;
-			int result = au_abi_continue(region->engine->fd, address_of(region, page),
-						     region->page_size, 0, &done);
+			uint64_t upto = page + 1;
 
-			au_slots_end(region->engine, address_of(region, page),
-				     address_of(region, page + 1));
-			au_abi_wake(region->engine->fd, address_of(region, page), region->page_size);
-			if (result && result != -EEXIST)
-				*error = -result;
-			else
-				page++;
+			while (upto < end && state_of(region, upto) == AU_PAGE_PRESENT)
+				upto++;
+			upto = map_cached(region, page, upto, error);
+			wake_all(region, page, upto);
+			page = upto;
 			continue;
 		}
 		run.end = take_run(region, page, end, AU_PAGE_MISSING);

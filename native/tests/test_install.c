@@ -116,6 +116,84 @@ static void soft_eviction(void)
 	bench_close(&bench);
 }
 
+/* One message brings back what went of a whole block: around pages that are still mapped, a hole in
+ * the page cache, and pages that are missing. */
+static void block_comes_back(void)
+{
+	struct bench bench;
+	uint64_t length = 32 * PAGE, messages, hole = 9 * PAGE, page;
+	uint64_t items[16];
+	int error;
+
+	bench_open(&bench, (struct setup){ .length = length, .block = 16, .kind = AU_KIND_MEMFD });
+	install_pattern(bench.region, 0, 14 * PAGE, &error);
+	install_pattern(bench.region, 16 * PAGE, 16 * PAGE, &error);
+	CHECK_EQ(madvise(at(bench.region, 0), 3 * PAGE, MADV_DONTNEED), 0);
+	CHECK_EQ(madvise(at(bench.region, 5 * PAGE), length - 5 * PAGE, MADV_DONTNEED), 0);
+	CHECK_EQ(fallocate(bench.region->memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+			   (off_t)hole, PAGE), 0);
+	messages = counted(AU_COUNT_messages);
+	CHECK_EQ((uintptr_t)join(spawn(touch_first, bench.region)), pattern(0));
+	CHECK(au_pagemap_read(bench.region->start, items, 16));
+	for (page = 0; page < 16; page++)
+		CHECK_EQ(!!(items[page] & AU_PAGEMAP_PRESENT), page * PAGE != hole && page < 14);
+	CHECK(pattern_holds(at(bench.region, 0), 0, hole));
+	CHECK_EQ(counted(AU_COUNT_messages) - messages, 1);
+	CHECK_EQ(counted(AU_COUNT_continued_bytes), 11 * PAGE);
+	/* The block beside it was left alone. */
+	CHECK(au_pagemap_read(bench.region->start + 16 * PAGE, items, 1));
+	CHECK_EQ(items[0], 0);
+	bench_close(&bench);
+}
+
+/* Of a block of many pages, what can be looked at in one go. */
+static void large_block_comes_back(void)
+{
+	struct bench bench;
+	uint64_t length = 1100 * PAGE, messages, page;
+	int error;
+
+	bench_open(&bench, (struct setup){ .length = length, .block = 1024, .kind = AU_KIND_MEMFD });
+	CHECK_EQ(install_pattern(bench.region, 0, length, &error), length);
+	CHECK_EQ(madvise(at(bench.region, 0), length, MADV_DONTNEED), 0);
+	messages = counted(AU_COUNT_messages);
+	for (page = 1; page < 1100; page += 7)
+		CHECK_EQ(touch(bench.region, page * PAGE), pattern(page * PAGE));
+	CHECK_EQ(counted(AU_COUNT_messages) - messages, 3);
+	CHECK(pattern_holds(at(bench.region, 0), 0, length));
+	bench_close(&bench);
+}
+
+static void *touch_fourth(void *argument)
+{
+	return (void *)(uintptr_t)touch(argument, 3 * PAGE);
+}
+
+/* A page whose bytes were taken out of the page cache between its message and our answer is missing:
+ * whoever waits faults again and gets it fetched. */
+static void gone_from_the_cache(void)
+{
+	struct bench bench;
+	struct loop loop = { 0 };
+	pthread_t thread;
+	int error;
+
+	bench_open(&bench, (struct setup){ .length = 4 * PAGE, .block = 4, .kind = AU_KIND_MEMFD,
+					   .no_sentry = true });
+	install_pattern(bench.region, 0, 4 * PAGE, &error);
+	CHECK_EQ(madvise(at(bench.region, 0), 4 * PAGE, MADV_DONTNEED), 0);
+	thread = spawn(touch_fourth, bench.region);
+	EVENTUALLY(readable(bench.fd));
+	CHECK_EQ(fallocate(bench.region->memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+			   3 * PAGE, PAGE), 0);
+	loop_start(&loop, &bench);
+	CHECK_EQ((uintptr_t)join(thread), pattern(3 * PAGE));
+	CHECK_EQ(atomic_load(&loop.misses), 1);
+	EVENTUALLY(au_region_present(bench.region) == 4);
+	loop_stop(&loop);
+	bench_close(&bench);
+}
+
 static void huge_pages(void)
 {
 	static const int kinds[] = { AU_KIND_HUGETLB, AU_KIND_HUGETLB_MEMFD };
@@ -454,6 +532,9 @@ const struct test install_tests[] = {
 	{ "install: poison heals", heals_poison, 0, NULL },
 	{ "install: shared memory, through and around its cache", shared_memory, 0, NULL },
 	{ "install: a minor fault is served without a loop", soft_eviction, 0, NULL },
+	{ "install: a block whose mapping went comes back at once", block_comes_back, 0, NULL },
+	{ "install: so does a large one, in parts", large_block_comes_back, 0, NULL },
+	{ "install: a minor fault whose bytes went is a miss", gone_from_the_cache, 0, NULL },
 	{ "install: huge pages", huge_pages, 0, NULL },
 	{ "install: an empty pool of huge pages is an error", huge_pool_is_empty, 0, NULL },
 	{ "install: a generation that moved is refused", generations, 0, NULL },
