@@ -224,6 +224,31 @@ async def test_removed_pages_read_zero(tmp_path: Path) -> None:
         assert server.stats.events == 1
 
 
+@pytest.mark.parametrize("at_hand", [True, False])
+async def test_shared_memory_comes_back_by_blocks(tmp_path: Path, at_hand: bool) -> None:
+    """What reclaim unmaps of shared memory is in the page cache still: one message for a block."""
+    source: Any = (
+        DATA if at_hand else aiouffd.sources.FunctionSource(Gate(DATA).read, size=len(DATA))
+    )
+    blocks = PAGES * PAGE // (1 << 16)
+    options = {"shared": True, "features": ["MINOR_SHMEM"]}
+    async with (
+        serving(tmp_path, source, block_size=1 << 16) as (server, _),
+        guest(tmp_path / "s", PAGES, **options) as one,
+    ):
+        assert await one.ask("read", 0, PAGES - 3) == sha(0, PAGES - 3)
+        faults, installed = server.stats.faults, server.stats.installed_bytes
+        await one.ask("write_word", 9, 5)
+        await one.ask("drop", 0, 5)
+        await one.ask("drop", 7, PAGES - 7)
+        assert await one.ask("words", list(range(PAGES - 3))) == [
+            5 if page == 9 else word(page * PAGE) for page in range(PAGES - 3)
+        ]
+        assert server.stats.faults - faults == blocks
+        assert server.stats.installed_bytes == installed
+        assert await one.ask("read", PAGES - 3, 3) == sha(PAGES - 3, 3)
+
+
 async def test_removed_while_its_fetch_is_under_way(tmp_path: Path) -> None:
     """Old bytes never come back: who waits gets zeros, and so does who comes after the fetch."""
     gate = Gate(DATA, is_open=False)

@@ -85,6 +85,8 @@ WORK_MAX = 1 << 18
 WAKES = 512
 #: Areas with which messages are answered natively; where there are more, changes cost too much.
 AT_HAND_MAX = 512
+#: What is mapped again of shared memory at once, in bytes: at most, and where no store tells.
+MAP_AGAIN_MAX, BLOCK = 1 << 21, 1 << 16
 #: Addresses for which threads wait, or that are to become errors, before the oldest are forgotten:
 #: who still waits there asks again.
 WAITING_MAX = 1 << 14
@@ -459,7 +461,7 @@ class Memory:
                 self.poison(page, size)
             return
         if flags & _FLAG_MINOR:
-            self._filler.put(_CONTINUE, page, ffi.NULL, size, size, urgent=True)
+            self._map_again(area, page)
             return
         store = area.store
         state = area.state_of(page)
@@ -472,6 +474,22 @@ class Memory:
         if state & INSTALLED and size > 4096 and self._filler.pool_is_empty(page):
             return
         self._ask(area, store, page)
+
+    def _map_again(self, area: Area, page: int) -> None:
+        """The bytes of shared memory are in its page cache and the mapping went, as reclaim does
+        it: map the page, and what else went around it, before that is touched."""
+        filler, size, events = self._filler, area.page_size, self.stats.events
+        if not filler.put(_CONTINUE, page, ffi.NULL, size, size, urgent=True):
+            return
+        block = BLOCK if area.store is None else min(area.store.block_size, MAP_AGAIN_MAX)
+        start = max(area.start, page - (page - area.start) % max(block, size))
+        for low, high in (
+            (page + size, min(start + block, area.start + area.length)),
+            (start, page),
+        ):
+            # What is not in the cache is left alone, and what cannot be done now is not missed.
+            if low < high and self.stats.events == events and not self._closed:
+                filler.attempt(_CONTINUE, low, ffi.NULL, high - low, size, urgent=False)
 
     def _ask(self, area: Area, store: BlockStore, page: int) -> None:
         """Bring the block of ``page``, for which a thread waits: at once, if it is at hand."""

@@ -39,6 +39,7 @@ def check(result: int | None) -> int:
 class Program:
     def __init__(self) -> None:
         self.base = self.length = 0
+        self.shared = False
         self.touching = 0
         self.page = PAGE
         self.uffd: Any = None
@@ -46,12 +47,17 @@ class Program:
 
     def map(self, pages: int, options: dict[str, Any]) -> int:
         self.page = options.get("page_size", PAGE)
+        self.shared = options.get("shared", False)
         self.length = pages * self.page
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (0x40000 if self.page != PAGE else 0)
         flags |= 0x4000 if options.get("noreserve") else 0
         # With more room than that it can begin at a multiple of `align`.
         align = options.get("align", self.page)
-        base = check(libc.mmap(None, self.length + align - self.page, 3, flags, -1, 0))
+        file = -1
+        if self.shared:
+            flags, file = mmap.MAP_SHARED, os.memfd_create("memory")
+            os.ftruncate(file, self.length + align - self.page)
+        base = check(libc.mmap(None, self.length + align - self.page, 3, flags, file, 0))
         self.base = -(-base // align) * align
         features = Feature(0)
         for name in options.get("features", ["EVENT_REMOVE", "EVENT_UNMAP", "EVENT_REMAP"]):
@@ -63,7 +69,8 @@ class Program:
         return self.base
 
     def register(self, page: int, count: int) -> None:
-        self.uffd.register(self.base + page * self.page, count * self.page, Mode.MISSING)
+        mode = Mode.MISSING | Mode.MINOR if self.shared else Mode.MISSING
+        self.uffd.register(self.base + page * self.page, count * self.page, mode)
 
     def hand_over(self, path: str) -> str:
         self.connection = connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
