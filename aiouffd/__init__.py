@@ -9,7 +9,8 @@ Layers, each importing only from those below it::
     sync, buffer              lazy buffers: what most people use
     file, arrays, saving      a lazy buffer as a file, as arrays, in a file
     copying, destination      whole objects, and what they become
-    flights, readahead        fetching blocks: retries, deadlines, looking ahead
+    fetcher, transfer         from a source to the pages of a region; looking ahead
+    flights, policy           the fetch engine: single flight, retries, deadlines
     workingset                which parts were needed, in which order
     sources, nbd              where bytes come from, and serving them by NBD
     guarded                   copies and searches that signals interrupt
@@ -45,8 +46,8 @@ from .errors import StalledError as StalledError
 from .errors import UnsupportedError as UnsupportedError
 from .errors import UnversionedSourceWarning as UnversionedSourceWarning
 from .errors import UsageError as UsageError
+from .fetcher import FlightEvent as FlightEvent
 from .file import BufferFile as BufferFile
-from .flights import FlightEvent as FlightEvent
 from .headers import include_dir as include_dir
 from .pager import Pager as Pager
 from .probe import probe as probe

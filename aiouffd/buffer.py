@@ -23,13 +23,14 @@ from ._lib import ffi, lib
 from .arrays import Shape, array_over, tensor_over
 from .errors import ClosedError, SourceChangedError, SourceError, UnsupportedError, UsageError
 from .exporter import Exporter
+from .fetcher import FlightEvent
 from .file import BufferFile, FileHints, Reading
-from .flights import FlightEvent, Policy
 from .keywords import size_in_bytes
 from .mapping import Mapping
 from .notebook import html_of
 from .once import Once, cancelled_from_outside
 from .pager import shared_pagers
+from .policy import Policy
 from .region import Errors, Kind, Region
 from .sink import BufferSink
 from .sources import MemorySource, as_source
@@ -867,7 +868,7 @@ class LazyBuffer(FileHints, Exporter):
             fetched_bytes=tally.fetched_bytes,
             faulted_blocks=region.touched_blocks if alive and region else tally.faults,
             flights=tally.flights,
-            in_flight=sink.fetcher.in_flight if sink else 0,
+            in_flight=sink.fetcher.flights.in_flight if sink else 0,
             retries=tally.retries,
             failures=tally.failures,
             rescued=tally.rescued,

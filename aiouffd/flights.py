@@ -1,106 +1,99 @@
-"""Flights: fetching blocks of a region from a source, on one loop.
+"""Flights: the fetch engine, on one loop, for every destination of bytes.
 
-A flight is one run of blocks that is being fetched: the unit of waiting, retrying and
-cancelling. However many threads touch a block, the native page table lets one flight
-have it. Blocks that threads wait for go before readahead; a flight that was readahead and is
-touched becomes wanted.
+A flight is one run of blocks that is being fetched: the unit of waiting, retrying and cancelling.
+However many wait for a block, one flight has it. What somebody waits for goes before what may be
+of use later, and among those who wait goes first who has had least. A flight that nobody waited
+for, and that somebody comes to wait for, is urgent from then on.
 
-What a blocked thread gets (``errors`` and ``deadline`` are those of `aiouffd.open`):
-
-- the source fails for a while: it waits; retries back off with jitter, for ever if hard;
-- soft, and the deadline has passed or the failure is not transient: SIGBUS for raw
-  touches, SourceError from the calls of the buffer; a later fetch heals the page;
-- soft, and the kernel cannot take the bytes: the same, after a while, also without a deadline;
-- the source has changed: the same at once, also if hard, because waiting cannot help;
-- the flight is cancelled: it is woken and faults again, which makes a new flight;
-- the region closes: see `Region.close`.
+Where the bytes go, and who waits for them, is the business of a `Destination`: the pages of a
+region (`aiouffd.fetcher`), or blocks that are kept for clients (`aiouffd.serve.blocks`). What
+becomes of failures is decided here, by the `Policy`, in the same way for all.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import heapq
 import logging
-import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
 
-from .backoff import pause_after
-from .errors import (
-    AiouffdError,
-    ClosedError,
-    KernelError,
-    SourceChangedError,
-    SourceError,
-    SourceTimeoutError,
-)
+from .backoff import Backoff
+from .errors import AiouffdError, ClosedError, KernelError, SourceError, SourceTimeoutError
 from .once import abandon
-from .readahead import Readahead, Reads
-from .region import Errors, Region
-from .sources.base import Source, as_source_error
+from .policy import Policy
+from .sources.base import as_source_error
 from .tally import Tally
-from .transfer import Begun, Mover, Progress
-from .usercode import Complaints, describe, is_ours
+from .usercode import Complaints, describe, ends_the_program, is_ours, tell_loop
 
-__all__ = ["Fetcher", "FlightCancelledError", "FlightEvent", "Policy"]
+__all__ = ["Begun", "Destination", "Flight", "FlightCancelledError", "Flights"]
 
 log = logging.getLogger("aiouffd")
 
 #: First and longest pause between two tries, in seconds.
 RETRY_FIRST, RETRY_LONGEST = 0.05, 10.0
-#: Seconds for which errors="soft" takes errors of the kernel for passing ones, deadline or not.
-KERNEL_PATIENCE = 5.0
-#: Flights of one fetcher that run at a time, and how many of them may be prefetch.
-MAX_FLIGHTS, MAX_PREFETCH = 32, 24
-#: Failures in a row after which prefetching is given up, and the pause after each, in seconds.
-PREFETCH_FAILURES, PREFETCH_PAUSE = 8, 0.1
 
 
 class FlightCancelledError(SourceError):
     """Somebody has cancelled the task of a flight. Who waits for its blocks asks again."""
 
 
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """What to do when the source fails."""
+class Begun(Protocol):
+    """A transfer that is under way without a task."""
 
-    errors: Errors = "hard"
-    deadline: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class FlightEvent:
-    """A finished flight, for ``trace=``: bytes ``offset`` to ``offset + length``, seconds."""
-
-    offset: int
-    length: int
-    started: float
-    finished: float
-    cause: str  # "fault", "readahead", "fetch" or "prefetch"
+    def cancel(self) -> None:
+        """Nothing arrives any more, and nobody is told."""
 
 
 class Flight:
-    """A run of blocks under way. Await `wait` for its end."""
+    """A run of ``count`` blocks from ``first`` on. Await `wait` for its end."""
 
-    __slots__ = ("_done", "_pause", "begun", "cause", "count", "error", "finished", "first",
-                 "since", "started", "task", "wanted")  # fmt: skip
+    __slots__ = (
+        "_done",
+        "_pause",
+        "background",
+        "begun",
+        "cause",
+        "count",
+        "end",
+        "error",
+        "finished",
+        "first",
+        "limit",
+        "offset",
+        "pieces",
+        "running",
+        "since",
+        "started",
+        "task",
+        "wanted",
+    )
 
-    def __init__(self, first: int, count: int, cause: str) -> None:
-        self.first = first
-        self.count = count
+    def __init__(self, first: int, count: int, cause: str, *, wanted: bool = True) -> None:
+        self.first, self.count = first, count
+        #: Why it was asked for, for those who trace.
         self.cause = cause
-        self.wanted = cause in ("fault", "fetch")
+        #: Somebody waits for it, since `since`.
+        self.wanted = wanted
         self.since = self.started = time.monotonic()
+        self.running = self.background = False
+        #: Bytes of the object that are to come yet, and in how many pieces others have.
+        self.offset = self.end = self.pieces = 0
         # What brings it: a task, or for a small one what is under way without.
         self.task: asyncio.Task[None] | None = None
         self.begun: Begun | None = None
+        self.limit: asyncio.Timeout | None = None
         self.error: BaseException | None = None
         self.finished = False
         self._done: asyncio.Future[None] | None = None
         # While it waits for its next try.
         self._pause: asyncio.Future[None] | None = None
+
+    @property
+    def blocks(self) -> range:
+        return range(self.first, self.first + self.count)
 
     async def wait(self) -> None:
         """Until it has landed; raises what made it fail."""
@@ -140,399 +133,302 @@ class Flight:
             self._done.set_result(None)
 
 
-class Fetcher:
-    """Fetches the blocks of ``region`` from ``source``, on the loop that runs it.
+F = TypeVar("F", bound=Flight)
+G = TypeVar("G", bound=Flight, contravariant=True)
 
-    ``source`` is open. Not thread-safe. ``failures`` maps blocks to the error that poisoned them.
+
+class Destination(Protocol[G]):
+    """Where the bytes of flights go. All of it is called on the engine's loop."""
+
+    block_size: int
+
+    @property
+    def length(self) -> int:
+        """Bytes of the object."""
+
+    @property
+    def gone(self) -> bool:
+        """Whether nothing can be delivered any more."""
+
+    async def bring(self, flight: G) -> None:
+        """Make one try: fetch and deliver from ``flight.offset`` to ``flight.end``, moving
+        ``offset`` along. What has arrived is not asked for again. Raises what the source raises.
+        """
+
+    def arrived(self, flight: G) -> None:
+        """All of it has come, in several pieces."""
+
+    def still_wanted(self, flight: G) -> bool:
+        """After a failure: whether anybody wants it, though nobody was known to wait."""
+
+    def give_up(self, flight: G, error: SourceError) -> bool:
+        """Deliver an error instead of what has not come. False if that failed as well."""
+
+    def ended(self, flight: G, error: BaseException | None, finished: float) -> None:
+        """A flight is over; its blocks can be asked for again. ``finished``: `time.monotonic`."""
+
+    def dropped(self, flight: G) -> None:
+        """The same for one that never began, because the engine stops."""
+
+    def name(self, flight: G) -> str:
+        """What it brings, for the log."""
+
+
+class Flights(Generic[F]):
+    """The flights to one destination. One loop, the running one; not thread-safe.
+
+    :param closed: what those get to read who wait when it is stopped.
+    :param most: flights that run at a time; ``background``: those of them that nobody waits for.
+    :param begin: starts a flight of one block without a task, or returns None; `landed` is to be
+        called at its end.
+    :param retry: whether a failure may be tried again at all.
     """
 
     def __init__(
         self,
-        region: Region,
-        source: Source,
-        *,
+        destination: Destination[F],
         policy: Policy,
         tally: Tally,
-        failures: dict[int, BaseException],
-        readahead: Readahead | None = None,
-        reads: Reads | None = None,
-        flight_blocks: int = 16,
-        trace: Callable[[FlightEvent], None] | None = None,
+        complaints: Complaints,
+        *,
+        closed: str,
+        most: int,
+        background: int | None = None,
+        begin: Callable[[F], Begun | None] | None = None,
+        retry: bool = True,
     ) -> None:
-        self._region = region
+        self._destination = destination
         self._policy = policy
+        self._limit = policy.limit
         self._tally = tally
-        self._failures = failures
-        self._readahead = readahead
-        self._reads = reads or Reads()
-        self._flight_blocks = flight_blocks
-        self._trace = trace
-        self._loop = asyncio.get_running_loop()
-        self._flights: dict[int, Flight] = {}
-        self._running = 0
-        self._urgent: deque[Flight] = deque()
-        self._later: deque[Flight] = deque()
-        self._complaints = Complaints(self._loop)
-        self._mover = Mover(region, source, tally, failures, self._landed, self._complaints)
+        self._complaints = complaints
+        self._closed_text = closed
+        self._most = most
+        self._most_background = most if background is None else background
         # A deadline needs a timer, and so a task.
-        self._direct = policy.deadline is None
-        self._closed = False
-        #: While somebody records: blocks that were needed, in order.
-        self.recording: dict[int, None] | None = None
+        self._begin = begin if self._limit is None else None
+        self._retry = retry
+        self._loop = asyncio.get_running_loop()
+        self._size = destination.block_size
+        #: The flight that has a block.
+        self.of: dict[int, F] = {}
+        self._running = self._running_background = 0
+        self._urgent: list[tuple[float, int, F]] = []  # a heap
+        self._later: deque[F] = deque()
+        self._number = 0
+        self.closed = False
 
-    # ------------------------------------------------------------- the sink
+    # ---------------------------------------------------------------- asking
 
-    def miss(self, block: int, *_message: int) -> None:
-        """A thread waits for ``block``, whose fetch is ours now."""
-        if self.recording is not None:
-            self.recording.setdefault(block)
-        if block in self._flights:
-            # The rescue loop has told us of it while it was under way here.
-            self.hit(block)
+    def launch(self, flight: F, rank: float = 0.0) -> None:
+        """Begin a flight, or queue it: by ``rank`` if somebody waits for it, smallest first."""
+        if self.closed:
+            # Who was woken by the end of a flight has asked again. What is told to those who wait
+            # is the destination's business; until then the blocks stay taken.
+            flight.finish(ClosedError(self._closed_text))
             return
-        self._tally.faults += 1
-        self._launch(Flight(block, 1, "fault"))
-        self._read_ahead(block)
-
-    def under_way(self, block: int) -> Flight | None:
-        """The flight that has ``block``."""
-        return self._flights.get(block)
-
-    def hit(self, block: int) -> None:
-        """A thread waits for ``block``, which is in flight."""
-        if self.recording is not None:
-            self.recording.setdefault(block)
-        self._tally.faults += 1
-        flight = self._flights.get(block)
-        if flight is not None and not flight.wanted:
-            flight.wanted = True
-            flight.since = time.monotonic()
-            if flight.task is None and flight.begun is None:
-                with contextlib.suppress(ValueError):
-                    self._later.remove(flight)
-                    self._urgent.append(flight)
-                self._fill()
-        self._read_ahead(block)
-
-    def ask(self, first: int, last: int, read: tuple[int, int]) -> None:
-        """A thread is about to wait for blocks, a part of those that it reads in one go, ``read``:
-        bring them together, and with the last part more if that read continues others."""
-        if self.recording is not None:
-            for block in range(first, last + 1):
-                self.recording.setdefault(block)
-        if self._closed or self._region.closed:
-            return
-        for run_first, run_count in self._take(first, last - first + 1, heal=False):
-            self._launch(Flight(run_first, run_count, "fetch"))
-        if self._readahead is not None and self.recording is None and last == read[1]:
-            self._launch_ahead(self._readahead.read(*read))
-
-    def _read_ahead(self, block: int) -> None:
-        if self._readahead is None or self.recording is not None or block in self._reads:
-            return
-        self._launch_ahead(self._readahead.touch(block))
-
-    def _launch_ahead(self, runs: list[tuple[int, int]]) -> None:
-        for first, count in runs:
-            for run_first, run_count in self._take(first, count, heal=False):
-                self._launch(Flight(run_first, run_count, "readahead"))
-
-    def _take(self, first: int, count: int, *, heal: bool) -> list[tuple[int, int]]:
-        """Own what can be owned of a range, as runs of at most one flight's length."""
-        runs: list[tuple[int, int]] = []
-        for block in self._region.begin(first, count, heal=heal):
-            # Flights end where huge pages do, so that most of them fill whole ones.
-            if runs and sum(runs[-1]) == block and block % self._flight_blocks:
-                runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-            else:
-                runs.append((block, 1))
-        return runs
-
-    async def fetch(
-        self, first: int, count: int, landed: Callable[[int], None] | None = None
-    ) -> None:
-        """Make blocks resident; heals poisoned ones. Raises what the source raised. ``landed`` is
-        told of blocks before which all are there.
-
-        Where a flight waits for its next try it is made at once, whatever the source had asked for.
-        """
-        if self.recording is not None:
-            for block in range(first, first + count):
-                self.recording.setdefault(block)
-        window = 4 * self._flight_blocks
-        mine: deque[Flight] = deque()
-        block, end = first, first + count
-        while block < end or mine:
-            while block < end and len(mine) < 8:
-                step = min(window, end - block)
-                for run_first, run_count in self._take(block, step, heal=True):
-                    flight = Flight(run_first, run_count, "fetch")
-                    self._launch(flight)
-                    mine.append(flight)
-                for other in range(block, block + step):
-                    under_way = self._flights.get(other)
-                    if under_way is not None and (not mine or mine[-1] is not under_way):
-                        under_way.wanted = True
-                        under_way.ask_now()
-                        mine.append(under_way)
-                block += step
-            if mine:
-                flight = mine.popleft()
-                # What was cancelled is missing still, which our caller sees.
-                with contextlib.suppress(FlightCancelledError):
-                    await flight.wait()
-                if landed is not None:
-                    landed(min(flight.first + flight.count, end))
-
-    async def prefetch(self, runs: Iterable[tuple[int, int]]) -> bool:
-        """Bring runs of blocks before anybody waits for them, in this order, behind what somebody
-        waits for. False if the source failed so often that the rest was left to touches."""
-        mine: deque[Flight] = deque()
-        failures = 0
-
-        async def settle(most: int) -> None:
-            nonlocal failures
-            while len(mine) > most and failures < PREFETCH_FAILURES:
-                try:
-                    await mine.popleft().wait()
-                    failures = 0
-                except SourceError:
-                    failures += 1
-                    await asyncio.sleep(PREFETCH_PAUSE)
-
-        for first, count in runs:
-            for block in range(first, first + count, self._flight_blocks):
-                some = min(self._flight_blocks, first + count - block)
-                for run_first, run_count in self._take(block, some, heal=False):
-                    flight = Flight(run_first, run_count, "prefetch")
-                    self._launch(flight)
-                    mine.append(flight)
-                await settle(MAX_PREFETCH - 1)
-                if failures >= PREFETCH_FAILURES or self._closed:
-                    return False
-        await settle(0)
-        return failures < PREFETCH_FAILURES
-
-    # -------------------------------------------------------------- flights
-
-    def _launch(self, flight: Flight) -> None:
-        if self._closed:
-            # Who was woken by the end of a flight has asked again. The region closes soon, and
-            # tells whoever waits; until then the blocks stay taken.
-            flight.finish(ClosedError("the buffer is closed"))
-            return
-        for block in range(flight.first, flight.first + flight.count):
-            self._flights[block] = flight
-        if self._running < MAX_FLIGHTS:
+        if flight.count == 1:
+            self.of[flight.first] = flight
+        else:
+            for block in flight.blocks:
+                self.of[block] = flight
+        if self._running < self._most and (
+            flight.wanted or self._running_background < self._most_background
+        ):
             self._start(flight)
         else:
-            (self._urgent if flight.wanted else self._later).append(flight)
+            self._queue(flight, rank)
 
-    def _start(self, flight: Flight) -> None:
+    def want(self, flight: F, rank: float = 0.0) -> None:
+        """Somebody has come to wait for ``flight``."""
+        if flight.wanted:
+            return
+        # It had all the time in the world until now.
+        flight.wanted = True
+        flight.since = time.monotonic()
+        if flight.limit is not None and self._limit is not None:
+            flight.limit.reschedule(self._loop.time() + self._limit)
+        if not flight.running and not flight.finished:
+            self._queue(flight, rank)  # and where it was it is passed by
+            self._fill()
+
+    def _queue(self, flight: F, rank: float) -> None:
+        if flight.wanted:
+            self._number += 1
+            heapq.heappush(self._urgent, (rank, self._number, flight))
+        else:
+            self._later.append(flight)
+
+    def drop(self, flight: F) -> None:
+        """Nobody wants a flight that has not begun."""
+        self._withdraw(flight)
+        flight.finished = True  # and is passed by
+
+    # --------------------------------------------------------------- running
+
+    def _start(self, flight: F) -> None:
+        flight.running = True
         self._running += 1
+        if not flight.wanted:
+            flight.background = True
+            self._running_background += 1
         self._tally.flights += 1
         flight.started = time.monotonic()
-        if self._direct and flight.count == 1:
-            region = self._region
-            offset = flight.first * region.block_size
-            length = min(region.block_size, region.length - offset)
-            flight.begun = self._mover.begin(offset, length, flight)
+        offset = flight.offset = flight.first * self._size
+        end, length = offset + flight.count * self._size, self._destination.length
+        flight.end = end if end < length else length
+        if self._begin is not None and flight.count == 1:
+            flight.begun = self._begin(flight)
             if flight.begun is not None:
                 return
-        self._begin(flight)
+        self._fly_with_task(flight)
 
-    def _landed(self, flight: Flight, error: BaseException | None) -> None:
+    def _fill(self) -> None:
+        while self._running < self._most and not self.closed:
+            if self._urgent:
+                flight = heapq.heappop(self._urgent)[2]
+            elif self._later and self._running_background < self._most_background:
+                flight = self._later.popleft()
+            else:
+                return
+            if not flight.running and not flight.finished:
+                self._start(flight)
+
+    def landed(self, flight: F, error: BaseException | None) -> None:
         """The end of a flight that had no task."""
         flight.begun = None
         if error is None:
             self._settle(flight, None)
-        elif not self._closed:
+        elif not self.closed:
             # The failure policy is a task's business, and it begins with a try of its own.
-            self._begin(flight)
+            self._fly_with_task(flight)
 
-    def _fill(self) -> None:
-        while self._running < MAX_FLIGHTS and (self._urgent or self._later) and not self._closed:
-            self._start(self._urgent.popleft() if self._urgent else self._later.popleft())
-
-    def _begin(self, flight: Flight) -> None:
-        def ended(_task: asyncio.Task[None]) -> None:
+    def _fly_with_task(self, flight: F) -> None:
+        def ended(task: asyncio.Task[None]) -> None:
             # A task that is cancelled before its first step does nothing at all.
             if not flight.finished:
-                self._settle(flight, self._end_of_flight())
+                self._settle(flight, self._cancelled())
+            error = None if task.cancelled() else task.exception()
+            # What ends the program has ended the loop already.
+            if error is not None and not ends_the_program(error):
+                tell_loop(task.get_loop(), f"a flight to {self._destination!r} broke", error)
 
         flight.task = self._loop.create_task(self._fly(flight))
         flight.task.add_done_callback(ended)
 
-    async def _fly(self, flight: Flight) -> None:
+    async def _fly(self, flight: F) -> None:
         error: BaseException | None = None
         try:
             await self._attempts(flight)
+            if flight.pieces > 1:
+                self._destination.arrived(flight)
         except (SourceError, ClosedError) as failure:
             error = failure
         except BaseException:
             # The task was cancelled, or the program ends. Whoever waits asks again.
-            error = self._end_of_flight()
+            error = self._cancelled()
             raise
         finally:
             self._settle(flight, error)
 
-    def _end_of_flight(self) -> AiouffdError:
-        if self._closed:
-            return ClosedError("the buffer is closed")
+    def _cancelled(self) -> AiouffdError:
+        if self.closed:
+            return ClosedError(self._closed_text)
         return FlightCancelledError("somebody has cancelled the fetch", hint="try again")
 
-    def _settle(self, flight: Flight, error: BaseException | None) -> None:
+    def _settle(self, flight: F, error: BaseException | None) -> None:
         """A flight has ended: tell who waits, and start what waited for its place."""
         finished = time.monotonic()
         self._running -= 1
+        if flight.background:
+            self._running_background -= 1
         self._withdraw(flight)
-        if error is not None and not self._region.closed:
-            # Whoever waits still is woken, and faults again or finds the poison.
-            self._region.end(flight.first, flight.count)
-        elif error is None:
+        if error is None:
             self._tally.landed(finished - flight.started)
-            if flight.cause == "readahead" and self._readahead and not self._closed:
-                self._launch_ahead(self._readahead.landed(flight.first, flight.count))
+        self._destination.ended(flight, error, finished)
         flight.finish(error)
         if self._urgent or self._later:
             self._fill()
-        if self._trace is not None and error is None:
-            self._tell_trace(self._trace, flight, finished)
 
-    def _tell_trace(
-        self, trace: Callable[[FlightEvent], None], flight: Flight, finished: float
-    ) -> None:
-        size = self._region.block_size
-        event = FlightEvent(
-            flight.first * size, flight.count * size, flight.started, finished, flight.cause
-        )
-        try:
-            trace(event)
-        except BaseException as error:
-            self._complaints.make("the trace callback", error)
+    def _withdraw(self, flight: F) -> None:
+        of = self.of
+        for block in flight.blocks:
+            if of.get(block) is flight:
+                del of[block]
 
-    async def _attempts(self, flight: Flight) -> None:
-        pause = RETRY_FIRST
-        progress = Progress(flight.first * self._region.block_size)
-        end = min((flight.first + flight.count) * self._region.block_size, self._region.length)
-        task = asyncio.current_task()
+    # -------------------------------------------------------------- failures
+
+    async def _attempts(self, flight: F) -> None:
+        destination, task = self._destination, asyncio.current_task()
+        backoff: Backoff | None = None
         # Since when the kernel has not taken the bytes.
         refused: float | None = None
         while True:
-            before = progress.offset
+            before = flight.offset
             try:
-                await self._with_deadline(flight, progress, end)
-                return self._arrived(flight, progress, end)
+                if self._limit is None:
+                    await destination.bring(flight)
+                else:
+                    await self._in_time(flight, self._limit)
+                return
             except BaseException as failure:
                 if is_ours(failure, task):
                     raise
-                if self._region.closed or self._closed:
-                    raise ClosedError("the buffer is closed") from None
-                if progress.offset >= end and not isinstance(failure, SourceError):
+                if self.closed or destination.gone:
+                    raise ClosedError(self._closed_text) from None
+                if flight.offset >= flight.end and not isinstance(failure, SourceError):
                     self._complaints.make("a source that had delivered all", failure)
-                    return self._arrived(flight, progress, end)
+                    return
                 error = as_source_error(failure)
                 if not isinstance(failure, KernelError):
                     refused = None
-                elif refused is None or progress.offset > before:
+                elif refused is None or flight.offset > before:
                     refused = time.monotonic()
             self._tally.last_error = describe(error)
-            if progress.offset > before:
-                pause = RETRY_FIRST
-            if not flight.wanted and not self._wanted(flight):
-                # Nobody waits: leave it, a touch will ask again.
+            if not flight.wanted and not destination.still_wanted(flight):
+                # Nobody waits: leave it, who needs it will ask again.
                 raise error
-            if self._hopeless(error, flight, refused):
+            now = time.monotonic()
+            waited, stuck = now - flight.since, 0.0 if refused is None else now - refused
+            if not self._retry or self._policy.is_final(error, waited, stuck):
                 self._tally.failures += 1
-                if not self._poison(flight, progress.offset, error):
+                if not destination.give_up(flight, error):
                     # Who waits asks again: not at once, for nothing has changed.
                     await flight.pause(RETRY_FIRST)
                 raise error
             self._tally.retries += 1
-            delay = pause_after(error, pause * (0.5 + random.random()))
-            log.log(
-                logging.WARNING if pause >= 1 else logging.INFO,
-                "bytes %d-%d: %s; next try in %.2f s",
-                progress.offset,
-                end,
-                self._tally.last_error,
-                delay,
-            )
-            if self._policy.errors == "soft" and self._policy.deadline is not None:
-                left = flight.since + self._policy.deadline - time.monotonic()
-                delay = min(delay, max(left, 0.001))
+            if backoff is None or flight.offset > before:
+                backoff = Backoff(RETRY_FIRST, RETRY_LONGEST)
+            level = logging.WARNING if backoff.pause >= 1 else logging.INFO
+            delay = backoff.next(error)
+            log.log(level, "%s: %s; next try in %.2f s", destination.name(flight), error, delay)
+            if self._limit is not None:
+                delay = min(delay, max(flight.since + self._limit - time.monotonic(), 0.001))
             await flight.pause(delay)
-            pause = min(pause * 2, RETRY_LONGEST)
 
-    def _arrived(self, flight: Flight, progress: Progress, end: int) -> None:
-        """Pages may be dropped while others of their block are on the way. (One install of
-        whole blocks sees to that by itself.) Who waits for them asks again."""
-        if progress.pieces <= 1:
-            return
-        start = flight.first * self._region.block_size
-        if not self._region.is_resident(start, end - start):
-            self._region.end(flight.first, flight.count)
-
-    def _wanted(self, flight: Flight) -> bool:
-        """Whether threads wait for blocks of a readahead flight; they stay ours then."""
-        waiting = self._region.end(flight.first, flight.count, keep_wanted=True)
-        if not waiting:
-            return False
-        # Take back what was let go, unless somebody was faster.
-        self._region.begin(flight.first, flight.count)
-        flight.wanted = True
-        return True
-
-    async def _with_deadline(self, flight: Flight, progress: Progress, end: int) -> None:
-        deadline = self._policy.deadline
-        if self._policy.errors == "hard" or deadline is None:
-            await self._mover.move(progress, end)
-            return
-        left = flight.since + deadline - time.monotonic()
-        limit = asyncio.timeout(max(left, 0.001))
+    async def _in_time(self, flight: F, seconds: float) -> None:
+        """One try, which has failed when somebody has waited for too long."""
+        left = max(flight.since + seconds - time.monotonic(), 0.001)
+        limit = asyncio.timeout(left if flight.wanted else None)
         try:
             async with limit:
-                await self._mover.move(progress, end)
+                flight.limit = limit
+                await self._destination.bring(flight)
         except TimeoutError as late:
             if not limit.expired():
                 raise  # the source's own
             raise SourceTimeoutError(
-                f"bytes {progress.offset}-{end} did not arrive within {deadline} s"
+                f"{self._destination.name(flight)} did not arrive within {seconds} s"
             ) from late
+        finally:
+            flight.limit = None
 
-    def _hopeless(self, error: SourceError, flight: Flight, refused: float | None) -> bool:
-        if isinstance(error, SourceChangedError):
-            return True
-        if self._policy.errors == "hard":
-            return False
-        now = time.monotonic()
-        if not error.transient or (refused is not None and now >= refused + KERNEL_PATIENCE):
-            return True
-        deadline = self._policy.deadline
-        return deadline is not None and now >= flight.since + deadline
-
-    def _poison(self, flight: Flight, offset: int, error: SourceError) -> bool:
-        """An error instead of bytes, for the blocks that are not there yet. False if the kernel
-        does not take that either."""
-        size = self._region.block_size
-        done = True
-        for block in range(offset // size, flight.first + flight.count):
-            self._failures[block] = error
-            start = block * size
-            length = min(size, self._region.mapped_length - start)
-            try:
-                self._region.poison(start, length)
-            except AiouffdError as problem:
-                done = False
-                self._complaints.make("making an error of pages that cannot be had", problem)
-        return done or self._region.closed
-
-    # ----------------------------------------------------------------- close
+    # ------------------------------------------------------------------- end
 
     @property
     def in_flight(self) -> int:
         """Flights that run or wait to run."""
-        return self._running + len(self._urgent) + len(self._later)
+        return len(set(self.of.values()))
 
     @property
     def orphaned(self) -> bool:
@@ -541,43 +437,32 @@ class Fetcher:
 
     def dismiss(self) -> None:
         """Coroutines that wait for flights get ClosedError; the flights go on."""
-        for flight in set(self._flights.values()):
+        for flight in set(self.of.values()):
             flight.dismiss()
 
-    def cancel(self, *, give_back: bool = False) -> list[asyncio.Task[None]]:
-        """Stop: cancels what runs, fails what waits. Returns the tasks to await.
-
-        The region closes next and tells whoever waits; or with ``give_back`` another fetcher takes
-        over, and whoever waits faults again.
-        """
-        self._closed = True
-        closed = ClosedError("the buffer is closed")
-        for flight in (*self._urgent, *self._later):
-            self._withdraw(flight)
-            flight.finish(closed)
-            if give_back and not self._region.closed:
-                self._region.end(flight.first, flight.count)
-        self._urgent.clear()
-        self._later.clear()
+    def cancel(self) -> list[asyncio.Task[None]]:
+        """Stop: cancels what runs, drops what waits. Returns the tasks to await."""
+        self.closed = True
         tasks = []
-        for flight in set(self._flights.values()):
-            if flight.begun is not None:
+        for flight in set(self.of.values()):
+            if not flight.running:
+                self._withdraw(flight)
+                flight.finish(ClosedError(self._closed_text))
+                self._destination.dropped(flight)
+            elif flight.begun is not None:
                 flight.begun.cancel()
-                self._settle(flight, closed)
+                flight.begun = None
+                self._settle(flight, ClosedError(self._closed_text))
             elif flight.task is not None and not flight.task.done():
                 flight.task.cancel()
                 tasks.append(flight.task)
+        self._urgent.clear()
+        self._later.clear()
         return tasks
 
     def abandon(self) -> None:
         """Its loop was closed: what was under way never goes on, which nobody need be told."""
-        self._closed = True
-        for flight in set(self._flights.values()):
+        self.closed = True
+        for flight in set(self.of.values()):
             if flight.task is not None:
                 abandon(flight.task)
-
-    def _withdraw(self, flight: Flight) -> None:
-        flights = self._flights
-        for block in range(flight.first, flight.first + flight.count):
-            if flights.get(block) is flight:
-                del flights[block]

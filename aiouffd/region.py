@@ -13,7 +13,6 @@ import contextlib
 import errno
 import inspect
 import os
-import random
 import sys
 import time
 import types
@@ -23,6 +22,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from ._lib import ffi, lib, pin
+from .backoff import Backoff
 from .errors import AiouffdError, ClosedError, KernelError, SourceTimeoutError, UsageError
 from .exports import Exports
 from .usercode import ends_the_program, is_ours, tell_loop
@@ -756,7 +756,7 @@ class HandlerSink:
     async def _serve(self, fault: Fault, begun: Awaitable[None] | None) -> None:
         region = self._region
         task = asyncio.current_task()
-        pause = RETRY_FIRST
+        backoff = Backoff(RETRY_FIRST, RETRY_LONGEST)
         while True:
             limit = None
             try:
@@ -787,8 +787,7 @@ class HandlerSink:
                 return
             if region.errors == "soft" and self._poison(fault):
                 return
-            await asyncio.sleep(pause * (0.5 + random.random()))
-            pause = min(pause * 2, RETRY_LONGEST)
+            await asyncio.sleep(backoff.next())
 
     def _poison(self, fault: Fault) -> bool:
         try:

@@ -39,6 +39,7 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ._lib import ffi, lib
+from .backoff import Backoff
 from .errors import BlockingTouchWarning, UsageError
 
 if TYPE_CHECKING:
@@ -207,7 +208,7 @@ class Service:
 
     def _when_needed(self) -> asyncio.AbstractEventLoop:
         """The loop, made when it is first needed and can be."""
-        pause = RETRY_FIRST
+        backoff = Backoff(RETRY_FIRST, RETRY_LONGEST)
         while True:
             # A touch that this thread makes itself could be rescued by nobody, so it parks
             # here until there is work, holding no GIL and costing no wake-up.
@@ -221,8 +222,7 @@ class Service:
                     call = self._inbox.popleft()
                     if isinstance(call, _Call):
                         call.fail(error)
-            time.sleep(pause)
-            pause = min(pause * 2, RETRY_LONGEST)
+            time.sleep(backoff.next())
 
     def _make_loop(self) -> asyncio.AbstractEventLoop:
         # asyncio leaves half a loop behind, and complains about it, where these are lacking.

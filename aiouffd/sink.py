@@ -6,19 +6,30 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from .errors import AiouffdError, ClosedError, SourceChangedError, UsageError
-from .flights import Fetcher, FlightCancelledError, FlightEvent, Policy
+from .backoff import Backoff
+from .errors import AiouffdError, ClosedError, UsageError
+from .fetcher import Fetcher, FlightEvent
+from .flights import FlightCancelledError
 from .once import abandon, thrown_away
+from .policy import Policy
 from .readahead import Readahead, Reads
 from .region import Region
 from .rescue import service
-from .sources.base import Source, aclose_source, clone_source, open_source
+from .sources.base import (
+    Source,
+    aclose_source,
+    as_source_error,
+    clone_source,
+    open_source,
+)
 from .tally import Tally
+from .usercode import describe
 
 if TYPE_CHECKING:
     from .serve.children import Inheritance
@@ -29,8 +40,8 @@ log = logging.getLogger("aiouffd")
 
 #: Longest single flight of readahead and `fetch`, in bytes.
 FLIGHT = 2 * 1024 * 1024
-#: Seconds.
-FOR_EVER = 1e9
+#: First and longest pause between two tries to open a clone, in seconds.
+RETRY_FIRST, RETRY_LONGEST = 0.05, 5.0
 
 
 def _retrieve(task: asyncio.Task[bool]) -> None:
@@ -100,17 +111,16 @@ class BufferSink:
         """Serve forked children; with ``clone``, unless their memory is that of the region."""
         from .serve.children import RegionBlocks, SourceBlocks, children
 
-        region, policy = self._region, self._policy
+        region = self._region
         if region.kind in ("memfd", "hugetlb-memfd"):
             store: Any = RegionBlocks(region, self.bring)
         else:
-            patience = FOR_EVER if policy.deadline is None else policy.deadline
             store = SourceBlocks(
                 clone,
                 region.length,
                 self._tally,
                 block_size=region.block_size,
-                deadline=None if policy.errors == "hard" else patience,
+                policy=self._policy,
                 readahead=self._window * region.block_size,
             )
         self.inheritance = children.leave(region, store)
@@ -189,7 +199,7 @@ class BufferSink:
         prefetched any more. Threads are served as before. On the buffer's loop."""
         if self._prefetching is not None:
             self._prefetching.cancel()
-        self.fetcher.dismiss()
+        self.fetcher.flights.dismiss()
 
     async def move(self) -> None:
         """The buffer's loop ends: leave everything to the rescue loop and a clone. Raises what
@@ -244,18 +254,18 @@ class BufferSink:
 
     async def _open_clone(self, clone: Source) -> bool:
         """Until it is open. False when that failed for good, of which all who wait were told."""
-        pause = 0.05
+        backoff, since = Backoff(RETRY_FIRST, RETRY_LONGEST), time.monotonic()
         while not self._closed:
             try:
                 await open_source(clone)
                 return True
-            except Exception as error:
-                if self._policy.errors == "soft" or isinstance(error, SourceChangedError):
-                    self._give_up(error)
+            except Exception as failure:
+                error = as_source_error(failure)
+                if self._policy.is_final(error, time.monotonic() - since, 0.0):
+                    self._give_up(failure)
                     return False
-                self._tally.last_error = f"{type(error).__name__}: {error}"
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, 5.0)
+                self._tally.last_error = describe(failure)
+            await asyncio.sleep(backoff.next(error))
         return False
 
     def _give_up(self, error: Exception) -> None:
@@ -275,7 +285,7 @@ class BufferSink:
         loop, or the rescue loop if that is gone."""
         self._closed = True
         try:
-            if not self.fetcher.orphaned:
+            if not self.fetcher.flights.orphaned:
                 tasks: list[asyncio.Task[Any]] = [*self.fetcher.cancel()]
                 if self._prefetching is not None:
                     self._prefetching.cancel()
@@ -312,8 +322,8 @@ class BufferSink:
         if self._stopped:
             return
         self._stopped = True
-        if self.fetcher.orphaned:
-            self.fetcher.abandon()
+        if self.fetcher.flights.orphaned:
+            self.fetcher.flights.abandon()
             if self._prefetching is not None:
                 abandon(self._prefetching)
         else:

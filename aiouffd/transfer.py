@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 
 from ._lib import pin
 from .errors import AiouffdError, KernelError, UsageError
+from .flights import Flight
 from .region import Region
 from .sources.base import (
     Source,
@@ -33,20 +34,10 @@ from .tally import Tally
 from .unwatched import Unwatched
 from .usercode import Complaints
 
-__all__ = ["Begun", "Mover", "Progress"]
+__all__ = ["Mover"]
 
 #: Longest install in one native call (or one huge page), for the sake of the loop's latency.
 INSTALL_STEP = 1024 * 1024
-
-
-class Progress:
-    """How far a flight has come, in bytes from the start of the object, and in how many pieces."""
-
-    __slots__ = ("offset", "pieces")
-
-    def __init__(self, offset: int) -> None:
-        self.offset = offset
-        self.pieces = 0
 
 
 #: Seconds for which an install is tried again while mappings change (EAGAIN); then it has failed.
@@ -110,7 +101,7 @@ class Begun:
                 mover._healed(self._offset, self._length)
             mover._idle.append(self._stage)
         # After a failure a careless source might still write to the stage: it is not used again.
-        mover._landed(flight, error)
+        mover.landed(flight, error)
 
     def _give_up(self) -> None:
         self._over = True
@@ -127,12 +118,15 @@ class Begun:
                 self._mover._complaints.make(f"cancel() of {type(request).__name__}", error)
 
 
+def _nobody(_flight: Flight, _error: BaseException | None) -> None:
+    raise AssertionError("nobody is told")
+
+
 class Mover:
     """Brings ranges of ``source`` into ``region``. One loop; not thread-safe.
 
-    ``failures`` maps blocks to the error that poisoned them; what arrives is taken out of it.
-    ``landed(flight, error)`` tells the end of what `begin` began. What callbacks of the source
-    raise goes to ``complaints``.
+    ``failures`` maps blocks to the error that poisoned them; what arrives is taken out of it. What
+    callbacks of the source raise goes to ``complaints``.
     """
 
     def __init__(
@@ -141,7 +135,6 @@ class Mover:
         source: Source,
         tally: Tally,
         failures: dict[int, BaseException],
-        landed: Callable[[Any, BaseException | None], None],
         complaints: Complaints,
     ) -> None:
         self._loop, self._thread = asyncio.get_running_loop(), get_ident()
@@ -158,15 +151,19 @@ class Mover:
         self._read_into = own_method(source, "read_into")
         self._holes = own_method(source, "holes")
         self._begin_read = own_method(source, "begin_read")
-        self._landed = landed
         self._idle: list[Stage] = []
+        # Nothing but `read`, which is the shortest way.
+        self._plain = self._holes is None and self._stream is None and self._read_into is None
+        #: Told of the end of what `begin` began.
+        self.landed: Callable[[Flight, BaseException | None], None] = _nobody
 
-    def begin(self, offset: int, length: int, flight: Any) -> Begun | None:
-        """Bring ``length`` bytes at ``offset`` (whole pages, or up to the end) without a task.
+    def begin(self, flight: Flight) -> Begun | None:
+        """Bring the bytes of ``flight`` (whole pages, or up to the end) without a task.
 
         ``landed(flight, error)`` is called once they are installed, or when that failed: `move`
         then makes a proper attempt. None if the source cannot do it now.
         """
+        offset, length = flight.offset, flight.end - flight.offset
         if self._begin_read is None or length > SMALL:
             return None
         idle = self._idle
@@ -183,104 +180,114 @@ class Mover:
         begun._give_up()
         return None
 
-    async def move(self, progress: Progress, end: int) -> None:
-        """Fetch and install bytes from ``progress`` to ``end``, moving ``progress`` along.
+    async def move(self, flight: Flight) -> None:
+        """Fetch and install bytes from ``flight.offset`` to ``flight.end``, moving the one along.
 
         Whole pages that the source knows to be zeros are not asked for.
         """
+        end = flight.end
+        if self._plain:
+            await self._by_read(flight, end)
+            return
         if self._holes is not None:
             page = self._region.page_size
-            whole = (progress.offset, end - progress.offset)
+            whole = (flight.offset, end - flight.offset)
             for start, length in check_holes(await self._holes(*whole), *whole):
                 first = start + -start % page
                 stop = start + length
                 # The rest of the object's last page is zeros anyhow.
                 stop = stop if stop == self._region.length else stop - stop % page
-                if first < stop and first >= progress.offset:
-                    await self._bring(progress, first)
-                    await self._zero(progress, stop)
-        await self._bring(progress, end)
+                if first < stop and first >= flight.offset:
+                    await self._bring(flight, first)
+                    await self._zero(flight, stop)
+        await self._bring(flight, end)
 
-    async def _zero(self, progress: Progress, end: int) -> None:
+    async def _zero(self, flight: Flight, end: int) -> None:
         region, pause, limit = self._region, 0.001, time.monotonic() + AGAIN_PATIENCE
-        while progress.offset < end:
-            length = end - progress.offset
+        while flight.offset < end:
+            length = end - flight.offset
             try:
-                region.zero(progress.offset, length + -length % region.page_size, heal=True)
+                region.zero(flight.offset, length + -length % region.page_size, heal=True)
             except KernelError as error:
                 if error.errno != errno.EAGAIN or time.monotonic() > limit:
                     raise
-                self._advance(progress, error.done)
+                self._advance(flight, error.done)
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, 0.1)
             else:
-                self._advance(progress, length)
+                self._advance(flight, length)
 
-    async def _bring(self, progress: Progress, end: int) -> None:
-        length = end - progress.offset
+    async def _bring(self, flight: Flight, end: int) -> None:
+        length = end - flight.offset
         if length <= 0:
             return
         if self._stream is not None and length > SMALL:
-            await self._by_stream(progress, end)
+            await self._by_stream(flight, end)
         elif self._read_into is not None:
-            await self._by_stage(progress, end)
+            await self._by_stage(flight, end)
         else:
-            data = check_length(
-                await self._source.read(progress.offset, length), length, offset=progress.offset
-            )
-            self._tally.fetched_bytes += length
-            for start in range(0, length, self._step):
-                if start:
-                    await asyncio.sleep(0)
-                await self._install(progress, data[start : start + self._step])
+            await self._by_read(flight, end)
 
-    async def _by_stage(self, progress: Progress, end: int) -> None:
+    async def _by_read(self, flight: Flight, end: int) -> None:
+        offset = flight.offset
+        length = end - offset
+        data = check_length(await self._source.read(offset, length), length, offset=offset)
+        self._tally.fetched_bytes += length
+        if length <= self._step:
+            await self._install(flight, data)
+            return
+        for start in range(0, length, self._step):
+            if start:
+                await asyncio.sleep(0)
+            await self._install(flight, data[start : start + self._step])
+
+    async def _by_stage(self, flight: Flight, end: int) -> None:
         """One request per huge page or less, for each request costs the source's latency."""
         stages = self._stages
-        while progress.offset < end:
-            length = min(HUGE - progress.offset % HUGE, end - progress.offset)
+        while flight.offset < end:
+            length = min(HUGE - flight.offset % HUGE, end - flight.offset)
             huge = stages.take_huge() if length > SMALL else None
             if huge is None:
                 size = max(length, self._region.page_size)
                 stage = stages.take_small() if size <= SMALL else memoryview(bytearray(size))
-                await self._by_copy(progress, stage[:length])
+                await self._by_copy(flight, stage[:length])
                 # Not after a failure: a careless source might still write to it.
                 stages.give_small(stage)
             else:
                 try:
                     if length == HUGE and self._movable:
-                        await self._by_huge_page(progress, huge)
+                        await self._by_huge_page(flight, huge)
                     else:
-                        await self._by_copy(progress, huge[1][:length])
+                        await self._by_copy(flight, huge[1][:length])
                 except BaseException:
                     stages.lose_huge()
                     raise
                 stages.give_huge(huge)
 
-    async def _by_copy(self, progress: Progress, part: memoryview) -> None:
-        await read_into_source(self._source, progress.offset, part)
+    async def _by_copy(self, flight: Flight, part: memoryview) -> None:
+        await read_into_source(self._source, flight.offset, part)
         self._tally.fetched_bytes += len(part)
         for start in range(0, len(part), self._step):
-            await self._install(progress, part[start : start + self._step])
+            await self._install(flight, part[start : start + self._step])
 
-    async def _by_huge_page(self, progress: Progress, stage: tuple[int, memoryview]) -> None:
+    async def _by_huge_page(self, flight: Flight, stage: tuple[int, memoryview]) -> None:
         address, view = stage
-        await read_into_source(self._source, progress.offset, view)
+        await read_into_source(self._source, flight.offset, view)
         self._tally.fetched_bytes += HUGE
         try:
-            self._region.move_in(progress.offset, address, HUGE)
-            self._advance(progress, HUGE)
+            self._region.move_in(flight.offset, address, HUGE)
+            self._advance(flight, HUGE)
         except KernelError as error:
             if error.errno != errno.EAGAIN:
                 raise
-            await self._install(progress, view)
+            await self._install(flight, view)
 
-    async def _by_stream(self, progress: Progress, end: int) -> None:
+    async def _by_stream(self, flight: Flight, end: int) -> None:
         """Install whole pages straight from the source's chunks; only their ragged edges,
         less than a page each, are copied."""
         page = self._region.page_size
         edge = bytearray()
-        start = progress.offset
+        start = flight.offset
         stream = Unwatched(stream_source(self._source, start, end - start))
         async with contextlib.aclosing(stream) as chunks:
             async for view in chunks:
@@ -290,18 +297,18 @@ class Mover:
                     edge += view[:missing]
                     view = view[missing:]
                     if len(edge) == page:
-                        await self._install(progress, edge)
+                        await self._install(flight, edge)
                         edge = bytearray()
                 whole = view.nbytes & ~(page - 1)
                 for at in range(0, whole, self._step):
-                    await self._install(progress, view[at : min(at + self._step, whole)])
+                    await self._install(flight, view[at : min(at + self._step, whole)])
                 edge += view[whole:]
-                if edge and progress.offset + len(edge) == end:
-                    await self._install(progress, edge)
+                if edge and flight.offset + len(edge) == end:
+                    await self._install(flight, edge)
                     edge = bytearray()
 
-    async def _install(self, progress: Progress, data: Any) -> None:
-        region, offset = self._region, progress.offset
+    async def _install(self, flight: Flight, data: Any) -> None:
+        region, offset = self._region, flight.offset
         try:
             region.install(offset, data, heal=True)
         except KernelError as error:
@@ -313,13 +320,14 @@ class Mover:
                 heal=True,
                 patience=AGAIN_PATIENCE,
             )
-        self._advance(progress, len(data))
+        self._advance(flight, len(data))
 
-    def _advance(self, progress: Progress, length: int) -> None:
-        first = progress.offset
-        progress.offset += length
-        progress.pieces += 1
-        self._healed(first, length)
+    def _advance(self, flight: Flight, length: int) -> None:
+        first = flight.offset
+        flight.offset += length
+        flight.pieces += 1
+        if self._failures:
+            self._healed(first, length)
 
     def _healed(self, offset: int, length: int) -> None:
         if self._failures:

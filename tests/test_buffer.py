@@ -25,7 +25,7 @@ import uvloop
 import aiouffd
 from aiouffd import ClosedError, SourceChangedError, UsageError
 from aiouffd._lib import PAGE_SIZE
-from aiouffd.flights import MAX_FLIGHTS
+from aiouffd.fetcher import MAX_FLIGHTS
 from aiouffd.readahead import STREAMS, Readahead
 from tests.faulty import (
     HUGE,

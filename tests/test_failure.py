@@ -17,6 +17,7 @@ import pytest
 
 import aiouffd
 from aiouffd import ClosedError, SourceChangedError, SourceError, backoff
+from aiouffd import fetcher as fetcher_module
 from aiouffd import flights as flights_module
 from aiouffd import region as region_module
 from aiouffd._lib import PAGE_SIZE
@@ -540,7 +541,7 @@ class TestClosing:
             calls = [
                 asyncio.create_task(buf.read(at, 5)) for at in range(0, 100 * PAGE_SIZE, PAGE_SIZE)
             ]
-            await asyncio.to_thread(gate.wait, flights_module.MAX_FLIGHTS)
+            await asyncio.to_thread(gate.wait, fetcher_module.MAX_FLIGHTS)
         ended = await asyncio.gather(*calls, return_exceptions=True)
         assert {type(end) for end in ended} == {ClosedError}
 

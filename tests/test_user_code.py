@@ -17,6 +17,7 @@ import uvloop
 import aiouffd
 from aiouffd import SourceError, UsageError
 from aiouffd import flights as flights_module
+from aiouffd import policy as policy_module
 from aiouffd import region as region_module
 from aiouffd._lib import PAGE_SIZE, lib
 from aiouffd.errors import ClosedError, KernelError, ShortReadError
@@ -331,7 +332,7 @@ class TestKernelErrors:
 
     @pytest.fixture(autouse=True)
     def _impatient(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(flights_module, "KERNEL_PATIENCE", 0.1)
+        monkeypatch.setattr(policy_module, "KERNEL_PATIENCE", 0.1)
 
     async def test_soft_does_not_wait_for_ever_for_memory_that_is_gone(
         self, loop_errors: list[dict[str, Any]]

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import ssl as ssl_module
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from ..backoff import Backoff
 from ..errors import ClosedError, SourceChangedError, SourceError, UnsupportedError, UsageError
 from ..once import Once, cancelled_from_outside
 from ..sources.lifecycle import Life
@@ -313,7 +313,7 @@ class Pool:
     async def _come_back(self) -> None:
         """Connect within the budget, and go on; or fail what waits for it."""
         limit = time.monotonic() + self._reconnect
-        pause = PAUSE_FIRST
+        backoff = Backoff(PAUSE_FIRST, PAUSE_LONGEST)
         failure: BaseException
         try:
             while True:
@@ -321,12 +321,12 @@ class Pool:
                     connection = await self._connect()
                     break
                 except (SourceError, OSError) as error:
+                    pause = backoff.next()
                     if time.monotonic() + pause > limit:
                         raise SourceError(
                             f"{self._address}: no connection: {error}", transient=True
                         ) from error
-                await asyncio.sleep(pause * (0.5 + random.random()))
-                pause = min(pause * 2, PAUSE_LONGEST)
+                await asyncio.sleep(pause)
             if connection.export != self.export:
                 connection.abort()
                 self._changed = SourceChangedError(

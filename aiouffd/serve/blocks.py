@@ -1,25 +1,23 @@
 """The blocks of one object, for everybody who is served from it.
 
-One flight per block, however many clients wait for it. Who waits for bytes goes before who only
-would like them soon, and among those who wait goes first who has had least, so that one that wants
-much delays another by one flight and not by all of its own. Blocks that were fetched are kept for
-a while: a thousand clones of one snapshot read it once.
+One flight per block, however many clients wait for it (`aiouffd.flights`). Among those who wait
+goes first who has had least, so that one that wants much delays another by one flight and not by
+all of its own. Blocks that were fetched are kept for a while: a thousand clones of one snapshot
+read it once.
 """
 
 from __future__ import annotations
 
 import asyncio
-import heapq
 import logging
-import random
-import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
-from ..backoff import pause_after
-from ..errors import ClosedError, SourceChangedError, SourceError, UsageError
+from ..errors import ClosedError, SourceError, UsageError
+from ..flights import Flight, FlightCancelledError, Flights
 from ..once import cancelled_from_outside
+from ..policy import Policy
 from ..sources.base import (
     Source,
     aclose_source,
@@ -33,7 +31,7 @@ from ..sources.base import (
 from ..sources.lifecycle import Life
 from ..sources.memory import MemorySource
 from ..tally import Tally
-from ..usercode import describe, ends_the_program, is_ours, tell_loop
+from ..usercode import Complaints, describe, ends_the_program, tell_loop
 from .reactor import Share
 
 __all__ = ["BlockStore", "Wanter", "end_all"]
@@ -44,14 +42,14 @@ log = logging.getLogger("aiouffd")
 BLOCK_SIZE, KEEP, ZEROS_COST = 64 * 1024, 64 << 20, 256
 #: Flights at a time, and how many of them may be those that nobody waits for.
 MAX_FLIGHTS, MAX_BACKGROUND = 64, 16
-#: First and longest pause between two tries, in seconds.
-RETRY_FIRST, RETRY_LONGEST = 0.05, 10.0
 #: What a flight counts for in a client's share, in seconds of our time.
 FLIGHT = 50e-6
 #: Seconds that tasks may take to end once they were cancelled.
 STUBBORN = 10.0
 #: The granularity of offsets that blocks and areas have.
 PAGE = 4096
+#: What those get to read who wait when a store closes.
+CLOSED = "the server is closing"
 
 
 async def end_all(owner: object, tasks: Collection[asyncio.Task[Any]]) -> None:
@@ -80,17 +78,16 @@ class Wanter(Protocol):
         """One of the above has raised, which is a bug of ours."""
 
 
-class _Flight:
-    __slots__ = ("count", "first", "limit", "running", "since", "urgent", "waited", "wanters")
+class _Flight(Flight):
+    """One whose blocks go to wanters."""
 
-    def __init__(self, first: int, count: int, urgent: bool) -> None:
-        self.first, self.count, self.urgent = first, count, urgent
-        self.running = False
-        #: Somebody waits, from `since` on.
-        self.waited = urgent
-        self.limit: asyncio.Timeout | None = None
-        self.since = time.monotonic()
+    __slots__ = ("data", "wanters")
+
+    def __init__(self, first: int, count: int, *, wanted: bool) -> None:
+        super().__init__(first, count, "client", wanted=wanted)
         self.wanters: dict[int, list[Wanter]] = {}
+        #: The blocks, once they have come: bytes, or None for zeros.
+        self.data: list[memoryview | None] = []
 
 
 class BlockStore:
@@ -99,8 +96,8 @@ class BlockStore:
     :param source: a `Source`; opened by `open`, closed by `aclose`.
     :param block_size: bytes fetched at a time, a power of two and at least 4096.
     :param keep: bytes of fetched blocks that are kept for the next who wants them.
-    :param deadline: seconds after which a block that somebody waits for has failed; None: a
-        transient failure is tried again for ever.
+    :param deadline: seconds after which a block that somebody waits for has failed; None: it is
+        tried again for ever. Short for a ``policy``.
     """
 
     def __init__(
@@ -110,6 +107,7 @@ class BlockStore:
         block_size: int = BLOCK_SIZE,
         keep: int = KEEP,
         deadline: float | None = None,
+        policy: Policy | None = None,
     ) -> None:
         if block_size < PAGE or block_size & (block_size - 1):
             raise UsageError(f"the block size {block_size} is not a power of two from 4096 on")
@@ -117,20 +115,20 @@ class BlockStore:
         self.block_size = block_size
         self.tally = Tally()
         self._keep = keep
-        self._deadline = deadline
+        if policy is None:
+            policy = Policy() if deadline is None else Policy("soft", deadline)
+        self._policy = policy
         self._now: Callable[[int, int], Any] | None = getattr(source, "read_now", None)
         self._holes = own_method(source, "holes")
         self._kept: OrderedDict[int, memoryview | None] = OrderedDict()
         self._kept_bytes = 0
-        self._flights: dict[int, _Flight] = {}
-        self._queue: list[tuple[float, int, _Flight]] = []  # a heap
-        self._number = 0
-        self._background: deque[_Flight] = deque()
-        self._tasks: dict[asyncio.Task[None], _Flight] = {}
-        self._running_background = 0
+        self._engine: Flights[_Flight] | None = None
         self._closed = False
         self._size = 0
         self._life = Life("a store")
+
+    #: Whether a failure may be tried again here at all.
+    _retry = True
 
     async def open(self) -> None:
         """Open the source. Raises what it raises, and ClosedError. Idempotent; what has failed can
@@ -202,48 +200,60 @@ class BlockStore:
                 )
         return None
 
+    @property
+    def _flights(self) -> Flights[_Flight]:
+        """Those of the loop that asks, which need not be the one that has made this."""
+        if self._engine is None:
+            self._engine = Flights(
+                self,
+                self._policy,
+                self.tally,
+                Complaints(asyncio.get_running_loop()),
+                closed=CLOSED,
+                most=MAX_FLIGHTS,
+                background=MAX_BACKGROUND,
+                retry=self._retry,
+            )
+            self._engine.closed = self._closed
+        return self._engine
+
     def want(self, block: int, wanter: Wanter) -> None:
         """Somebody waits for ``block``: ``wanter`` is told, later, when it has come."""
-        flight = self._flights.get(block)
-        if flight is None or not (flight.running or flight.urgent):
+        flights = self._flights
+        flight = flights.of.get(block)
+        if flight is None or not (flight.running or flight.wanted):
             # One that waits behind others, as part of a longer one, may take long.
-            queued, flight = flight, _Flight(block, 1, True)
+            queued, flight = flight, _Flight(block, 1, wanted=True)
             if queued is not None:
                 flight.wanters[block] = queued.wanters.pop(block, [])
-            self._flights[block] = flight
-            self._number += 1
-            heapq.heappush(self._queue, (wanter.share.used, self._number, flight))
+            flight.wanters.setdefault(block, []).append(wanter)
+            flights.launch(flight, wanter.share.used)
+            if queued is not None and not any(flights.of.get(b) is queued for b in queued.blocks):
+                flights.drop(queued)
             wanter.share.used += FLIGHT
-        elif not flight.waited:
-            # It was nobody's until now, and had all the time in the world.
-            flight.waited = True
-            flight.since = time.monotonic()
-            if flight.limit is not None and self._deadline is not None:
-                now = asyncio.get_running_loop().time()
-                flight.limit.reschedule(now + self._deadline)
-        flight.wanters.setdefault(block, []).append(wanter)
-        self._start()
+        else:
+            flights.want(flight)
+            flight.wanters.setdefault(block, []).append(wanter)
 
     def like(self, first: int, count: int, wanter: Wanter) -> None:
         """``count`` blocks from ``first`` on would be good to have, behind what is waited for."""
+        flights = self._flights
         end = min(first + count, self.blocks)
-        run: _Flight | None = None
+        runs: list[_Flight] = []
         for block in range(first, end):
-            flight = self._flights.get(block)
+            flight = flights.of.get(block)
             if flight is None:
-                if run is None:
-                    run = _Flight(block, 0, False)
-                    self._background.append(run)
-                run.count += 1
-                self._flights[block] = flight = run
-            else:
-                run = None
+                if not runs or runs[-1].first + runs[-1].count != block:
+                    runs.append(_Flight(block, 0, wanted=False))
+                flight = runs[-1]
+                flight.count += 1
             flight.wanters.setdefault(block, []).append(wanter)
-        self._start()
+        for run in runs:
+            flights.launch(run)
 
     def forget(self, wanter: Wanter, block: int) -> None:
         """``wanter`` does not want ``block`` any more. What nobody wants is not fetched."""
-        flight = self._flights.get(block)
+        flight = self._flights.of.get(block)
         if flight is None:
             return
         left = [other for other in flight.wanters.get(block, ()) if other is not wanter]
@@ -252,74 +262,73 @@ class BlockStore:
         else:
             flight.wanters.pop(block, None)
         if not flight.wanters and not flight.running:
-            self._drop(flight)
+            self._flights.drop(flight)
 
-    def _drop(self, flight: _Flight) -> None:
-        for block in range(flight.first, flight.first + flight.count):
-            if self._flights.get(block) is flight:
-                del self._flights[block]
-        flight.count = 0  # whoever finds it in a queue passes on
+    # ---------------------------------------------- what flights ask of us
 
-    # ----------------------------------------------------------------- flights
+    @property
+    def length(self) -> int:
+        """Length of the object in bytes."""
+        return self._size
 
-    def _next(self) -> _Flight | None:
-        """The next flight: an urgent one, else one of the background."""
-        while self._queue:
-            flight = heapq.heappop(self._queue)[2]
-            if flight.count:
-                return flight
-        while self._background and self._running_background < MAX_BACKGROUND:
-            flight = self._background.popleft()
-            if any(self._flights.get(block) is flight for block in _blocks(flight)):
-                return flight
-        return None
+    @property
+    def gone(self) -> bool:
+        """Whether nothing can be delivered any more."""
+        return self._closed
 
-    def _start(self) -> None:
-        while len(self._tasks) < MAX_FLIGHTS and not self._closed:
-            flight = self._next()
-            if flight is None:
+    async def bring(self, flight: _Flight) -> None:
+        """Fetch the blocks of a flight."""
+        size = self.block_size
+        start, length = flight.offset, flight.end - flight.offset
+        if self._holes is not None:
+            holes = check_holes(await self._holes(start, length), start, length)
+            if any(offset <= start and offset + many >= flight.end for offset, many in holes):
+                flight.data = [None] * flight.count
                 return
-            flight.running = True
-            self._running_background += not flight.urgent
-            task = asyncio.get_running_loop().create_task(self._fly(flight))
-            self._tasks[task] = flight
-            task.add_done_callback(self._ended)
+        data = check_length(await self.source.read(start, length), length, offset=start)
+        self.tally.fetched_bytes += length
+        flight.data = [
+            self._whole_pages(data[at : at + size], min(size, length - at))
+            for at in range(0, length, size)
+        ]
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        flight = self._tasks.pop(task)
-        self._running_background -= not flight.urgent
-        if not task.cancelled():
-            error = task.exception()
-            # What ends the program has ended the loop already.
-            if error is not None and not ends_the_program(error):
-                tell_loop(task.get_loop(), f"a flight of {self!r} broke", error)
-        if not self._closed:
-            self._start()
+    def arrived(self, flight: _Flight) -> None:
+        """Nothing: all of it comes at once."""
 
-    async def _fly(self, flight: _Flight) -> None:
-        started = time.monotonic()
-        self.tally.flights += 1
-        try:
-            pieces = await self._attempts(flight)
-        except BaseException as error:
-            wanted = self._take(flight)
-            if isinstance(error, asyncio.CancelledError):
-                error = ClosedError("the server is closing")
-            if isinstance(error, Exception):
-                self._tell_failed(wanted, error)
-            if not isinstance(error, SourceError | ClosedError):
-                raise
+    def still_wanted(self, flight: _Flight) -> bool:
+        """Whether anybody would like to have it."""
+        return bool(flight.wanters)
+
+    def give_up(self, flight: _Flight, error: SourceError) -> bool:
+        """The wanters are told at the end."""
+        return True
+
+    def ended(self, flight: _Flight, error: BaseException | None, finished: float) -> None:
+        """Hand the blocks over, or tell that they cannot be had."""
+        wanters, flight.wanters = flight.wanters, {}
+        if error is not None:
+            if isinstance(error, FlightCancelledError):
+                error = ClosedError(CLOSED)
+            self._tell_failed(wanters, error)
             return
-        self.tally.landed(time.monotonic() - started)
-        wanted = self._take(flight)
-        for block, data in pieces:
+        for block, data in zip(flight.blocks, flight.data, strict=True):
             self._put(block, data)
-            for wanter in wanted.get(block, ()):
+            for wanter in wanters.get(block, ()):
                 # What one cannot take must not keep it from the others.
                 try:
                     wanter.landed(self, block, data)
                 except Exception as bug:
                     wanter.broken(bug)
+        flight.data = []
+
+    def dropped(self, flight: _Flight) -> None:
+        """The store closes."""
+        wanters, flight.wanters = flight.wanters, {}
+        self._tell_failed(wanters, ClosedError(CLOSED))
+
+    def name(self, flight: _Flight) -> str:
+        """What a flight brings, for the log."""
+        return f"{self!r}, bytes {flight.offset}-{flight.end}"
 
     def _tell_failed(self, wanted: dict[int, list[Wanter]], error: BaseException) -> None:
         for block, wanters in wanted.items():
@@ -328,61 +337,6 @@ class BlockStore:
                     wanter.failed(self, block, error)
                 except Exception as bug:
                     wanter.broken(bug)
-
-    def _take(self, flight: _Flight) -> dict[int, list[Wanter]]:
-        self._drop(flight)
-        wanted, flight.wanters = flight.wanters, {}
-        return wanted
-
-    async def _attempts(self, flight: _Flight) -> list[tuple[int, memoryview | None]]:
-        pause, task = RETRY_FIRST, asyncio.current_task()
-        while True:
-            try:
-                if self._deadline is None:
-                    return await self._read(flight)
-                left = max(0.001, flight.since + self._deadline - time.monotonic())
-                async with asyncio.timeout(left if flight.waited else None) as flight.limit:
-                    return await self._read(flight)
-            except BaseException as failure:
-                if is_ours(failure, task):
-                    raise
-                error = as_source_error(failure)
-            finally:
-                flight.limit = None
-            self.tally.last_error = str(error)
-            if isinstance(error, SourceChangedError) or not flight.wanters:
-                self.tally.failures += 1
-                raise error
-            if self._deadline is not None and (
-                not error.transient or time.monotonic() >= flight.since + self._deadline
-            ):
-                self.tally.failures += 1
-                raise error
-            self.tally.retries += 1
-            delay = pause_after(error, pause * (0.5 + random.random()))
-            log.log(
-                logging.WARNING if pause >= 1 else logging.INFO,
-                "%r, block %d: %s; next try in %.2f s", self, flight.first, error, delay,
-            )  # fmt: skip
-            if self._deadline is not None and flight.waited:
-                delay = min(delay, max(0.0, flight.since + self._deadline - time.monotonic()))
-            await asyncio.sleep(delay)
-            pause = min(pause * 2, RETRY_LONGEST)
-
-    async def _read(self, flight: _Flight) -> list[tuple[int, memoryview | None]]:
-        size = self.block_size
-        start, end = flight.first * size, min((flight.first + flight.count) * size, self._size)
-        if self._holes is not None:
-            holes = check_holes(await self._holes(start, end - start), start, end - start)
-            if any(offset <= start and offset + length >= end for offset, length in holes):
-                return [(block, None) for block in _blocks(flight)]
-        length = end - start
-        data = check_length(await self.source.read(start, length), length, offset=start)
-        self.tally.fetched_bytes += length
-        return [
-            (block, self._whole_pages(data[at : at + size], min(size, length - at)))
-            for block, at in zip(_blocks(flight), range(0, length, size), strict=True)
-        ]
 
     @staticmethod
     def _whole_pages(data: memoryview, length: int) -> memoryview:
@@ -412,20 +366,12 @@ class BlockStore:
         await self._life.close(self._aclose)
 
     async def _aclose(self) -> None:
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
         try:
-            await end_all(self, tasks)
+            if self._engine is not None:
+                await end_all(self, self._engine.cancel())
         finally:
-            for flight in set(self._flights.values()):
-                self._tell_failed(self._take(flight), ClosedError("the server is closing"))
             self._kept.clear()
             await self._close_source()
 
     def __repr__(self) -> str:
         return f"<BlockStore {type(self.source).__name__} {self._size} bytes>"
-
-
-def _blocks(flight: _Flight) -> range:
-    return range(flight.first, flight.first + flight.count)

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._lib import PAGE_SIZE, ffi, lib
 from ..errors import AiouffdError, ClosedError
+from ..policy import Policy
 from ..rescue import service
 from ..sources.base import BaseSource, Source
 from .areas import INSTALLED, Area, AreaMap
@@ -79,10 +80,10 @@ class SourceBlocks(BlockStore):
         tally: Tally,
         *,
         block_size: int,
-        deadline: float | None,
+        policy: Policy,
         readahead: int,
     ) -> None:
-        super().__init__(source, block_size=block_size, deadline=deadline)
+        super().__init__(source, block_size=block_size, policy=policy)
         self.tally = tally
         self.readahead = readahead
         self._size = size
@@ -92,9 +93,9 @@ class SourceBlocks(BlockStore):
             return super().peek(block)
         return None
 
-    async def _read(self, flight: Any) -> list[tuple[int, memoryview | None]]:
+    async def bring(self, flight: Any) -> None:
         await self.open()
-        return await super()._read(flight)
+        await super().bring(flight)
 
 
 class RegionBlocks(BlockStore):
@@ -122,11 +123,13 @@ class RegionBlocks(BlockStore):
     def peek(self, block: int) -> tuple[memoryview | None] | None:
         return None
 
-    async def _attempts(self, flight: Any) -> list[tuple[int, memoryview | None]]:
-        blocks = range(flight.first, flight.first + flight.count)
-        for block in blocks:
+    #: Whoever brings it does that.
+    _retry = False
+
+    async def bring(self, flight: Any) -> None:
+        for block in flight.blocks:
             await self._bring(block)
-        return [(block, None) for block in blocks]
+        flight.data = [None] * flight.count
 
     def _put(self, block: int, data: memoryview | None) -> None:
         """Nothing is kept: it is in the region."""

@@ -10,14 +10,13 @@ each of a hundred readers a hundred times. What is left of a library then is the
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
 from typing import Any, TypeVar
 
-from ...backoff import pause_after
+from ...backoff import Backoff
 from ...errors import SourceError, UsageError
 from ...unwatched import Unwatched
 from ..base import Buffer, stream_source
@@ -153,7 +152,7 @@ class RetrySource(Wrapper):
 class _Attempt:
     """One call: when its time is over, and how long the next pause is."""
 
-    __slots__ = ("_end", "_pause", "_source")
+    __slots__ = ("_backoff", "_end", "_source")
 
     def __init__(self, source: RetrySource) -> None:
         self._source = source
@@ -162,14 +161,12 @@ class _Attempt:
     def again(self) -> None:
         """Begin anew."""
         self._end = time.monotonic() + self._source._budget
-        self._pause = self._source._first
+        self._backoff = Backoff(self._source._first, self._source._longest)
 
     async def failed(self, error: SourceError) -> None:
         """Wait before the next try, or raise ``error`` if there is none."""
-        pause = min(self._pause * (0.5 + random.random()), self._source._longest)
-        pause = pause_after(error, pause)
+        pause = self._backoff.next(error)
         late = time.monotonic() + pause > self._end
         if not error.transient or late or not self._source._take():
             raise error
         await asyncio.sleep(pause)
-        self._pause = min(self._pause * 2, self._source._longest)
