@@ -621,14 +621,13 @@ static int64_t pump(struct au_engine *engine, bool serve)
 {
 	struct sink sink = { 0 };
 	int64_t total = 0, count = 0;
-	bool queued = false, slots = false, news = false;
+	bool queued = false, slots = false;
 
 	if (!au_engine_enter(engine))
 		return -EBADF;
 	do {
 		pthread_mutex_lock(&engine->lock);
 		count = queue_room(engine) ? read_batch(engine, &sink, BATCH) : 0;
-		news |= sink.news;
 		if (count > 0)
 			count_flood(engine, sink.news);
 		pthread_mutex_unlock(&engine->lock);

@@ -185,9 +185,9 @@ static _Atomic int stop_racing;
 
 static void *reader(void *argument)
 {
-	uint64_t seed = (uint64_t)(uintptr_t)argument, round;
+	uint64_t seed = (uint64_t)(uintptr_t)argument;
 
-	for (round = 0; !atomic_load(&stop_racing); round++) {
+	while (!atomic_load(&stop_racing)) {
 		uint64_t offset;
 
 		seed = seed * 6364136223846793005ULL + 1442695040888963407ULL;
