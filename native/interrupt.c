@@ -11,8 +11,8 @@
 #include "interrupt.h"
 
 #include "sys.h"
+#include "task.h"
 
-#include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
@@ -80,32 +80,17 @@ static void stop_listening(void)
 	}
 }
 
-static bool has_interrupt(const char *status, const char *field)
-{
-	const char *line = strstr(status, field);
-
-	return line && ((strtoull(line + strlen(field), NULL, 16) >> (SIGINT - 1)) & 1);
-}
-
 /* In a system call that touches, signals stay pending until the page is there, and a second one
  * of the process would be lost in the first.  So the first is made the main thread's own. */
 static void look_for_pending(uint64_t now)
 {
 	const struct timespec at_once = { 0 };
-	char buffer[2048];
+	struct au_task_signals main;
 	sigset_t only;
-	int fd = open("/proc/self/status", O_RDONLY | O_CLOEXEC);
-	ssize_t size;
 
-	if (fd < 0)
-		return;
-	size = read(fd, buffer, sizeof buffer - 1);
-	close(fd);
-	if (size <= 0)
-		return;
-	buffer[size] = 0;
 	/* Where it is blocked somebody waits for it in another way (sigwait). */
-	if (has_interrupt(buffer, "SigBlk:") || !has_interrupt(buffer, "ShdPnd:"))
+	if (au_task_signals((uint32_t)getpid(), &main) ||
+	    !(main.shared & ~main.blocked & au_signal_bit(SIGINT)))
 		return;
 	sigemptyset(&only);
 	sigaddset(&only, SIGINT);

@@ -11,8 +11,8 @@
 #include "pagemap.h"
 #include "slots.h"
 #include "sys.h"
+#include "task.h"
 
-#include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
@@ -48,8 +48,6 @@ static uint32_t engine_count;
 static pthread_mutex_t start_lock = PTHREAD_MUTEX_INITIALIZER;
 static bool started, fork_hooked;
 static int epoll_fd = -1, kick_fd = -1, rescue_fd = -1;
-/* To look into /proc with when no descriptor is free. */
-static _Atomic int reserve_fd = -1;
 static _Atomic uint32_t sleeping;
 static _Atomic uint32_t rescue_watched;
 /* Pages were poisoned because nothing moved; the sentry's own note. */
@@ -114,56 +112,6 @@ void au_sentry_kick(void)
 	}
 }
 
-static size_t proc_path(char *path, uint32_t tid, const char *leaf)
-{
-	static const char head[] = "/proc/self/task/";
-	char digits[12];
-	size_t at = sizeof head - 1, count = 0, index;
-
-	memcpy(path, head, at);
-	do
-		digits[count++] = (char)('0' + tid % 10);
-	while (tid /= 10);
-	for (index = 0; index < count; index++)
-		path[at++] = digits[count - 1 - index];
-	path[at++] = '/';
-	strcpy(path + at, leaf);
-	return at;
-}
-
-/* Read a small file of /proc/self/task/TID.  Bytes read, or -errno. */
-static ssize_t read_task(uint32_t tid, const char *leaf, char *buffer, size_t size)
-{
-	char path[64];
-	ssize_t count;
-	int fd, reserve = -1;
-
-	proc_path(path, tid, leaf);
-	fd = open(path, O_RDONLY | O_CLOEXEC);
-	if (fd < 0 && (errno == EMFILE || errno == ENFILE)) {
-		/* Whoever could close one may be the thread that waits. */
-		reserve = atomic_exchange(&reserve_fd, -1);
-		if (reserve >= 0) {
-			close(reserve);
-			fd = open(path, O_RDONLY | O_CLOEXEC);
-		}
-	}
-	if (fd < 0)
-		count = -errno;
-	else if ((count = read(fd, buffer, size - 1)) < 0)
-		count = -errno;
-	else
-		buffer[count] = 0;
-	/* Replaced in one step, or somebody else takes the number. */
-	if (fd >= 0 && reserve >= 0 && dup3(kick_fd, fd, O_CLOEXEC) == fd)
-		atomic_store(&reserve_fd, fd);
-	else if (fd >= 0)
-		close(fd);
-	if (reserve >= 0 && fd < 0)
-		atomic_store(&reserve_fd, fcntl(kick_fd, F_DUPFD_CLOEXEC, 0));
-	return count;
-}
-
 enum where { RUNNING, IN_USER, IN_KERNEL, GONE };
 
 /* Where a waiting thread waits: "-1 SP PC" is a fault in user mode; a system call's
@@ -171,7 +119,7 @@ enum where { RUNNING, IN_USER, IN_KERNEL, GONE };
 static enum where locate(uint32_t tid, uint64_t *sp, uint64_t *pc)
 {
 	char buffer[256], *end;
-	ssize_t size = read_task(tid, "syscall", buffer, sizeof buffer);
+	ssize_t size = au_task_read(tid, "syscall", buffer, sizeof buffer);
 
 	if (size < 0)
 		return size == -ENOENT || size == -ESRCH ? GONE : RUNNING;
@@ -183,25 +131,18 @@ static enum where locate(uint32_t tid, uint64_t *sp, uint64_t *pc)
 	return buffer[0] >= '0' && buffer[0] <= '9' ? IN_KERNEL : RUNNING;
 }
 
-static bool has_signal(const char *status, const char *field, int number)
-{
-	const char *line = strstr(status, field);
-
-	return line && ((strtoull(line + strlen(field), NULL, 16) >> (number - 1)) & 1);
-}
-
 /* Does the program keep our signal from a thread?  It has been sent, so it is pending then.  In
  * our own handler everything is blocked as well, but that comes to an end by itself. */
 static bool signal_blocked(uint32_t tid)
 {
 	uint64_t entries = au_handler_entries();
-	char buffer[2048];
-	int number = au_handler_signal();
+	uint64_t ours = au_signal_bit(au_handler_signal());
+	struct au_task_signals signals;
 
-	if (au_handler_inside(tid) || read_task(tid, "status", buffer, sizeof buffer) < 0)
+	if (au_handler_inside(tid) || au_task_signals(tid, &signals))
 		return false;
-	return has_signal(buffer, "SigBlk:", number) && has_signal(buffer, "SigPnd:", number) &&
-	       au_handler_entries() == entries && !au_handler_inside(tid);
+	return (signals.blocked & signals.pending & ours) && au_handler_entries() == entries &&
+	       !au_handler_inside(tid);
 }
 
 /* --------------------------------------------------------------- engines */
@@ -611,16 +552,6 @@ static void look_after(struct au_engine *engine, struct au_slot *slot, struct ro
 	}
 }
 
-static bool thread_exists(uint32_t tid)
-{
-	char path[64];
-
-	proc_path(path, tid, "stat");
-	if (access(path, F_OK) == 0)
-		return true;
-	return kill((pid_t)tid, 0) == 0 || errno == EPERM;
-}
-
 static void judge_slots(struct round *round)
 {
 	uint32_t index, high = au_slots_high();
@@ -659,7 +590,7 @@ static void judge_slots(struct round *round)
 			look_after(engine, slot, round);
 		if ((state == AU_SLOT_FOREIGN || state == AU_SLOT_NOGIL || state == AU_SLOT_ASKED) &&
 		    round->now - atomic_load(&slot->born) > LIVENESS_NS &&
-		    !thread_exists(atomic_load(&slot->tid)))
+		    !au_task_exists(atomic_load(&slot->tid)))
 			au_slot_free(slot, word);
 		au_engine_leave(engine);
 	}
@@ -832,7 +763,7 @@ int au_sentry_start(void)
 		if (!result)
 			result = au_handler_start();
 		if (!result)
-			atomic_store(&reserve_fd, fcntl(kick_fd, F_DUPFD_CLOEXEC, 0));
+			au_task_reserve(kick_fd);
 		/* Before the thread, which could not be taken back. */
 		if (!result && !fork_hooked) {
 			result = -pthread_atfork(au_children_lock, au_children_unlock, in_child);
@@ -845,10 +776,8 @@ int au_sentry_start(void)
 			close(epoll_fd);
 			close(kick_fd);
 			close(rescue_fd);
-			if (atomic_load(&reserve_fd) >= 0)
-				close(atomic_load(&reserve_fd));
+			au_task_reserve(-1);
 			epoll_fd = kick_fd = rescue_fd = -1;
-			atomic_store(&reserve_fd, -1);
 		}
 		started = result == 0;
 	}
@@ -899,9 +828,8 @@ void au_sentry_forked(void)
 	close(epoll_fd);
 	close(kick_fd);
 	close(rescue_fd);
-	if (reserve_fd >= 0)
-		close(reserve_fd);
-	epoll_fd = kick_fd = rescue_fd = reserve_fd = -1;
+	au_task_reserve(-1);
+	epoll_fd = kick_fd = rescue_fd = -1;
 	started = poisoned_and_waiting = false;
 	atomic_store(&sleeping, 0);
 	atomic_store(&rescue_watched, 0);
