@@ -20,6 +20,7 @@
 #include "gil.h"
 #include "slots.h"
 #include "sys.h"
+#include "task.h"
 
 #include <signal.h>
 #include <string.h>
@@ -50,19 +51,31 @@ static void where(const ucontext_t *context, uint64_t *sp, uint64_t *pc)
 #endif
 }
 
+/* Is there a signal for this thread to take, which it had not blocked?
+ *
+ * One that was sent to the process is for whichever thread comes first.  The kernel wakes the main
+ * thread for it, where that thread does not block it, and programs count on that: with pause(), which
+ * goes on sleeping if another thread was quicker.  So others leave it to the main thread. */
 static bool other_signal_due(const sigset_t *unblocked_before)
 {
+	uint32_t tid = au_gettid(), main = (uint32_t)getpid();
+	struct au_task_signals signals;
+	uint64_t wanted = 0;
 	sigset_t pending;
-	int signal_number;
+	int number;
 
 	if (sigpending(&pending))
 		return false;
-	for (signal_number = 1; signal_number < 65; signal_number++)
-		if (signal_number != atomic_load(&chosen) &&
-		    sigismember(&pending, signal_number) == 1 &&
-		    sigismember(unblocked_before, signal_number) == 0)
-			return true;
-	return false;
+	for (number = 1; number < 65; number++)
+		if (number != atomic_load(&chosen) && sigismember(&pending, number) == 1 &&
+		    sigismember(unblocked_before, number) == 0)
+			wanted |= au_signal_bit(number);
+	if (!wanted)
+		return false;
+	if (tid == main || au_task_signals(tid, &signals) || (wanted & signals.pending))
+		return true;
+	/* Both sets as of one moment: while it runs a handler the main thread blocks its signal. */
+	return au_task_signals(main, &signals) || (wanted & signals.shared & signals.blocked);
 }
 
 static void wait_without_gil(struct au_slot *slot, uint32_t yielded, const sigset_t *mask)

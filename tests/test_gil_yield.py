@@ -6,6 +6,7 @@ The letters are those of the table in docs/concepts.md. Every test is a program 
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,22 @@ def test_f_handlers_of_the_loop_run_beside_a_yield(loop_name: str) -> None:
     assert result_of(gil_yield.python_handler_beside_yield, loop_name) < 0.5
 
 
+@pytest.mark.skipif(os.uname().machine not in gil_yield.PAUSE, reason="what is pause() here?")
+@pytest.mark.parametrize(
+    ("touchers", "count"),
+    [(0, 300), (32, 300), pytest.param(32, 2000, marks=pytest.mark.slow)],
+    ids=["control", "some", "many"],
+)
+def test_f_signals_to_the_process_wake_the_main_thread(
+    loop_name: str, touchers: int, count: int
+) -> None:
+    assert result_of(gil_yield.signals_to_the_process, loop_name, touchers, count) == 0
+
+
+def test_f_a_signal_that_only_a_yielded_thread_may_take(loop_name: str) -> None:
+    assert result_of(gil_yield.signal_that_main_blocks, loop_name) < 1.0
+
+
 @pytest.mark.parametrize("on_main", [True, False], ids=["main thread", "worker"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
 def test_f_a_deadly_signal_kills_at_once(
@@ -166,7 +183,7 @@ def test_j_a_masked_signal_without_the_gil_changes_nothing(loop_name: str, way: 
 
 
 def test_more_threads_than_the_first_slots(loop_name: str) -> None:
-    found = result_of(gil_yield.many_threads, loop_name, 150, None, "struct")
+    found = result_of(gil_yield.many_threads, loop_name, 150, False, "struct")
     assert found["live"] == 150, moved(found)
     assert found["live_slots"] == 0, moved(found)
     assert found["yields"] >= 150, moved(found)
@@ -174,7 +191,7 @@ def test_more_threads_than_the_first_slots(loop_name: str) -> None:
 
 @pytest.mark.parametrize("way", ["struct", "memcpy", "write"])
 def test_threads_with_small_stacks(loop_name: str, way: str) -> None:
-    found = result_of(gil_yield.many_threads, loop_name, 32, 32768, way)
+    found = result_of(gil_yield.many_threads, loop_name, 32, True, way)
     assert found["live_slots"] == 0, moved(found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import array
 import asyncio
 import contextlib
@@ -20,6 +21,7 @@ import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import aiouffd
@@ -661,6 +663,86 @@ async def python_handler_beside_yield() -> float:
     return delay
 
 
+#: The system call of signal.pause().
+PAUSE = {"x86_64": "34 ", "aarch64": "73 "}
+
+
+def signals_to_the_process(new_loop: NewLoop, touchers: int, count: int) -> int:
+    """How many of ``count`` signals the main thread does not wake up for in pause(), while other
+    threads have yielded."""
+    gate = Gate(content(64 * PAGE_SIZE), is_open=False)
+    main, number = threading.get_ident(), PAUSE[os.uname().machine]
+    arrived = _thread.allocate_lock()
+    arrived.acquire()
+    signal.signal(signal.SIGUSR1, lambda *_: arrived.release())
+    left = [count]
+    missed = []
+
+    def pauses() -> bool:
+        return Path(f"/proc/self/task/{os.getpid()}/syscall").read_text().startswith(number)
+
+    def send() -> None:
+        while left[0]:
+            wait_until(pauses, "the main thread to pause")
+            left[0] -= 1
+            os.kill(os.getpid(), signal.SIGUSR1)
+            if not arrived.acquire(timeout=0.5):
+                missed.append(left[0])
+                signal.pthread_kill(main, signal.SIGUSR1)
+                assert arrived.acquire(timeout=5)
+
+    with serving(new_loop) as loop:
+        pager, region = on(loop, open_region(gate))
+        counters = Counters()
+        workers = Threads()
+        for index in range(touchers):
+            workers.start(by_struct, region.view, index * PAGE_SIZE)
+        wait_until(lambda: counters["yields"] >= touchers, "all to yield")
+        sender = Threads()
+        sender.start(send)
+        while left[0]:
+            signal.pause()
+        sender.join()
+        gate.open()
+        workers.join()
+        on(loop, close(pager))
+    return len(missed)
+
+
+def signal_that_main_blocks(new_loop: NewLoop) -> float:
+    """A signal to the process that only a thread which has yielded would take; seconds until then.
+    The handler of C tells, for Python's would run in the main thread."""
+    gate = Gate(content(PAGE_SIZE), is_open=False)
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    reader.settimeout(10)
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+    signal.set_wakeup_fd(writer.fileno())
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    counters = Counters()
+    with serving(new_loop) as loop:
+        pager, region = on(loop, open_region(gate))
+
+        def touch() -> None:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+            assert by_struct(region.view, 0) == word(0)
+
+        workers = Threads()
+        workers.start(touch)
+        wait_until(lambda: counters["yields"] > 0, "the yield")
+        started = time.monotonic()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert reader.recv(1) == bytes([signal.SIGUSR1])
+        took = time.monotonic() - started
+        gate.open()
+        workers.join()
+        signal.set_wakeup_fd(-1)
+        on(loop, close(pager))
+    reader.close()
+    writer.close()
+    return took
+
+
 def wait_for_page(new_loop: NewLoop, on_main: bool) -> None:
     """Waits for a page that never comes, having yielded; says "waiting" when it does."""
     gate = Gate(content(PAGE_SIZE), is_open=False)
@@ -743,12 +825,21 @@ def masked_signal(new_loop: NewLoop, way: str, stall: float) -> None:
 # ------------------------------------------------------ what else may go on
 
 
-async def many_threads(count: int, stack: int | None, way: str) -> dict[str, int]:
+def smallest_stack() -> int:
+    """Sets what new threads get to the least that Python allows; bytes. 32 KiB up to 3.13."""
+    for size in range(32 << 10, 1 << 20, 4096):
+        with contextlib.suppress(ValueError):
+            threading.stack_size(size)
+            return size
+    raise AssertionError("it allows none")
+
+
+async def many_threads(count: int, small: bool, way: str) -> dict[str, int]:
     """So many threads have yielded at once, each on its own page; then all answers come."""
     counters = Counters()
     gate = Gate(content(count * PAGE_SIZE), is_open=False)
-    if stack is not None:
-        threading.stack_size(stack)
+    if small:
+        smallest_stack()
     async with aiouffd.Pager(max_in_flight=count, patience=PATIENT) as pager:
         region = pager.map(len(gate.data))
         # Portable, for so many threads may keep the loop from coming for a while.
