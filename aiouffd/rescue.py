@@ -54,6 +54,9 @@ T = TypeVar("T")
 EXIT_PATIENCE = 1.0
 #: Seconds that calls of `aiouffd.sync` get after that, from atexit functions.
 CALL_PATIENCE = 5.0
+#: How often the interpreter may begin its end anew beside threads that are left behind; and the
+#: status of a process that had to be ended then (its own cannot be known): Python's for a bad end.
+PASSES, ENDED = 100, 120
 #: First and longest pause between two tries to make the loop, in seconds.
 RETRY_FIRST, RETRY_LONGEST = 0.05, 1.0
 #: What an event loop takes: a selector, and a pair of sockets.
@@ -150,6 +153,8 @@ class Service:
         self._pagers: dict[int, weakref.ref[Pager]] = {}
         self._reported: set[tuple[str, int]] = set()
         self._pid = os.getpid()
+        #: The kernel's id of the rescue thread; 0 before it runs.
+        self.thread = 0
         #: Set when the interpreter begins to exit.
         self.exiting = False
 
@@ -191,6 +196,7 @@ class Service:
     def _run(self) -> None:
         if self._seat.setdefault("taken", _thread.get_ident()) != _thread.get_ident():
             return
+        self.thread = _thread.get_native_id()
         try:
             loop = self._when_needed()
             loop.call_soon(self._take_inbox)
@@ -572,9 +578,33 @@ def _leave_behind(thread: Any) -> None:
         # is marked as done makes the interpreter spin. So the joining is done here instead.
         _left_behind.append(thread)
         threading._thread_shutdown = _join_others
+        _take_for_daemon(thread)
+
+
+def _take_for_daemon(thread: threading.Thread) -> None:
+    """From 3.15 the interpreter looks for threads that are no daemons by itself too. Should this
+    not convince it, `_join_others` gets to know."""
+    lib.au_gil_leave_behind(thread.native_id or 0, service.thread)
+
+
+#: How often `_join_others` was called.
+_joined = 0
 
 
 def _join_others() -> None:
+    """What `threading` calls to join all threads. From 3.15 on it is called again for as long as
+    the interpreter finds something left to do; so for ever, should that be a thread left behind.
+    """
+    global _joined
+    _joined += 1
+    if _joined > PASSES:
+        os.write(
+            2, b"aiouffd: this Python does not end beside threads that are left behind; ended\n"
+        )
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        os._exit(ENDED)
     current = threading.current_thread()
     while True:
         others = [

@@ -20,6 +20,7 @@
 #include "sentry.h"
 #include "sys.h"
 
+#include <errno.h>
 #include <fcntl.h>
 #include <link.h>
 #include <pthread.h>
@@ -138,6 +139,36 @@ void au_gil_exit(void)
 	__atomic_store_n(&au_shared.exiting, 1, __ATOMIC_SEQ_CST);
 	for (tries = 0; tries < 1000 && atomic_load(&taking); tries++)
 		au_sleep_ns(AU_NS_PER_MS);
+}
+
+/* CPython 3.15 begins its end anew for as long as it has a thread state that `threading` made for a
+ * thread which is no daemon, and a thread that is left behind never gives up its own.  Which kind a
+ * state is was said when it was made, and no function changes that.  So it is copied from a state
+ * that is as it should be, whatever that looks like.  rescue.py notices if it was in vain. */
+int au_gil_leave_behind(uint32_t left, uint32_t daemon)
+{
+	int result = 0;
+#if PY_VERSION_HEX >= 0x030F0000 && PY_VERSION_HEX < 0x03100000
+	PyGILState_STATE gil = PyGILState_Ensure();
+	PyThreadState *state, *from = NULL, *to = NULL;
+
+	for (state = PyInterpreterState_ThreadHead(PyInterpreterState_Main()); state;
+	     state = PyThreadState_Next(state)) {
+		if (state->native_thread_id == left)
+			to = state;
+		else if (state->native_thread_id == daemon)
+			from = state;
+	}
+	if (from && to)
+		to->_whence = from->_whence;
+	else
+		result = -ESRCH;
+	PyGILState_Release(gil);
+#else
+	(void)left;
+	(void)daemon;
+#endif
+	return result;
 }
 
 /* `_export` returns a memoryview, and it is that memoryview that users of the buffer hold on to.

@@ -4,6 +4,7 @@
 #define AU_GIL_H
 
 #include <stdbool.h>
+#include <stdint.h>
 
 /* Does the calling thread hold the GIL?  Async-signal-safe, also on threads that
  * Python never saw. */
@@ -14,6 +15,9 @@ void au_gil_take(void *token);
 /* Interpreter exit, from an early exit hook with the GIL released: threads that
  * wait in au_gil_take are let through, later ones park.  Bounded. */
 void au_gil_exit(void);
+/* Let the interpreter end without the thread `left`, as if it were a daemon thread as `daemon` is
+ * one, both by their ids in the kernel.  0, or -ESRCH if it does not know them.  Before the end. */
+int au_gil_leave_behind(uint32_t left, uint32_t daemon);
 /* Python says that SIGINT has a handler of Python's: let interrupt.h know it. */
 void au_gil_know_handler(void);
 

@@ -9,11 +9,13 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from aiouffd import rescue
 from tests.scenarios import exit as scenarios
 from tests.support import Outcome, Process, compile_helper, compiler, run, start
 
@@ -49,6 +51,14 @@ def test_exit_beside_a_source_that_never_answers(loop_name: str, who: str, way: 
 @pytest.mark.parametrize("who", ["daemon", "plain"])
 def test_return_from_main_is_status_zero(loop_name: str, who: str) -> None:
     check_end(run(scenarios.blocked, loop_name, who, "struct", 0), 0)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 15), reason="before 3.15 nobody has to be told")
+def test_exit_though_the_interpreter_would_wait_for_ever() -> None:
+    outcome = run(scenarios.blocked_for_python, "asyncio")
+    assert (outcome.status, outcome.stdout) == (rescue.ENDED, "said"), outcome.stderr
+    assert outcome.stderr.endswith("does not end beside threads that are left behind; ended\n")
+    assert outcome.seconds < SOON
 
 
 def test_exit_beside_a_sync_buffer() -> None:

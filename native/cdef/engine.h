@@ -144,6 +144,7 @@ int au_rescue_fd(void);
 int au_rescue_take(struct au_engine *engine);
 void au_rescue_wake(void);
 void au_gil_exit(void);
+int au_gil_leave_behind(uint32_t left, uint32_t daemon);
 int au_python_exporter(const char *module);
 void au_gil_know_handler(void);
 int au_handler_signal(void);

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import aiouffd
+from aiouffd import rescue
 from aiouffd._lib import PAGE_SIZE
 from tests.scenarios.gil_yield import TOUCHES, NewLoop, Threads, by_struct, on
 from tests.support import Counters, Gate, content, wait_until, word
@@ -56,6 +57,13 @@ def blocked(new_loop: NewLoop, who: str, way: str, status: int) -> None:
         wait_until(lambda: Counters.total("yields") > 0, "the yield")
     if status:
         sys.exit(status)
+
+
+def blocked_for_python(new_loop: NewLoop) -> None:
+    """The interpreter cannot be told that a thread is left behind."""
+    rescue._take_for_daemon = lambda _thread: None
+    print("said", end="")
+    blocked(new_loop, "plain", "struct", 3)
 
 
 def blocked_sync(new_loop: NewLoop, status: int) -> None:
@@ -128,7 +136,7 @@ def exit_on_signal(new_loop: NewLoop, who: str) -> None:
     gate.wait()
     print("begins", flush=True)
     while True:
-        signal.pause()
+        time.sleep(0.05)  # not pause(), for the signal may come just before that
 
 
 # -------------------------------------------------------------- random moments
