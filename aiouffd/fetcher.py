@@ -98,8 +98,9 @@ class Fetcher:
 
     # ------------------------------------------------------------- the sink
 
-    def miss(self, block: int, *_message: int) -> None:
-        """A thread waits for ``block``, whose fetch is ours now."""
+    def miss(self, block: int, address: int = 0, *_message: int) -> None:
+        """A thread waits for ``block``, whose fetch is ours now. ``address``: from a message, which
+        is to say that no task runs."""
         if self.recording is not None:
             self.recording.setdefault(block)
         if block in self.flights.of:
@@ -107,7 +108,7 @@ class Fetcher:
             self.hit(block)
             return
         self._tally.faults += 1
-        self.flights.launch(Flight(block, 1, "fault"))
+        self.flights.launch(Flight(block, 1, "fault"), eagerly=address != 0)
         self._read_ahead(block)
 
     def under_way(self, block: int) -> Flight | None:

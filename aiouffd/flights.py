@@ -17,14 +17,15 @@ import heapq
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Any, Generic, Protocol, TypeVar
 
 from .backoff import Backoff
 from .errors import AiouffdError, ClosedError, KernelError, SourceError, SourceTimeoutError
 from .once import abandon
 from .policy import Policy
 from .sources.base import as_source_error
+from .stepping import Eagerness, resume
 from .tally import Tally
 from .usercode import Complaints, describe, ends_the_program, is_ours, tell_loop
 
@@ -68,6 +69,7 @@ class Flight:
         "since",
         "started",
         "task",
+        "unbegun",
         "wanted",
     )
 
@@ -83,6 +85,8 @@ class Flight:
         self.offset = self.end = self.pieces = 0
         # What brings it: a task, or for a small one what is under way without.
         self.task: asyncio.Task[None] | None = None
+        # What ends it if the task is cancelled before that has begun.
+        self.unbegun: Callable[[asyncio.Task[None]], None] | None = None
         self.begun: Begun | None = None
         self.limit: asyncio.Timeout | None = None
         self.error: BaseException | None = None
@@ -208,6 +212,7 @@ class Flights(Generic[F]):
         # A deadline needs a timer, and so a task.
         self._begin = begin if self._limit is None else None
         self._retry = retry
+        self._eager = Eagerness()
         self._loop = asyncio.get_running_loop()
         self._size = destination.block_size
         #: The flight that has a block.
@@ -220,8 +225,12 @@ class Flights(Generic[F]):
 
     # ---------------------------------------------------------------- asking
 
-    def launch(self, flight: F, rank: float = 0.0) -> None:
-        """Begin a flight, or queue it: by ``rank`` if somebody waits for it, smallest first."""
+    def launch(self, flight: F, rank: float = 0.0, *, eagerly: bool = False) -> None:
+        """Begin a flight, or queue it: by ``rank`` if somebody waits for it, smallest first.
+
+        With ``eagerly``, which is for callbacks of the loop that are no part of a task, it may end
+        before this returns.
+        """
         if self.closed:
             # Who was woken by the end of a flight has asked again. What is told to those who wait
             # is the destination's business; until then the blocks stay taken.
@@ -235,7 +244,7 @@ class Flights(Generic[F]):
         if self._running < self._most and (
             flight.wanted or self._running_background < self._most_background
         ):
-            self._start(flight)
+            self._start(flight, eagerly)
         else:
             self._queue(flight, rank)
 
@@ -266,7 +275,7 @@ class Flights(Generic[F]):
 
     # --------------------------------------------------------------- running
 
-    def _start(self, flight: F) -> None:
+    def _start(self, flight: F, eagerly: bool = False) -> None:
         flight.running = True
         self._running += 1
         if not flight.wanted:
@@ -281,7 +290,31 @@ class Flights(Generic[F]):
             flight.begun = self._begin(flight)
             if flight.begun is not None:
                 return
+        if eagerly and self._eager and self._limit is None and self._take_in_hand(flight):
+            return
         self._fly_with_task(flight)
+
+    def _take_in_hand(self, flight: F) -> bool:
+        """Make the first step without a task. False if one has to begin anew."""
+        coroutine: Any = self._destination.bring(flight)
+        try:
+            future = coroutine.send(None)
+        except StopIteration:
+            if flight.pieces > 1:
+                self._destination.arrived(flight)
+            self._settle(flight, None)
+            return True
+        except BaseException as error:
+            # Perhaps for want of a task, so that it is no failure yet.
+            self._eager.disappointed()
+            if not ends_the_program(error):
+                return False
+            self._settle(flight, self._cancelled())
+            tell_loop(self._loop, "", error)
+        else:
+            self._eager.disappointed()
+            self._fly_with_task(flight, resume(coroutine, future))
+        return True
 
     def _fill(self) -> None:
         while self._running < self._most and not self.closed:
@@ -303,31 +336,29 @@ class Flights(Generic[F]):
             # The failure policy is a task's business, and it begins with a try of its own.
             self._fly_with_task(flight)
 
-    def _fly_with_task(self, flight: F) -> None:
-        def ended(task: asyncio.Task[None]) -> None:
-            # A task that is cancelled before its first step does nothing at all.
-            if not flight.finished:
-                self._settle(flight, self._cancelled())
-            error = None if task.cancelled() else task.exception()
-            # What ends the program has ended the loop already.
-            if error is not None and not ends_the_program(error):
-                tell_loop(task.get_loop(), f"a flight to {self._destination!r} broke", error)
+    def _fly_with_task(self, flight: F, begun: Awaitable[None] | None = None) -> None:
+        flight.task = self._loop.create_task(self._fly(flight, begun))
+        # A task that is cancelled before its first step does nothing at all.
+        flight.unbegun = lambda _task: self._settle(flight, self._cancelled())
+        flight.task.add_done_callback(flight.unbegun)
 
-        flight.task = self._loop.create_task(self._fly(flight))
-        flight.task.add_done_callback(ended)
-
-    async def _fly(self, flight: F) -> None:
+    async def _fly(self, flight: F, begun: Awaitable[None] | None) -> None:
         error: BaseException | None = None
         try:
-            await self._attempts(flight)
+            if flight.task is not None and flight.unbegun is not None:
+                flight.task.remove_done_callback(flight.unbegun)
+                flight.unbegun = None
+            await self._attempts(flight, begun)
             if flight.pieces > 1:
                 self._destination.arrived(flight)
         except (SourceError, ClosedError) as failure:
             error = failure
-        except BaseException:
+        except BaseException as failure:
             # The task was cancelled, or the program ends. Whoever waits asks again.
             error = self._cancelled()
-            raise
+            if not isinstance(failure, Exception):
+                raise
+            tell_loop(self._loop, f"a flight to {self._destination!r} broke", failure)
         finally:
             self._settle(flight, error)
 
@@ -358,16 +389,19 @@ class Flights(Generic[F]):
 
     # -------------------------------------------------------------- failures
 
-    async def _attempts(self, flight: F) -> None:
-        destination, task = self._destination, asyncio.current_task()
+    async def _attempts(self, flight: F, begun: Awaitable[None] | None) -> None:
+        destination, task = self._destination, flight.task
         backoff: Backoff | None = None
         # Since when the kernel has not taken the bytes.
         refused: float | None = None
         while True:
             before = flight.offset
             try:
-                if self._limit is None:
-                    await destination.bring(flight)
+                if begun is not None:
+                    attempt, begun = begun, None
+                    await attempt
+                elif self._limit is None:
+                    await (self._bring if self._eager.look() else destination.bring)(flight)
                 else:
                     await self._in_time(flight, self._limit)
                 return
@@ -405,6 +439,17 @@ class Flights(Generic[F]):
             if self._limit is not None:
                 delay = min(delay, max(flight.since + self._limit - time.monotonic(), 0.001))
             await flight.pause(delay)
+
+    async def _bring(self, flight: F) -> None:
+        """One try, of which it is noted whether it had to wait."""
+        coroutine: Any = self._destination.bring(flight)
+        try:
+            future = coroutine.send(None)
+        except StopIteration:
+            self._eager.finished()
+        else:
+            self._eager.waited()
+            await resume(coroutine, future)
 
     async def _in_time(self, flight: F, seconds: float) -> None:
         """One try, which has failed when somebody has waited for too long."""

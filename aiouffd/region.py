@@ -18,13 +18,14 @@ import time
 import types
 import weakref
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from ._lib import ffi, lib, pin
 from .backoff import Backoff
 from .errors import AiouffdError, ClosedError, KernelError, SourceTimeoutError, UsageError
 from .exports import Exports
+from .stepping import Eagerness, resume
 from .usercode import ends_the_program, is_ours, tell_loop
 
 if TYPE_CHECKING:
@@ -635,20 +636,13 @@ class _Unmapper:
             lib.au_region_free(native)
 
 
-#: So many faults in a row whose handler never waited, and the next is run without a task...
-DIRECT_AFTER = 8
-#: ...and so many more are asked for after one that did wait.
-DIRECT_SETBACK = 256
-
-
 class HandlerSink:
     """Runs a user's handler for each block that is touched, with the failure policy around it.
 
-    A handler that has the bytes at hand never waits, and a task per fault would cost more than
-    the rest. So the first step of a handler is made by hand: inside a task until it has shown
-    a few times that it does not wait, then without one. Where it does wait after all, a task
-    goes on with it; where it fails, which it may because it found no current task,
-    it is called again in one.
+    The first step of a handler is made by hand, see `aiouffd.stepping`: inside a task until it has
+    shown a few times that it does not wait, then without one. Where it does wait after all, a task
+    goes on with it; where it fails, which it may because it found no current task, it is called
+    again in one.
     """
 
     def __init__(self, region: Region, handler: Handler, portable: bool) -> None:
@@ -658,13 +652,13 @@ class HandlerSink:
         self._tasks: dict[asyncio.Task[None], int] = {}  # and the blocks they serve
         self._waiting: deque[Fault] = deque()
         self._closed = False
-        self._direct = -DIRECT_AFTER
+        self._eager = Eagerness()
 
     def miss(
         self, block: int, address: int = 0, flags: int = 0, thread: int = 0, generation: int = 0
     ) -> None:
         fault = Fault(self._region, block, address, flags, thread, generation)
-        if self._direct < 0 or not self._take_in_hand(fault):
+        if not self._eager or not self._take_in_hand(fault):
             self._start(fault, None)
 
     def _take_in_hand(self, fault: Fault) -> bool:
@@ -676,14 +670,14 @@ class HandlerSink:
             return self._is_done(fault)
         except BaseException as error:
             # Perhaps for want of a task, so that it is nobody's business yet.
-            self._direct = -DIRECT_SETBACK
+            self._eager.disappointed()
             if not ends_the_program(error):
                 return False
             self._region.end(fault.block, 1)
             self._report(fault, error)
         else:
-            self._direct = -DIRECT_SETBACK
-            self._start(fault, _resume(coroutine, future))
+            self._eager.disappointed()
+            self._start(fault, resume(coroutine, future))
         return True
 
     def _handle(self, fault: Fault) -> Any:
@@ -748,10 +742,10 @@ class HandlerSink:
         try:
             future = coroutine.send(None)
         except StopIteration:
-            self._direct += 1
+            self._eager.finished()
         else:
-            self._direct = min(self._direct, -DIRECT_AFTER)
-            await _resume(coroutine, future)
+            self._eager.waited()
+            await resume(coroutine, future)
 
     async def _serve(self, fault: Fault, begun: Awaitable[None] | None) -> None:
         region = self._region
@@ -842,19 +836,3 @@ class UnresolvedError(UsageError):
 
 async def _await(awaitable: Awaitable[Any]) -> None:
     await awaitable
-
-
-@types.coroutine
-def _resume(coroutine: Any, future: Any) -> Generator[Any, Any, None]:
-    """Go on with a coroutine whose last step yielded ``future``."""
-    while True:
-        try:
-            value = yield future
-        except BaseException as error:
-            step, argument = coroutine.throw, error
-        else:
-            step, argument = coroutine.send, value
-        try:
-            future = step(argument)
-        except StopIteration:
-            return

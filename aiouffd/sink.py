@@ -169,11 +169,11 @@ class BufferSink:
             # On another loop, where at worst its next step still sees the old one.
             self._rescuer.recording = blocks
 
-    def miss(self, block: int, *_message: int) -> None:
+    def miss(self, block: int, *message: int) -> None:
         if self._moved:
             service.call_soon(self.rescue, block)
         else:
-            self.fetcher.miss(block)
+            self.fetcher.miss(block, *message)
 
     def hit(self, block: int) -> None:
         if not self._moved:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -340,3 +341,65 @@ async def test_what_a_failure_leads_to(
         with pytest.raises(SourceError):
             await fetch(FunctionSource(lasting.read, PAGE), policy)
         assert lasting.calls > 2
+
+
+# ------------------------------------------------------------- without a task
+
+
+class Moody:
+    """Has its bytes at hand, until it is told to do otherwise."""
+
+    def __init__(self) -> None:
+        self.mood = "at hand"
+        self.calls = 0
+
+    async def read(self, offset: int, length: int) -> bytes:
+        self.calls += 1
+        match self.mood:
+            case "waits":
+                await asyncio.sleep(0.001)
+            case "needs a task":
+                async with asyncio.timeout(10):
+                    await asyncio.sleep(0.001)
+            case "needs a task at hand":
+                assert asyncio.current_task() is not None
+            case "fails":
+                self.mood = "at hand"
+                raise ConnectionResetError("x")
+        return bytes([offset // PAGE % 251 + 1]) * length
+
+
+@pytest.mark.parametrize("then", ["waits", "needs a task", "needs a task at hand", "fails"])
+async def test_bytes_at_hand_need_no_task(then: str) -> None:
+    moody, blocks = Moody(), 80
+    loop, made = asyncio.get_running_loop(), 0
+
+    def factory(loop: asyncio.AbstractEventLoop, coroutine: Any, **more: Any) -> Any:
+        nonlocal made
+        made += getattr(coroutine, "__name__", "") == "_fly"
+        return asyncio.Task(coroutine, loop=loop, **more)
+
+    loop.set_task_factory(factory)
+    source = FunctionSource(moody.read, blocks * PAGE)
+    async with aiouffd.open(source, block_size=PAGE, readahead=0) as buffer:
+        view = buffer.view
+
+        def touch(first: int, end: int) -> None:
+            for block in range(first, end):
+                # Which releases the GIL: the loop shall serve, and not the rescue loop.
+                found = hashlib.sha256(view[block * PAGE : (block + 1) * PAGE]).digest()
+                assert found == hashlib.sha256(bytes([block % 251 + 1]) * PAGE).digest()
+
+        await asyncio.to_thread(touch, 0, 20)
+        if not made:
+            pytest.skip("the rescue loop was quicker")
+        before, calls = made, moody.calls
+        await asyncio.to_thread(touch, 20, 40)
+        assert made == before < 20
+        assert moody.calls == calls + 20
+        moody.mood = then
+        await asyncio.to_thread(touch, 40, 60)
+        moody.mood = "at hand"
+        await asyncio.to_thread(touch, 60, 80)
+        assert made > before
+        assert buffer.stats.failures == 0
