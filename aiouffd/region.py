@@ -25,6 +25,7 @@ from ._lib import ffi, lib, pin
 from .backoff import Backoff
 from .errors import AiouffdError, ClosedError, KernelError, SourceTimeoutError, UsageError
 from .exports import Exports
+from .results import unpack
 from .stepping import Eagerness, resume
 from .usercode import ends_the_program, is_ours, tell_loop
 
@@ -363,7 +364,8 @@ class Region:
             _ANY_GENERATION if generation is None else generation,
         )
         if done < 0:
-            self._raise(~done & 0xFF, ~done >> 8, offset, length)
+            done, code = unpack(done)
+            self._raise(code, done, offset, length)
         return done
 
     def _raise(self, code: int, done: int, offset: int, length: int) -> None:

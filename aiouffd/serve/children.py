@@ -34,6 +34,7 @@ from .._lib import PAGE_SIZE, ffi, lib
 from ..errors import AiouffdError, ClosedError
 from ..policy import Policy
 from ..rescue import service
+from ..results import unpack
 from ..sources.base import BaseSource, Source
 from .areas import INSTALLED, Area, AreaMap
 from .blocks import BlockStore
@@ -227,8 +228,7 @@ class _ChildMemory(Memory):
     def poison(self, page: int, size: int, why: str = "") -> None:
         if self._closed:
             return
-        result = self.put_errors(page, size, size)
-        code = ~result & 0xFF if result < 0 else 0
+        _, code = unpack(self.put_errors(page, size, size))
         if self._closed:
             return
         if code == errno.EAGAIN:

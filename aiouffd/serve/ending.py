@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from .._lib import ffi, lib
+from ..results import unpack
 from .areas import Area, AreaMap
 from .filling import AGAIN_FIRST, PATIENCE
 from .states import STEP
@@ -116,11 +117,10 @@ def _make_errors(memory: Ending) -> Iterator[bool]:
             end = min(start + STEP * size, area.end)
             area.forget_absent(start, end)
             for at, length in _pieces(memory, area, start, end):
-                result = memory.put_errors(at, length, size)
-                done = length if result >= 0 else ~result >> 8
+                done, code = unpack(memory.put_errors(at, length, size))
                 area.mark_installed(at, at + done)
                 memory.stats.poisoned_pages += done // size
-                yield result < 0 and ~result & 0xFF == errno.EAGAIN
+                yield code == errno.EAGAIN
                 if memory.settling:
                     return
 
@@ -164,11 +164,11 @@ async def refuse(fd: int, ranges: Sequence[tuple[int, int, int]], name: str) -> 
                     if message.event == lib.AU_EVENT_FORK:
                         os.close(message.arg.fork.ufd)
                 heard.count = 0
-                done = piece if result >= 0 else ~result >> 8
+                done, code = unpack(result)
                 at += done
                 if done:
                     limit = loop.time() + GIVE_UP
-                elif ~result & 0xFF != errno.EAGAIN:
+                elif code != errno.EAGAIN:
                     return  # its process has ended, most likely
                 if loop.time() > limit:
                     _complain(name)

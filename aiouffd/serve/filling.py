@@ -23,6 +23,7 @@ import time
 from typing import Any, Protocol
 
 from .._lib import ffi, lib
+from ..results import unpack
 from .areas import Area
 from .stats import MemoryStats
 
@@ -115,7 +116,7 @@ class Filler:
         if result >= 0:
             self._pause = AGAIN_FIRST
             return result
-        code, done = ~result & 0xFF, ~result >> 8
+        done, code = unpack(result)
         if self.fd < 0:
             return done  # what was heard was the end
         if code in (errno.ESRCH, errno.EBADF):
