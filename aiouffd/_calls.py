@@ -31,6 +31,7 @@ class _Calls(Protocol):
     AU_ENGINE_RAW: int
     AU_ENGINE_OWN: int
     AU_ENGINE_YIELD: int
+    AU_ENGINE_REMAPS: int
     AU_DRAIN_LOOP: int
     AU_OP_COPY: int
     AU_OP_ZERO: int

@@ -37,6 +37,9 @@ _LOOP: int = lib.AU_DRAIN_LOOP
 _RESCUE: int = lib.AU_DRAIN_RESCUE
 _BATCH = 64
 
+#: Moved mappings are told of so that they stay registered: so do error pages heal.
+_FEATURES = Feature.THREAD_ID | Feature.EVENT_REMAP
+
 #: After so many batches of duplicates in a row the loop leaves the descriptor to the sentry...
 FLOOD_BATCHES = 4
 #: ...for so many seconds.
@@ -135,7 +138,7 @@ class Pager:
         self._loop = self._home = asyncio.get_running_loop()
         uffd = self._make_uffd()
         error = ffi.new("int *")
-        options = lib.AU_ENGINE_OWN | lib.AU_ENGINE_YIELD
+        options = lib.AU_ENGINE_OWN | lib.AU_ENGINE_YIELD | lib.AU_ENGINE_REMAPS
         engine = lib.au_engine_create(uffd.fileno(), options, error)
         if engine == ffi.NULL:
             uffd.close()
@@ -175,11 +178,11 @@ class Pager:
 
     def _make_uffd(self) -> Userfaultfd:
         if self._wanted_mode is not None:
-            return Userfaultfd(Feature.THREAD_ID, user_mode_only=self._wanted_mode)
+            return Userfaultfd(_FEATURES, user_mode_only=self._wanted_mode)
         try:
-            return Userfaultfd(Feature.THREAD_ID)
+            return Userfaultfd(_FEATURES)
         except PermissionError:
-            return Userfaultfd(Feature.THREAD_ID, user_mode_only=True)
+            return Userfaultfd(_FEATURES, user_mode_only=True)
 
     async def __aenter__(self) -> Pager:
         return self.open()

@@ -2,6 +2,7 @@
 
 #include "abi.h"
 #include "counters.h"
+#include "error_page.h"
 #include "pagemap.h"
 #include "sentry.h"
 #include "slots.h"
@@ -405,10 +406,9 @@ again:
 		if (!fold_missing(engine, sink, region, page, message))
 			goto again;
 		return;
-	default: /* poisoned: the message is older than the poison, or the marker was dropped */
+	default: /* an error */
 		free_slot(slot);
-		au_abi_poison(engine->fd, address, region->page_size, 0, NULL);
-		au_abi_wake(engine->fd, address, region->page_size);
+		au_region_refuse(region, page);
 		return;
 	}
 }
@@ -420,6 +420,10 @@ static void fold_event(struct au_engine *engine, struct sink *sink,
 	uint32_t index;
 
 	au_count(AU_COUNT_events, 1);
+	if (message->event == AU_EVENT_REMAP && find_region(engine, message->arg.remap.to)) {
+		sink->news = true; /* an error page heals */
+		return;
+	}
 	if (message->event == AU_EVENT_REMOVE || message->event == AU_EVENT_UNMAP) {
 		for (index = 0; index < engine->region_count; index++)
 			au_region_removed(engine->regions[index], message->arg.remove.start,
@@ -445,9 +449,14 @@ static void fold(struct au_engine *engine, struct sink *sink, uint64_t epoch,
 	if (message->event == AU_EVENT_PAGEFAULT) {
 		if (!(engine->options & AU_ENGINE_RAW)) {
 			region = find_region(engine, address);
-			if (!region || atomic_load(&region->closing)) {
-				/* Nobody will ever bring it: an error, never zeros. */
-				page_size = region ? region->page_size : page_size;
+			/* Nobody will ever bring it: an error, never zeros. */
+			if (region && atomic_load(&region->closing)) {
+				au_region_refuse(region,
+						 (address - region->start) >> region->page_shift);
+				return;
+			}
+			if (!region) {
+				/* The address may be another's by now: no mapping. */
 				address &= ~(page_size - 1);
 				au_abi_poison(engine->fd, address, page_size, 0, NULL);
 				au_abi_wake(engine->fd, address, page_size);
@@ -780,12 +789,14 @@ void au_engine_poison_page(struct au_engine *engine, uint64_t page, uint64_t pag
 {
 	struct au_region *region;
 	bool entered = false;
-	int error;
+	int error, result;
 
 	pthread_mutex_lock(&engine->lock);
 	region = find_region(engine, page);
 	if (region)
 		entered = au_region_enter(region);
+	if (region && !entered)
+		au_region_refuse(region, (page - region->start) >> region->page_shift);
 	pthread_mutex_unlock(&engine->lock);
 	if (entered) {
 		au_region_install(region, AU_OP_POISON, page - region->start, NULL, page_size, 0,
@@ -793,10 +804,14 @@ void au_engine_poison_page(struct au_engine *engine, uint64_t page, uint64_t pag
 		/* A page that is there after all was skipped, and nobody woken. */
 		au_abi_wake(engine->fd, page, page_size);
 		au_region_leave(region);
-	} else {
+	} else if (!region) {
 		int64_t done;
 
-		au_engine_resolve(engine, AU_OP_POISON, page, 0, page_size, 0, &done);
+		result = au_engine_resolve(engine, AU_OP_POISON, page, 0, page_size, 0, &done);
+		/* Before Linux 6.6 nothing else keeps a thread from waiting for ever. */
+		if ((result == -EINVAL || result == -ENOTTY) && (engine->options & AU_ENGINE_RAW) &&
+		    (engine->options & AU_ENGINE_OWN))
+			au_error_map(page, page_size, true);
 		au_abi_wake(engine->fd, page, page_size);
 	}
 }

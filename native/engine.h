@@ -40,6 +40,7 @@ enum au_engine_option {
 	AU_ENGINE_RAW = 1,   /* no page table: messages are handed on as they come */
 	AU_ENGINE_OWN = 2,   /* the descriptor watches this process's own memory */
 	AU_ENGINE_YIELD = 4, /* threads that wait with the GIL give it away */
+	AU_ENGINE_REMAPS = 8, /* the descriptor tells of moved mappings: errors can heal */
 };
 
 enum au_drain_role {

@@ -2,6 +2,7 @@
 
 #include "abi.h"
 #include "children.h"
+#include "error_page.h"
 #include "region.h"
 #include "sys.h"
 
@@ -47,27 +48,26 @@ static struct watch watches[AU_SERVERS];
 /* An error for whoever touches this page. */
 static void refuse(int uffd, int server, uint64_t address)
 {
-	uint64_t size = (uint64_t)sysconf(_SC_PAGESIZE);
+	uint64_t size = (uint64_t)sysconf(_SC_PAGESIZE), page;
 	struct au_region *region;
 	uint32_t index = 0;
-	int tries, result = 0;
+	int tries;
 
 	au_children_lock();
 	while ((region = au_children_next(server, &index, NULL)))
 		if (address - region->start < region->length)
-			size = region->page_size;
-	au_children_unlock();
-	address &= ~(size - 1);
-	for (tries = 0; tries < POISON_TRIES; tries++) {
-		result = au_abi_poison(uffd, address, size, 0, NULL);
-		if (result != -EAGAIN)
 			break;
-		au_sleep_ns(20000);
+	au_children_unlock();
+	if (region) {
+		size = region->page_size;
+		page = (address - region->start) >> region->page_shift;
+		for (tries = 0; tries < POISON_TRIES; tries++) {
+			if (au_error_refuse(region, page, page + 1, uffd) != -EAGAIN)
+				break;
+			au_sleep_ns(20000);
+		}
 	}
-	if (result == -EINVAL || result == -ENOTTY) /* before 6.6: SIGSEGV then */
-		mmap((void *)(uintptr_t)address, size, PROT_NONE,
-		     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
-	au_abi_wake(uffd, address, size);
+	au_abi_wake(uffd, address & ~(size - 1), size);
 }
 
 static void refuse_all(int uffd, int server)
@@ -267,13 +267,14 @@ static void complain(const char *step, int error, const char *outcome)
 		return;
 }
 
-/* No access, for there is nobody to wait for. */
+/* Errors, for there is nobody to wait for. */
 static void seal(struct au_region *region)
 {
 	void *memory = (void *)(uintptr_t)region->start;
 
-	/* The first one stops where a part is not mapped any more. */
-	if (mprotect(memory, region->length, PROT_NONE) &&
+	/* mprotect stops where a part is not mapped any more. */
+	if (au_error_map(region->start, region->length, true) &&
+	    mprotect(memory, region->length, PROT_NONE) &&
 	    mmap(memory, region->length, PROT_NONE,
 		 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) == MAP_FAILED)
 		abort();
@@ -323,6 +324,8 @@ static int register_regions(int uffd, int server)
 	int result;
 
 	while ((region = au_children_next(server, &index, &closed))) {
+		if (!closed)
+			au_error_inherited(region);
 		result = au_abi_register(uffd, region->start, region->length,
 					 AU_REGISTER_MODE_MISSING, &ioctls);
 		if (result && !closed)
@@ -471,7 +474,7 @@ fail:
 	}
 	if (uffd >= 0)
 		close(uffd);
-	complain(step, result, "touching it is an error (SIGSEGV)");
+	complain(step, result, "touching it is an error (SIGBUS)");
 }
 
 /* Is the socket still ours?  The program may close whatever it likes. */

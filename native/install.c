@@ -15,6 +15,7 @@
 
 #include "abi.h"
 #include "counters.h"
+#include "error_page.h"
 #include "pagemap.h"
 #include "sentry.h"
 #include "slots.h"
@@ -35,7 +36,7 @@ struct run {
 	const uint8_t *src; /* bytes for `page` on */
 	uint64_t src_length;
 	uint64_t page, end;
-	bool was_poisoned;
+	uint8_t before; /* the state of all of them: missing, or which kind of error */
 };
 
 static uint64_t address_of(const struct au_region *region, uint64_t page)
@@ -49,6 +50,11 @@ static bool present_in_pagemap(const struct au_region *region, uint64_t page)
 
 	return !au_pagemap_read(address_of(region, page), &item, 1) ||
 	       (item & (AU_PAGEMAP_PRESENT | AU_PAGEMAP_SWAPPED));
+}
+
+static bool was_poisoned(const struct run *run)
+{
+	return (run->before & AU_PAGE_STATE) == AU_PAGE_POISONED;
 }
 
 /* The pages [from, to) are there (or poisoned): publish it.  Returns true when one of
@@ -73,7 +79,7 @@ static bool settle(struct run *run, uint64_t from, uint64_t to, uint8_t state)
 		atomic_fetch_add(&region->poisoned_pages, count);
 		au_count(AU_COUNT_poisoned_bytes, count << region->page_shift);
 	}
-	if (run->was_poisoned)
+	if (was_poisoned(run))
 		atomic_fetch_sub(&region->poisoned_pages, count);
 	return touched;
 }
@@ -81,11 +87,10 @@ static bool settle(struct run *run, uint64_t from, uint64_t to, uint8_t state)
 static void put_back(struct run *run, uint64_t from, uint64_t to)
 {
 	struct au_region *region = run->region;
-	uint8_t state = run->was_poisoned ? AU_PAGE_POISONED : AU_PAGE_MISSING;
 	uint64_t page;
 
 	for (page = from; page < to; page++)
-		if (atomic_exchange(&region->states[page], state) & AU_PAGE_TOUCHED)
+		if (atomic_exchange(&region->states[page], run->before) & AU_PAGE_TOUCHED)
 			au_abi_wake(region->engine->fd, address_of(region, page), region->page_size);
 }
 
@@ -126,7 +131,7 @@ static int zero_by_copy(struct run *run, uint64_t from, int64_t *done)
 	return copy_once(&zeros, from, from + 1, done);
 }
 
-static int issue_once(struct run *run, uint64_t from, uint64_t to, int64_t *done)
+static int issue_once(struct run *run, uint64_t from, uint64_t to, int64_t *done, uint8_t *settled_as)
 {
 	struct au_region *region = run->region;
 	uint64_t start = address_of(region, from), length = (to - from) << region->page_shift;
@@ -137,11 +142,11 @@ static int issue_once(struct run *run, uint64_t from, uint64_t to, int64_t *done
 	case AU_OP_COPY:
 		return copy_once(run, from, to, done);
 	case AU_OP_ZERO:
-		if (huge || run->was_poisoned)
+		if (huge || was_poisoned(run))
 			return zero_by_copy(run, from, done);
 		return au_abi_zeropage(region->engine->fd, start, length, 0, done);
 	case AU_OP_POISON:
-		return au_abi_poison(region->engine->fd, start, length, 0, done);
+		return au_error_make(region, from, to, false, done, settled_as);
 	case AU_OP_CONTINUE:
 		return au_abi_continue(region->engine->fd, start, length, 0, done);
 	case AU_OP_MOVE:
@@ -200,6 +205,103 @@ static int on_exists(struct run *run, uint64_t page)
 	return 0;
 }
 
+static bool is_error_mapping(const struct au_region *region, uint64_t page)
+{
+	return page < region->pages &&
+	       atomic_load(&region->states[page]) == (AU_PAGE_POISONED | AU_PAGE_ERROR_MAPPED);
+}
+
+static bool take_error(struct au_region *region, uint64_t page)
+{
+	uint8_t state = AU_PAGE_POISONED | AU_PAGE_ERROR_MAPPED;
+
+	return page < region->pages &&
+	       atomic_compare_exchange_strong(&region->states[page], &state,
+					      AU_PAGE_INSTALLING | AU_PAGE_ERROR_MAPPED);
+}
+
+/* Private memory that becomes good amid errors is a mapping of its own for ever.  If there are too
+ * many of these, errors as far as the nearest memory that is good are put right with it, or all if
+ * there is none. */
+static void reach_out(struct run *run, uint64_t *from, uint64_t *to)
+{
+	struct au_region *region = run->region;
+	uint64_t left = run->page, right = run->end;
+	bool good_left = false, good_right = false;
+
+	*from = left;
+	*to = right;
+	if (region->kind != AU_KIND_ANONYMOUS ||
+	    (left && !is_error_mapping(region, left - 1)) ||
+	    (right < region->pages && !is_error_mapping(region, right)) ||
+	    au_error_piece(region))
+		return;
+	for (;;) {
+		good_left = left && !is_error_mapping(region, left - 1);
+		good_right = right < region->pages && !is_error_mapping(region, right);
+		if (good_left || good_right || (!left && right == region->pages))
+			break;
+		left -= left > 0;
+		right += right < region->pages;
+	}
+	if (!good_left)
+		while (take_error(region, *to))
+			++*to;
+	if (good_left || !good_right)
+		while (*from && take_error(region, *from - 1))
+			--*from;
+}
+
+/* Errors that were taken along: missing, or what they were. */
+static void let_be(struct run *run, uint64_t from, uint64_t to, uint8_t state)
+{
+	struct au_region *region = run->region;
+	uint64_t page;
+
+	if (state == AU_PAGE_MISSING)
+		atomic_fetch_sub(&region->poisoned_pages, to - from);
+	for (page = from; page < to; page++)
+		if (atomic_exchange(&region->states[page], state) & AU_PAGE_TOUCHED)
+			au_abi_wake(region->engine->fd, address_of(region, page), region->page_size);
+}
+
+/* Where there is an error mapping: memory whose bytes are missing. */
+static int heal(struct run *run)
+{
+	uint64_t from, to;
+	uint8_t state;
+	int result;
+
+	if (!(run->before & AU_PAGE_ERROR_MAPPED))
+		return 0;
+	reach_out(run, &from, &to);
+	result = au_error_undo(run->region, from, to);
+	state = result ? run->before : AU_PAGE_MISSING;
+	let_be(run, from, run->page, state);
+	let_be(run, run->end, to, state);
+	return result;
+}
+
+/* The bytes could not be put there: the error again. */
+static void be_ill_again(struct run *run, uint64_t from)
+{
+	uint64_t left = run->end - from;
+	uint8_t state;
+	int64_t done;
+
+	if (!(run->before & AU_PAGE_ERROR_MAPPED))
+		return;
+	au_error_make(run->region, from, run->end, false, &done, &state);
+	run->before = state;
+	if ((uint64_t)done != left << run->region->page_shift) {
+		/* Then they are missing. */
+		run->before = AU_PAGE_MISSING;
+		atomic_fetch_sub(&run->region->poisoned_pages, left);
+	}
+	au_abi_wake(run->region->engine->fd, address_of(run->region, from),
+		    left << run->region->page_shift);
+}
+
 /* Work through pages [run->page, run->end), all INSTALLING and ours.
  * Returns the first page that could not be done; *error says why. */
 static uint64_t perform(struct run *run, int *error)
@@ -207,25 +309,36 @@ static uint64_t perform(struct run *run, int *error)
 	struct au_region *region = run->region;
 	struct au_engine *engine = region->engine;
 	uint8_t settled_as = run->op == AU_OP_POISON ? AU_PAGE_POISONED : AU_PAGE_PRESENT;
-	uint64_t page = run->page, first = address_of(region, run->page);
-	bool wake = false;
+	uint64_t page = run->page, first = address_of(region, run->page), upto = run->end;
+	bool wake = run->op == AU_OP_POISON; /* a mapping wakes nobody */
 	int tries = 0;
 
+	*error = -heal(run);
+	if (*error) {
+		put_back(run, page, run->end);
+		return page;
+	}
 	AU_GAP(TAKE_MARK);
 	au_slots_begin(engine, first, address_of(region, run->end));
 	AU_GAP(MARK_IOCTL);
 	*error = 0;
 	while (page < run->end) {
 		int64_t done = 0;
-		int result = issue_once(run, page, run->end, &done);
+		int result = issue_once(run, page, upto, &done, &settled_as);
 
 		AU_GAP(IOCTL_SETTLE);
 		if (done > 0) {
-			uint64_t upto = page + ((uint64_t)done >> region->page_shift);
+			uint64_t next = page + ((uint64_t)done >> region->page_shift);
 
-			wake |= settle(run, page, upto, settled_as);
-			page = upto;
+			wake |= settle(run, page, next, settled_as);
+			page = next;
+			upto = run->end;
 			tries = 0;
+			continue;
+		}
+		if (result == -ENOENT && upto - page > 1) {
+			/* It may be more than one mapping: as far as the first one goes. */
+			upto = page + 1;
 			continue;
 		}
 		if (result == -EEXIST && run->op != AU_OP_MOVE) {
@@ -260,6 +373,7 @@ static uint64_t perform(struct run *run, int *error)
 			au_abi_wake(engine->fd, first, (page - run->page) << region->page_shift);
 	}
 	if (page < run->end) {
+		be_ill_again(run, page);
 		put_back(run, page, run->end);
 		au_slots_abort(engine, address_of(region, page), address_of(region, run->end));
 		au_sentry_kick();
@@ -273,8 +387,9 @@ static uint64_t take_run(struct au_region *region, uint64_t page, uint64_t end, 
 	while (page < end) {
 		uint8_t state = want;
 
-		if (!atomic_compare_exchange_strong(&region->states[page], &state,
-						    AU_PAGE_INSTALLING))
+		if (!atomic_compare_exchange_strong(
+			    &region->states[page], &state,
+			    (uint8_t)(AU_PAGE_INSTALLING | (want & AU_PAGE_ERROR_MAPPED))))
 			break;
 		page++;
 	}
@@ -288,10 +403,13 @@ static uint8_t settled_state(struct au_region *region, uint64_t page)
 	int tries = 0;
 
 	while (((state = atomic_load(&region->states[page])) & AU_PAGE_STATE) == AU_PAGE_INSTALLING) {
-		if (++tries < 16)
+		if (++tries < 16) {
 			sched_yield();
-		else
+		} else {
+			/* It may wait itself, for an event to be read. */
+			au_engine_pump_only(region->engine);
 			au_sleep_ns(20000);
+		}
 	}
 	return state & AU_PAGE_STATE;
 }
@@ -489,8 +607,12 @@ static int64_t install(struct au_region *region, int op, uint64_t offset, const 
 			run.op = op = AU_OP_COPY;
 		}
 		if (run.end == page && over_poison && op != AU_OP_POISON) {
-			run.end = take_run(region, page, end, AU_PAGE_POISONED);
-			run.was_poisoned = true;
+			run.before = AU_PAGE_POISONED;
+			run.end = take_run(region, page, end, run.before);
+			if (run.end == page) {
+				run.before |= AU_PAGE_ERROR_MAPPED;
+				run.end = take_run(region, page, end, run.before);
+			}
 		}
 		if (run.end == page) {
 			uint8_t state = settled_state(region, page);

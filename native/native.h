@@ -8,6 +8,7 @@
 #include "counters.h"
 #include "demand.h"
 #include "engine.h"
+#include "error_page.h"
 #include "foreign.h"
 #include "gil.h"
 #include "guard.h"

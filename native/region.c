@@ -4,6 +4,7 @@
 #include "children.h"
 #include "counters.h"
 #include "engine.h"
+#include "error_page.h"
 #include "guard.h"
 #include "slots.h"
 #include "sys.h"
@@ -14,6 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 
 #ifndef MFD_CLOEXEC
 #define MFD_CLOEXEC 1U
@@ -24,10 +26,9 @@
 #define HUGE_SHIFT 21
 #define MFD_HUGE_2MB (21U << 26)
 
-/* Poisoning writes a marker into each page table entry, so what was never touched
- * costs page tables: above this a closed region is replaced by no-access memory. */
-#define POISON_LIMIT (8ULL << 30)
-#define POISON_STEP (64ULL << 20)
+/* What is made an error at a time when a region closes, should it have to be poison. */
+#define SEAL_STEP (64ULL << 20)
+#define SEAL_TRIES 2000
 
 /* -------------------------------------------------------------- registry */
 
@@ -166,45 +167,116 @@ static void *map_for_huge(uint64_t length)
 		munmap(memory, skip);
 	if (tail)
 		munmap(memory + skip + length, tail);
-	/* Fails where the kernel has no huge pages; then there is nothing to move. */
-	madvise(memory + skip, length, MADV_HUGEPAGE);
 	return memory + skip;
+}
+
+static bool open_to_huge(const struct au_region *region)
+{
+	return region->kind == AU_KIND_ANONYMOUS && region->length >= 1ULL << HUGE_SHIFT;
+}
+
+static int protection_of(const struct au_region *region)
+{
+	return open_to_huge(region) || (region->options & AU_REGION_WRITABLE) ?
+		       PROT_READ | PROT_WRITE :
+		       PROT_READ;
+}
+
+static int flags_of(const struct au_region *region)
+{
+	int flags = MAP_NORESERVE;
+
+	switch (region->kind) {
+	case AU_KIND_ANONYMOUS:
+		return flags | MAP_PRIVATE | MAP_ANONYMOUS;
+	case AU_KIND_HUGETLB:
+		return flags | MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB |
+		       (HUGE_SHIFT << MAP_HUGE_SHIFT);
+	default:
+		return flags | MAP_SHARED;
+	}
+}
+
+/* 0 or -errno. */
+static int advise(const struct au_region *region, void *memory, uint64_t length)
+{
+	/* Fails where the kernel has no huge pages; then there is nothing to move. */
+	if (open_to_huge(region))
+		madvise(memory, length, MADV_HUGEPAGE);
+	if (!(region->options & (AU_REGION_FORK | AU_REGION_SERVE)) &&
+	    madvise(memory, length, MADV_DONTFORK))
+		return -errno;
+	return 0;
 }
 
 static int map_memory(struct au_region *region)
 {
-	int protection = region->options & AU_REGION_WRITABLE ? PROT_READ | PROT_WRITE : PROT_READ;
-	int flags = MAP_NORESERVE;
+	struct stat status;
 	void *memory;
 
-	switch (region->kind) {
-	case AU_KIND_ANONYMOUS:
-		flags |= MAP_PRIVATE | MAP_ANONYMOUS;
-		break;
-	case AU_KIND_HUGETLB:
-		flags |= MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | (HUGE_SHIFT << MAP_HUGE_SHIFT);
-		break;
-	default:
-		flags |= MAP_SHARED;
+	if (flags_of(region) & MAP_SHARED) {
 		region->memfd = (int)syscall(SYS_memfd_create, "aiouffd",
 					     region->kind == AU_KIND_MEMFD ?
 						     MFD_CLOEXEC :
 						     MFD_CLOEXEC | MFD_HUGETLB | MFD_HUGE_2MB);
-		if (region->memfd < 0 || ftruncate(region->memfd, (off_t)region->length))
+		if (region->memfd < 0 || ftruncate(region->memfd, (off_t)region->length) ||
+		    fstat(region->memfd, &status))
 			return -errno;
+		region->inode = status.st_ino;
 	}
-	if (region->kind == AU_KIND_ANONYMOUS && region->length >= 1ULL << HUGE_SHIFT)
+	if (open_to_huge(region))
 		memory = map_for_huge(region->length);
 	else
-		memory = mmap(NULL, region->length, protection, flags, region->memfd, 0);
+		memory = mmap(NULL, region->length, protection_of(region), flags_of(region),
+			      region->memfd, 0);
 	if (memory == MAP_FAILED)
 		return -errno;
 	region->start = (uint64_t)(uintptr_t)memory;
 	region->mapped = true;
-	if (!(region->options & (AU_REGION_FORK | AU_REGION_SERVE)) &&
-	    madvise(memory, region->length, MADV_DONTFORK))
+	return advise(region, memory, region->length);
+}
+
+int au_region_map_anew(const struct au_region *region, void *address, uint64_t offset,
+			uint64_t length)
+{
+	bool shared = region->memfd >= 0;
+	struct stat status;
+
+	if (shared && (fstat(region->memfd, &status) || status.st_ino != region->inode))
+		return -EBADF;
+	if (mmap(address, length, protection_of(region), flags_of(region) | MAP_FIXED,
+		 region->memfd, shared ? (off_t)offset : 0) == MAP_FAILED)
 		return -errno;
-	return 0;
+	return advise(region, address, length);
+}
+
+/* Private memory that was never touched has no identity for the kernel (anon_vma): what an error page
+ * parts would get different ones when it is filled, and never be one mapping again.  So it
+ * gets one first, from a page that comes and goes before anybody knows the region. */
+static void give_identity(struct au_region *region)
+{
+	int64_t done;
+
+	if (au_abi_zeropage(region->engine->fd, region->start, region->page_size,
+			    AU_ZEROPAGE_MODE_DONTWAKE, &done))
+		return; /* an event is unread: more mappings, then */
+	/* Unregistered, for dropping it could be an event that waits to be read. */
+	au_abi_unregister(region->engine->fd, region->start, region->length);
+	madvise((void *)(uintptr_t)region->start, region->page_size, MADV_DONTNEED);
+}
+
+static int register_memory(struct au_region *region)
+{
+	uint64_t ioctls, mode = AU_REGISTER_MODE_MISSING;
+	int result;
+
+	if (region->memfd >= 0)
+		mode |= AU_REGISTER_MODE_MINOR;
+	result = au_abi_register(region->engine->fd, region->start, region->length, mode, &ioctls);
+	if (result || region->kind != AU_KIND_ANONYMOUS)
+		return result;
+	give_identity(region);
+	return au_abi_register(region->engine->fd, region->start, region->length, mode, &ioctls);
 }
 
 struct au_region *au_region_create(struct au_engine *engine, uint64_t length, int kind, int options,
@@ -212,9 +284,7 @@ struct au_region *au_region_create(struct au_engine *engine, uint64_t length, in
 {
 	struct au_region *region;
 	bool huge = kind == AU_KIND_HUGETLB || kind == AU_KIND_HUGETLB_MEMFD;
-	bool shared = kind == AU_KIND_MEMFD || kind == AU_KIND_HUGETLB_MEMFD;
 	uint64_t page_size = huge ? 1ULL << HUGE_SHIFT : engine->page_size;
-	uint64_t ioctls;
 	int result;
 
 	*error = EINVAL;
@@ -250,14 +320,13 @@ struct au_region *au_region_create(struct au_engine *engine, uint64_t length, in
 	au_count(AU_COUNT_live_regions, 1);
 	if (!region->states || !region->flags || !region->generations || !region->tail)
 		goto fail;
+	/* Should it not be had now, it is tried again when it is needed. */
+	au_error_prepare();
 	result = map_memory(region);
 	if (!result)
 		result = au_regions_add(region->start, region->length);
 	if (!result)
-		result = au_abi_register(engine->fd, region->start, region->length,
-					 AU_REGISTER_MODE_MISSING |
-						 (shared ? AU_REGISTER_MODE_MINOR : 0),
-					 &ioctls);
+		result = register_memory(region);
 	if (!result)
 		do
 			result = au_engine_add_region(engine, region);
@@ -444,50 +513,80 @@ static int read_begin(struct au_region *region, uint64_t offset, uint64_t length
 }
 
 /* Poison that a close put there is the close's word, not the source's. */
-static int read_end(struct au_region *region, int result, uint64_t *where)
+static int read_end(struct au_region *region, uint64_t offset, int result, bool cut, uint64_t sound,
+		    uint64_t *where)
 {
-	*where -= region->start;
+	if (result)
+		*where -= region->start;
+	else if (cut)
+		*where = offset + sound;
+	if (cut)
+		result = -EIO;
 	if (result == -EIO && atomic_load(&region->closing))
 		result = -EBADF;
 	atomic_fetch_sub(&region->readers, 1);
 	return result;
 }
 
+/* How much of [offset, offset+length) lies before the first error that is known.  What is known to be
+ * an error is not touched: the kernel may write to its log each time. */
+static uint64_t before_error(const struct au_region *region, uint64_t offset, uint64_t length)
+{
+	uint64_t page = offset >> region->page_shift, start;
+
+	/* A child knows what its parent knew once. */
+	if (atomic_load(&region->inherited))
+		return length;
+	for (; (start = page << region->page_shift) < offset + length; page++)
+		if ((atomic_load(&region->states[page]) & AU_PAGE_STATE) == AU_PAGE_POISONED)
+			return start > offset ? start - offset : 0;
+	return length;
+}
+
 int au_region_read(struct au_region *region, uint64_t offset, void *destination, uint64_t length,
 		   uint64_t *where)
 {
 	int result = read_begin(region, offset, length);
+	uint64_t sound;
 
 	if (result)
 		return result;
+	sound = before_error(region, offset, length);
 	result = au_guard_copy(destination, (const void *)(uintptr_t)(region->start + offset),
-			       length, where);
-	return read_end(region, result, where);
+			       sound, where);
+	return read_end(region, offset, result, sound < length, sound, where);
 }
 
 int au_region_touch(struct au_region *region, uint64_t offset, uint64_t length, uint64_t *where)
 {
 	int result = read_begin(region, offset, length);
+	uint64_t sound;
 
 	if (result)
 		return result;
-	result = au_guard_touch((const void *)(uintptr_t)(region->start + offset), length,
+	sound = before_error(region, offset, length);
+	result = au_guard_touch((const void *)(uintptr_t)(region->start + offset), sound,
 				region->page_size, where);
-	return read_end(region, result, where);
+	return read_end(region, offset, result, sound < length, sound, where);
 }
 
 int au_region_find(struct au_region *region, uint64_t offset, uint64_t length, const void *needle,
 		   uint64_t needle_length, uint64_t *where, int64_t *found)
 {
 	int result = read_begin(region, offset, length);
+	uint64_t sound;
 
 	if (result)
 		return result;
-	*found = au_guard_find((const void *)(uintptr_t)(region->start + offset), length, needle,
+	sound = before_error(region, offset, length);
+	*found = au_guard_find((const void *)(uintptr_t)(region->start + offset), sound, needle,
 			       needle_length, where);
-	if (*found >= 0)
+	result = *found == -EIO ? -EIO : 0;
+	if (*found >= 0) {
 		*found += (int64_t)offset;
-	return read_end(region, *found == -EIO ? -EIO : 0, where);
+		sound = length;
+	}
+	return read_end(region, offset, result, sound < length, sound, where);
 }
 
 int au_region_inherited(struct au_region *region)
@@ -527,8 +626,10 @@ void au_region_removed(struct au_region *region, uint64_t start, uint64_t end)
 
 		atomic_store(&region->generations[page >> (region->block_shift - region->page_shift)],
 			     epoch);
-		/* An install under way sees the new generation; its page is settled by it. */
-		if (((state & AU_PAGE_STATE) != AU_PAGE_PRESENT &&
+		/* An install under way sees the new generation; its page is settled by it.  An error
+		 * mapping stays. */
+		if ((state & AU_PAGE_ERROR_MAPPED) ||
+		    ((state & AU_PAGE_STATE) != AU_PAGE_PRESENT &&
 		     (state & AU_PAGE_STATE) != AU_PAGE_POISONED) ||
 		    !atomic_compare_exchange_strong(&region->states[page], &state,
 						    AU_PAGE_MISSING))
@@ -580,51 +681,75 @@ int au_region_drop(struct au_region *region, uint64_t offset, uint64_t length)
 
 /* ----------------------------------------------------------------- close */
 
-/* No access instead of poison: for what is too large, and kernels before 6.6. */
-static void seal_by_mapping(struct au_region *region, uint64_t address, uint64_t length)
+/* The pages [from, to), which are ours, are errors: publish it and wake. */
+static void publish_error(struct au_region *region, uint64_t from, uint64_t to, uint8_t state)
 {
-	void *sealed = mmap((void *)(uintptr_t)address, length, PROT_NONE,
-			    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+	uint64_t page, start = region->start + (from << region->page_shift);
+	uint64_t length = (to - from) << region->page_shift;
 
-	/* Children that know the region must not find a hole there: something else may come into it,
-	 * which they would take for the region. */
-	if (sealed != MAP_FAILED && !(region->options & AU_REGION_SERVE))
-		madvise(sealed, length, MADV_DONTFORK);
-	au_abi_wake(region->engine->fd, address, length);
+	for (page = from; page < to; page++)
+		atomic_store(&region->states[page], state);
+	atomic_fetch_add(&region->poisoned_pages, to - from);
+	au_count(AU_COUNT_poisoned_bytes, length);
+	au_slots_end(region->engine, start, start + length);
+	au_abi_wake(region->engine->fd, start, length);
 }
 
-static void seal_run(struct au_region *region, uint64_t offset, uint64_t length)
+static bool take_page(struct au_region *region, uint64_t page)
 {
-	uint64_t address = region->start + offset;
+	uint8_t state = AU_PAGE_MISSING;
 
-	if (length > POISON_LIMIT) {
-		seal_by_mapping(region, address, length);
-		return;
-	}
-	while (length) {
-		uint64_t step = length < POISON_STEP ? length : POISON_STEP;
-		int64_t done = 0;
-		int tries, result = 0;
+	return page < region->pages &&
+	       atomic_compare_exchange_strong(&region->states[page], &state, AU_PAGE_INSTALLING);
+}
 
-		for (tries = 0; tries < 2000; tries++) {
-			result = au_abi_poison(region->engine->fd, address, step, 0, &done);
-			if (result == 0)
-				done = (int64_t)step;
-			if (done > 0 || result != -EAGAIN)
-				break;
+/* The kernel has no room for another mapping: one for all the rest.  If even that takes one too many,
+ * there is no access any more to all of it, which takes none. */
+static void seal_rest(struct au_region *region, uint64_t from)
+{
+	uint64_t page, start = region->start + (from << region->page_shift);
+
+	if (au_error_map(start, (region->pages - from) << region->page_shift,
+			 region->options & (AU_REGION_FORK | AU_REGION_SERVE)))
+		mprotect((void *)(uintptr_t)region->start, region->length, PROT_NONE);
+	for (page = from; page < region->pages; page++)
+		atomic_store(&region->states[page], AU_PAGE_POISONED | AU_PAGE_ERROR_MAPPED);
+	au_abi_wake(region->engine->fd, start, (region->pages - from) << region->page_shift);
+}
+
+/* Pages [from, to), taken. */
+static void seal_run(struct au_region *region, uint64_t from, uint64_t to)
+{
+	uint64_t step, upto;
+	int64_t done = 0;
+	int tries = 0, result;
+	uint8_t state;
+
+	while (from < to) {
+		/* The length does not matter to a mapping. */
+		step = tries ? SEAL_STEP >> region->page_shift : to - from;
+		upto = step && step < to - from ? from + step : to;
+		result = au_error_make(region, from, upto, true, &done, &state);
+		if (!done && result == -EAGAIN && ++tries < SEAL_TRIES) {
 			au_engine_pump(region->engine);
 			au_sleep_ns(20000 + 1000ULL * (uint64_t)tries);
+			continue;
 		}
-		if (done <= 0 && (result == -EINVAL || result == -ENOTTY)) {
-			seal_by_mapping(region, address, length);
+		if (!done && result == -EEXIST) {
+			/* Present after all. */
+			atomic_store(&region->states[from], AU_PAGE_PRESENT);
+			au_abi_wake(region->engine->fd, region->start + (from << region->page_shift),
+				    region->page_size);
+			from++;
+			continue;
+		}
+		if (!done) {
+			seal_rest(region, from);
 			return;
 		}
-		if (done <= 0)
-			done = (int64_t)region->page_size; /* present after all, or unmapped */
-		au_abi_wake(region->engine->fd, address, (uint64_t)done);
-		au_count(AU_COUNT_poisoned_bytes, (uint64_t)done);
-		address += (uint64_t)done;
-		length -= (uint64_t)done;
+		upto = from + ((uint64_t)done >> region->page_shift);
+		publish_error(region, from, upto, state);
+		from = upto;
 	}
 }
 
@@ -638,18 +763,55 @@ static void seal_missing(struct au_region *region, bool only_wanted)
 			page = ((page >> shift) + 1) << shift;
 			continue;
 		}
-		if ((atomic_load(&region->states[page]) & AU_PAGE_STATE) != AU_PAGE_MISSING) {
+		if (!take_page(region, page)) {
 			page++;
 			continue;
 		}
-		start = page;
-		while (page < region->pages &&
-		       (atomic_load(&region->states[page]) & AU_PAGE_STATE) == AU_PAGE_MISSING &&
-		       (!only_wanted ||
-			(atomic_load(&region->flags[page >> shift]) & AU_BLOCK_WANTED)))
+		start = page++;
+		while ((!only_wanted || page >= region->pages ||
+			(atomic_load(&region->flags[page >> shift]) & AU_BLOCK_WANTED)) &&
+		       take_page(region, page))
 			page++;
-		seal_run(region, start << region->page_shift, (page - start) << region->page_shift);
+		seal_run(region, start, page);
 	}
+}
+
+void au_region_refuse(struct au_region *region, uint64_t page)
+{
+	struct au_engine *engine = region->engine;
+	uint64_t address = region->start + (page << region->page_shift);
+	uint8_t state, made;
+	int64_t done = 0;
+
+again:
+	state = atomic_load(&region->states[page]);
+	switch (state & AU_PAGE_STATE) {
+	case AU_PAGE_INSTALLING:
+		/* Who does it wakes him. */
+		if (!atomic_compare_exchange_strong(&region->states[page], &state,
+						    (uint8_t)(state | AU_PAGE_TOUCHED)))
+			goto again;
+		return;
+	case AU_PAGE_MISSING:
+		if (!atomic_load(&region->closing))
+			break; /* it may be had after all: who waits asks again */
+		if (!take_page(region, page))
+			goto again;
+		au_error_make(region, page, page + 1, true, &done, &made);
+		if (done > 0)
+			publish_error(region, page, page + 1, made);
+		else
+			atomic_store(&region->states[page], AU_PAGE_MISSING);
+		break;
+	case AU_PAGE_POISONED:
+		/* The message is older than the error; or the marker was dropped. */
+		if (!(state & AU_PAGE_ERROR_MAPPED))
+			au_abi_poison(engine->fd, address, region->page_size, 0, NULL);
+		break;
+	default:
+		break;
+	}
+	au_abi_wake(engine->fd, address, region->page_size);
 }
 
 int au_region_close(struct au_region *region, int unmap)
@@ -662,7 +824,7 @@ int au_region_close(struct au_region *region, int unmap)
 	if (region->options & AU_REGION_SERVE)
 		au_children_closed(region);
 	au_slots_dismiss(engine, region->start, region->start + region->length);
-	/* From here on a message for the region is answered with poison. */
+	/* From here on a message for the region is answered with an error. */
 	if (region->backing && !atomic_load(&engine->closing))
 		__atomic_fetch_sub(&engine->urgent, 1, __ATOMIC_SEQ_CST);
 	entered = au_engine_enter(engine);
@@ -674,8 +836,8 @@ int au_region_close(struct au_region *region, int unmap)
 		au_sleep_ns(20000);
 	if (entered) {
 		seal_missing(region, true);
-		while ((unmap || region->length > POISON_LIMIT) && atomic_load(&region->readers)) {
-			/* They fault on what was not wanted before; the answer is poison. */
+		while (unmap && atomic_load(&region->readers)) {
+			/* They fault on what was not wanted before; the answer is an error. */
 			au_engine_pump(engine);
 			au_sleep_ns(20000);
 		}
@@ -694,6 +856,7 @@ int au_region_close(struct au_region *region, int unmap)
 				au_children_remove(region);
 			au_regions_remove(region->start);
 			munmap((void *)(uintptr_t)region->start, region->length);
+			au_error_forget(region);
 			region->mapped = false;
 			au_abi_wake(engine->fd, region->start, region->length);
 		}
@@ -709,6 +872,7 @@ void au_region_free(struct au_region *region)
 	if (region->mapped) {
 		au_regions_remove(region->start);
 		munmap((void *)(uintptr_t)region->start, region->length);
+		au_error_forget(region);
 	}
 	if (region->memfd >= 0)
 		close(region->memfd);
@@ -739,6 +903,7 @@ void au_regions_forked(void)
 	uint32_t index;
 
 	pthread_mutex_init(&registry_lock, NULL);
+	au_error_forked();
 	/* The mappings are gone (MADV_DONTFORK), but the addresses may be used again.  Those that
 	 * are left to children come back once they are served. */
 	for (index = 0; index < atomic_load(&range_high); index++)

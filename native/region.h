@@ -8,6 +8,7 @@
  * Page states change by compare-and-swap only; MISSING -> INSTALLING gives one
  * thread the right to issue the ioctl.  A page is PRESENT only after the kernel
  * said so.  Bits 4 to 7 of the state byte are left for DIRTY, PINNED and the like.
+ * What an error page is made of: error_page.h.
  */
 #ifndef AU_REGION_H
 #define AU_REGION_H
@@ -17,6 +18,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/types.h>
 
 enum au_page_state {
 	AU_PAGE_MISSING = 0,
@@ -27,6 +29,8 @@ enum au_page_state {
 #define AU_PAGE_STATE 0x03
 /* A message arrived while the page was INSTALLING: wake it once more afterwards. */
 #define AU_PAGE_TOUCHED 0x04
+/* An error mapping is in the page's place (error_page.h). */
+#define AU_PAGE_ERROR_MAPPED 0x08
 
 enum au_block_flag {
 	AU_BLOCK_IN_FLIGHT = 1, /* somebody fetches it */
@@ -59,6 +63,7 @@ struct au_region {
 	uint32_t kind;
 	uint32_t options;
 	int memfd;              /* -1 unless the memory has a descriptor */
+	ino_t inode;            /* and what it is of: the number may be used again */
 	uint64_t start;         /* address */
 	uint64_t length;        /* mapped bytes, a multiple of page_size */
 	uint64_t object_length; /* bytes that mean something; the rest of the last page is zero */
@@ -79,6 +84,7 @@ struct au_region {
 	_Atomic uint64_t present_pages;
 	_Atomic uint64_t poisoned_pages;
 	_Atomic uint64_t touched_blocks;
+	uint64_t error_runs, error_pieces; /* error_page.c's */
 	uint64_t serial;            /* with AU_REGION_SERVE: never given twice by one process */
 	_Atomic uint32_t inherited; /* enum au_inherited: a child can touch, and no more */
 	char name[AU_REGION_NAME];  /* what people call its contents, under the engine's lock */
@@ -157,6 +163,14 @@ bool au_regions_overlap(uint64_t address, uint64_t length);
 /* Offset of `address` in the region that holds it; false if none does.  Async-signal-safe. */
 bool au_regions_find(uint64_t address, uint64_t *offset);
 
+/* Memory as it was first at `offset`, mapped at `address`, which replaces what is there; it is not
+ * registered.  0 or -errno. */
+int au_region_map_anew(const struct au_region *region, void *address, uint64_t offset,
+			uint64_t length);
+
+/* For the engine: a message about a page of a region that closes, or has an error there: an error
+ * for who waits.  With the engine's lock held. */
+void au_region_refuse(struct au_region *region, uint64_t page);
 /* For the engine: reference while an operation is under way. */
 bool au_region_enter(struct au_region *region);
 void au_region_leave(struct au_region *region);

@@ -47,7 +47,8 @@ static int new_descriptor(uint64_t features)
 	if (fd == -EPERM || fd == -ENOSYS)
 		test_skip("no userfaultfd for kernel-mode faults: needs CAP_SYS_PTRACE");
 	CHECK(fd >= 0);
-	result = au_abi_api(fd, features | AU_FEATURE_THREAD_ID, &offered, &ioctls);
+	features |= AU_FEATURE_THREAD_ID | AU_FEATURE_EVENT_REMAP;
+	result = au_abi_api(fd, features, &offered, &ioctls);
 	if (result == -EINVAL)
 		test_skip("the kernel lacks a feature");
 	CHECK_EQ(result, 0);
@@ -60,7 +61,8 @@ void bench_open(struct bench *bench, struct setup setup)
 
 	bench->fd = new_descriptor(setup.features);
 	bench->engine =
-		au_engine_create(bench->fd, AU_ENGINE_OWN | setup.engine_options, &error);
+		au_engine_create(bench->fd,
+				 AU_ENGINE_OWN | AU_ENGINE_REMAPS | setup.engine_options, &error);
 	CHECK(bench->engine);
 	CHECK_EQ(error, 0);
 	if (setup.no_sentry)
@@ -434,7 +436,7 @@ int main(int count, char **arguments)
 	static const struct test *const suites[] = {
 		slots_tests, region_tests, install_tests, engine_tests,
 		yield_tests, guard_tests,  close_tests,	  fork_tests,  inherit_tests,
-		gap_tests,	  demand_tests,	 foreign_tests,
+		gap_tests,	  demand_tests,	 foreign_tests, error_page_tests,
 	};
 	unsigned totals[3] = { 0 };
 	const struct test *test;

@@ -68,7 +68,7 @@ struct test {
 
 extern const struct test slots_tests[], region_tests[], install_tests[], engine_tests[],
 	yield_tests[], guard_tests[], close_tests[], fork_tests[], inherit_tests[], gap_tests[],
-	demand_tests[], foreign_tests[];
+	demand_tests[], foreign_tests[], error_page_tests[];
 
 /* --------------------------------------------------------------- fixture */
 

@@ -45,7 +45,7 @@ static void readers_get_an_error(void)
 	blocked_reader(16 * PAGE, 0, false);
 }
 
-/* Too large to be poisoned page by page: what is missing becomes no-access memory. */
+/* Too large to be poisoned page by page. */
 static void readers_of_huge_regions(void)
 {
 	blocked_reader(20ULL << 30, 1, true);

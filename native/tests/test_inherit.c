@@ -587,7 +587,7 @@ static void no_descriptors_no_access(void)
 		pid = fork_to(has_no_access);
 		CHECK_EQ(setrlimit(RLIMIT_NOFILE, &before), 0);
 		CHECK_EQ(waitpid(pid, &status, 0), pid);
-		CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGSEGV);
+		CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGBUS);
 		CHECK_EQ(touch(bench.region, 0), pattern(0));
 		bench_close(&bench);
 	}

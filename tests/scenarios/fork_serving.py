@@ -749,16 +749,23 @@ def punches_a_hole(new_loop: NewLoop) -> list[bool]:
         return [in_child(punch), buffer[:] == gate.data]
 
 
-def closing_without_poison(new_loop: NewLoop) -> list[str]:
+def closing_without_poison(new_loop: NewLoop) -> list[list[str]]:
     """Before Linux 6.6, with several threads of two children waiting as the buffer closes."""
     deny(IOCTL, errno.EINVAL, POISON)
     gate = Gate(content(SIZE), is_open=False)
     with opened(new_loop, gate, force=True) as buffer:
 
-        def wait() -> None:
-            for start in range(0, SIZE, BLOCK):
-                threading.Thread(target=buffer.__getitem__, args=(start,), daemon=True).start()
-            signal.pause()
+        def wait() -> list[str]:
+            found: set[str] = set()
+            threads = [
+                threading.Thread(target=lambda at=start: found.add(raises(lambda: buffer[at])))
+                for start in range(0, SIZE, BLOCK)
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            return sorted(found)
 
         children = [Fork(wait) for _ in range(2)]
         gate.wait(SIZE // BLOCK)  # which both of them wait for
