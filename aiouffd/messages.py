@@ -61,6 +61,8 @@ class Messages:
         self._entries: Any = None  # the same, for what the native reader gives
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiters: deque[asyncio.Future[None]] = deque()
+        # Which loop watches and who waits there, of which several threads may be in doubt.
+        self._lock = threading.RLock()
 
     def read(self, limit: int) -> list[Message]:
         """As `Userfaultfd.read`, for a positive ``limit``."""
@@ -120,19 +122,21 @@ class Messages:
     async def _readable(self) -> None:
         """Waits until the loop has read messages. It does not say for whom they are."""
         loop = asyncio.get_running_loop()
-        self._attach(loop)
         waiter: asyncio.Future[None] = loop.create_future()
-        self._waiters.append(waiter)
+        with self._lock:  # another loop either sees who waits here, or comes first
+            self._attach(loop)
+            self._waiters.append(waiter)
         try:
             await waiter
         finally:
-            if waiter in self._waiters:  # cancelled
-                self._waiters.remove(waiter)
-                if not self._waiters and self._loop is loop:
-                    self._detach(loop)
+            with self._lock:
+                if waiter in self._waiters:  # cancelled
+                    self._waiters.remove(waiter)
+                    if not self._waiters and self._loop is loop:
+                        self._detach(loop)
 
     def _attach(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Lets ``loop`` watch the descriptor.
+        """Lets ``loop`` watch the descriptor. With the lock held.
 
         It goes on watching while messages are given out one by one, and stops when one
         comes that nobody waits for.
@@ -206,8 +210,9 @@ class Messages:
 
     def _hand_over(self, old: asyncio.AbstractEventLoop) -> None:
         """Runs in ``old``, from which another loop has taken over."""
-        if self._loop is not old:  # else it has taken it back already
-            self._remove_readers(old)
+        with self._lock:
+            if self._loop is not old:  # else it has taken it back already
+                self._remove_readers(old)
         self._descriptor.leave()
 
     def _detached(self) -> None:
@@ -231,9 +236,10 @@ class Messages:
                 self._detached()
 
     def _end_waiting(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self._loop is loop:
-            self._detach(loop)
-            self._wake_waiters(None)
+        with self._lock:
+            if self._loop is loop:
+                self._detach(loop)
+                self._wake_waiters(None)
 
     def _wake_waiters(self, error: Exception | None) -> None:
         while self._waiters:
@@ -246,8 +252,11 @@ class Messages:
                 waiter.set_exception(error)
 
     def _read_for_waiters(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self._loop is not loop:
-            return
+        with self._lock:
+            if self._loop is loop:
+                self._read_some(loop)
+
+    def _read_some(self, loop: asyncio.AbstractEventLoop) -> None:
         if not self._waiters:
             self._detach(loop)
             return

@@ -157,12 +157,12 @@ class Userfaultfd:
             fd, via = open_descriptor(path, user_mode_only)
         try:
             offered, ioctls = handshake(fd, wanted, path)
+            if wanted & Feature.WP_ASYNC:
+                wanted |= Feature.WP_UNPOPULATED
+            self._setup(fd, own=True, features=wanted, ioctls=ioctls)
         except BaseException:
             os.close(fd)
             raise
-        if wanted & Feature.WP_ASYNC:
-            wanted |= Feature.WP_UNPOPULATED
-        self._setup(fd, own=True, features=wanted, ioctls=ioctls)
         self._available: Feature | None = offered
         self._user_mode_only: bool | None = user_mode_only
         self._via = name_of(via)
@@ -172,8 +172,9 @@ class Userfaultfd:
         self._features = features
         self._ioctls = ioctls
         self._registered = False  # something may be: closing would make zeros
-        self._descriptor = Descriptor(type(self).__name__, fd, own=own)
-        self._messages = Messages(self._descriptor)
+        descriptor = Descriptor(type(self).__name__, fd, own=own)
+        self._messages = Messages(descriptor)
+        self._descriptor = descriptor  # last: what fails before leaves `fd` to the caller
 
     @classmethod
     def from_fd(cls, fd: int, *, own: bool = True) -> Userfaultfd:
@@ -191,6 +192,7 @@ class Userfaultfd:
         number = check_number("from_fd", "fd", fd)
         features, ioctls = adopt(number)
         self = cls.__new__(cls)
+        self._descriptor = Descriptor(cls.__name__)  # closed, should this fail
         self._setup(number, own=own, features=features, ioctls=ioctls)
         self._available = None
         self._user_mode_only = None

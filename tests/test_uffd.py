@@ -30,6 +30,7 @@ from typing import Any
 
 import pytest
 
+from aiouffd import uffd as uffd_module
 from aiouffd._lib import PAGE_SIZE
 from aiouffd.abi import (
     FaultFlag,
@@ -46,6 +47,7 @@ from aiouffd.abi import (
     Unmap,
 )
 from aiouffd.errors import ClosedError, KernelError, UnsupportedError, UsageError
+from aiouffd.messages import Messages
 from aiouffd.uffd import (
     CreationError,
     CreationPermissionError,
@@ -1642,6 +1644,49 @@ class TestOnALoop:
         with pytest.raises(ClosedError):
             await task
 
+    def test_two_loops_that_begin_together(
+        self, uffd: Userfaultfd, mapping: Mapper, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One of them watches, and the other one is refused, also where both find nobody."""
+        memory = mapping(1)
+        uffd.register(memory.address, memory.length, Mode.MISSING)
+        real, begun, both = Messages._start_engine, threading.Event(), threading.Event()
+
+        def start_engine(messages: Messages) -> None:
+            if begun.is_set():
+                both.set()  # which cannot be, so that the first one waits for nothing
+            begun.set()
+            both.wait(0.3)
+            real(messages)
+
+        monkeypatch.setattr(Messages, "_start_engine", start_engine)
+        outcomes: list[Any] = []
+        refused = threading.Event()
+
+        def receive() -> None:
+            async def main() -> Message:
+                return await asyncio.wait_for(uffd.receive(), PATIENCE)
+
+            try:
+                outcomes.append(asyncio.run(main()))
+            except Exception as error:
+                outcomes.append(error)
+                refused.set()
+
+        threads = [threading.Thread(target=receive, daemon=True) for _ in range(2)]
+        threads[0].start()
+        assert begun.wait(PATIENCE)
+        threads[1].start()
+        assert refused.wait(PATIENCE)
+        assert [type(outcome) for outcome in outcomes] == [UsageError]
+        reader = reading(memory.at(0))
+        for thread in threads:
+            thread.join(PATIENCE)
+        message = outcomes[1]
+        assert isinstance(message, PageFault)
+        uffd.copy(message.address, page(1))
+        assert reader.result() == page(1)[:1]
+
     async def test_forks_that_nobody_took_are_closed(self, uffd: Userfaultfd) -> None:
         out, into = os.pipe()
         uffd._messages._pending.append(Fork(into))
@@ -1649,6 +1694,29 @@ class TestOnALoop:
         with pytest.raises(OSError, match="Bad file"):
             os.fstat(into)
         os.close(out)
+
+
+@pytest.mark.parametrize("name", ["Descriptor", "Messages"])
+def test_out_of_memory_on_the_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be finished leaves no descriptor behind, and an adopted one to its owner."""
+    before = os.listdir("/proc/self/fd")
+    with Userfaultfd() as other:
+        copy = os.dup(other.fileno())
+        real = getattr(uffd_module, name)
+
+        def fail(*arguments: Any, **named: Any) -> Any:
+            if name == "Descriptor" and len(arguments) == 1:
+                return real(*arguments, **named)
+            raise MemoryError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(uffd_module, name, fail)
+            with pytest.raises(MemoryError):
+                Userfaultfd()
+            with pytest.raises(MemoryError):
+                Userfaultfd.from_fd(copy)
+        os.close(copy)
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_close_after_the_loop_is_gone(uffd: Userfaultfd) -> None:
