@@ -46,12 +46,12 @@ from .errors import StalledError as StalledError
 from .errors import UnsupportedError as UnsupportedError
 from .errors import UnversionedSourceWarning as UnversionedSourceWarning
 from .errors import UsageError as UsageError
+from .fault import Fault as Fault
 from .fetcher import FlightEvent as FlightEvent
 from .file import BufferFile as BufferFile
 from .headers import include_dir as include_dir
 from .pager import Pager as Pager
 from .probe import probe as probe
-from .region import Fault as Fault
 from .region import Region as Region
 from .sources import Source as Source
 from .sync import open_file as open_file

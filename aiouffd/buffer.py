@@ -23,6 +23,7 @@ from ._lib import ffi, lib
 from .arrays import Shape, array_over, tensor_over
 from .errors import ClosedError, SourceChangedError, SourceError, UnsupportedError, UsageError
 from .exporter import Exporter
+from .fault import Errors, Kind
 from .fetcher import FlightEvent
 from .file import BufferFile, FileHints, Reading
 from .keywords import size_in_bytes
@@ -31,7 +32,7 @@ from .notebook import html_of
 from .once import Once, cancelled_from_outside
 from .pager import shared_pagers
 from .policy import Policy
-from .region import Errors, Kind, Region
+from .region import Region
 from .sink import BufferSink
 from .sources import MemorySource, as_source
 from .sources.base import Source, aclose_source, clone_source, open_source, size_of_source

@@ -21,8 +21,9 @@ from typing import Any
 from ._lib import ffi, lib
 from .abi import Feature
 from .errors import ClosedError, UsageError
+from .fault import Errors, Kind
 from .messages import EngineEnd
-from .region import Errors, Kind, Region
+from .region import Region
 from .rescue import service
 from .uffd import Userfaultfd
 from .usercode import tell_loop

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .errors import SourceChangedError, SourceError
-from .region import Errors
+from .fault import Errors
 
 __all__ = ["KERNEL_PATIENCE", "Policy"]
 

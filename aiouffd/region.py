@@ -11,32 +11,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import inspect
 import os
-import sys
 import time
-import types
 import weakref
-from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from ._lib import ffi, lib, pin
-from .backoff import Backoff
-from .errors import AiouffdError, ClosedError, KernelError, SourceTimeoutError, UsageError
+from .errors import ClosedError, KernelError, UsageError
 from .exports import Exports
+from .fault import BlockSink, Errors, Handler, Kind
+from .handlers import HandlerSink
 from .results import unpack
-from .stepping import Eagerness, resume
-from .usercode import ends_the_program, is_ours, tell_loop
 
 if TYPE_CHECKING:
     from .pager import Pager
 
-__all__ = ["Fault", "Handler", "Region"]
-
-Kind: TypeAlias = Literal["anonymous", "memfd", "hugetlb", "hugetlb-memfd"]
-Errors: TypeAlias = Literal["hard", "soft"]
-Handler: TypeAlias = Callable[["Fault"], Coroutine[Any, Any, None]]
+__all__ = ["Region"]
 
 KINDS: dict[str, int] = {
     "anonymous": lib.AU_KIND_ANONYMOUS,
@@ -51,10 +42,6 @@ _POISON: int = lib.AU_OP_POISON
 _CONTINUE: int = lib.AU_OP_CONTINUE
 _MOVE: int = lib.AU_OP_MOVE
 _ANY_GENERATION = 2**64 - 1
-_EAGER = sys.version_info >= (3, 12)
-
-#: Waits between two tries of a handler that failed, in seconds: first and longest.
-RETRY_FIRST, RETRY_LONGEST = 0.02, 5.0
 
 _HINTS = {
     errno.EAGAIN: "mappings keep changing; try again",
@@ -63,111 +50,6 @@ _HINTS = {
     errno.ENOMEM: "out of memory; for huge pages see vm.nr_hugepages",
     errno.ENOENT: "the memory was unmapped or unregistered behind the region",
 }
-
-
-class BlockSink(Protocol):
-    """Who is told of the blocks of a region that are touched. Loop thread only."""
-
-    def miss(
-        self, block: int, address: int = 0, flags: int = 0, thread: int = 0, generation: int = 0
-    ) -> None:
-        """A block that nobody fetches was touched; its fetch is now yours.
-
-        ``address``, ``flags`` and ``thread`` are the message's, 0 if unknown.
-        """
-
-    def hit(self, block: int) -> None:
-        """A block that is being fetched was touched for the first time."""
-
-    def rescue(self, block: int) -> bool:
-        """On the rescue loop: serve this block. False if that cannot be done."""
-
-    def late(self, block: int) -> None:
-        """After `rescue` said no, on the region's own loop: as `miss`, unless it is in hand."""
-
-    def close(self) -> None:
-        """The region closes: cancel what is under way."""
-
-
-class Fault:
-    """One block that a thread waits for. Resolve it with `copy`, `zero`, `poison` or `continue_`.
-
-    Lives on the loop that runs its handler and may be resolved from any thread. Resolving a
-    fault that is resolved already does nothing.
-    """
-
-    __slots__ = ("_answered", "address", "block", "flags", "generation", "region", "thread_id")
-
-    def __init__(
-        self, region: Region, block: int, address: int, flags: int, thread_id: int, generation: int
-    ) -> None:
-        self.region = region
-        #: Number of the block, counted from the start of the region.
-        self.block = block
-        #: The page that was touched: its address.
-        self.address = address
-        #: AU_PAGEFAULT_FLAG bits of the message.
-        self.flags = flags
-        #: Kernel thread id of the toucher, a hint only.
-        self.thread_id = thread_id
-        #: The block's generation when the fault was read.
-        self.generation = generation
-        # Bytes from the block's start that were brought here, even if they are gone again.
-        self._answered = 0
-
-    @property
-    def offset(self) -> int:
-        """First byte of the block, from the start of the region."""
-        return self.block * self.region.block_size
-
-    @property
-    def length(self) -> int:
-        """Bytes in the block; less than a full one at the end of the region."""
-        region = self.region
-        return min(region.block_size, region.length - self.block * region.block_size)
-
-    @property
-    def is_write(self) -> bool:
-        """Whether the thread wanted to write."""
-        return bool(self.flags & lib.AU_PAGEFAULT_FLAG_WRITE)
-
-    @property
-    def resolved(self) -> bool:
-        """Whether every page of the block is there (or poisoned), or was brought by this fault and
-        has been dropped since."""
-        return self._answered >= self.length or self.region._settled(self.offset, self.length)
-
-    def _answer(self, offset: int, done: int) -> int:
-        if offset == self.offset + self._answered:
-            self._answered += done
-        return done
-
-    def copy(self, data: Any, *, offset: int | None = None) -> int:
-        """Install ``data`` (any contiguous buffer) at ``offset`` and wake who waits.
-
-        ``offset`` in bytes from the start of the region, a multiple of the page size; the
-        start of the block if None. ``data`` ends at a page boundary or reaches the region's
-        end. Returns the bytes settled. Raises UsageError, KernelError, ClosedError.
-        """
-        region = self.region
-        if offset is None:
-            offset = self.block * region.block_size
-        return self._answer(offset, region.install(offset, data))
-
-    def zero(self) -> int:
-        """Fill the block with zeros."""
-        return self._answer(self.offset, self.region.zero(self.offset, self.length))
-
-    def poison(self) -> int:
-        """Make touches of the block fail: SIGBUS for raw ones, EFAULT in system calls. 6.6."""
-        return self._answer(self.offset, self.region.poison(self.offset, self.length))
-
-    def continue_(self) -> int:
-        """Map what is in the page cache of a memfd region (`Region.fileno`) already. 5.13."""
-        return self._answer(self.offset, self.region.continue_(self.offset, self.length))
-
-    def __repr__(self) -> str:
-        return f"<Fault block {self.block} at {self.address:#x} thread {self.thread_id}>"
 
 
 class Region:
@@ -636,205 +518,3 @@ class _Unmapper:
         if self.pid == getpid():
             lib.au_region_close(native, 1)
             lib.au_region_free(native)
-
-
-class HandlerSink:
-    """Runs a user's handler for each block that is touched, with the failure policy around it.
-
-    The first step of a handler is made by hand, see `aiouffd.stepping`: inside a task until it has
-    shown a few times that it does not wait, then without one. Where it does wait after all, a task
-    goes on with it; where it fails, which it may because it found no current task, it is called
-    again in one.
-    """
-
-    def __init__(self, region: Region, handler: Handler, portable: bool) -> None:
-        self._region = region
-        self._handler = handler
-        self._portable = portable
-        self._tasks: dict[asyncio.Task[None], int] = {}  # and the blocks they serve
-        self._waiting: deque[Fault] = deque()
-        self._closed = False
-        self._eager = Eagerness()
-
-    def miss(
-        self, block: int, address: int = 0, flags: int = 0, thread: int = 0, generation: int = 0
-    ) -> None:
-        fault = Fault(self._region, block, address, flags, thread, generation)
-        if not self._eager or not self._take_in_hand(fault):
-            self._start(fault, None)
-
-    def _take_in_hand(self, fault: Fault) -> bool:
-        """Make the first step of the handler by hand. False if a task has to begin anew."""
-        try:
-            coroutine = self._handle(fault)
-            future = coroutine.send(None)
-        except StopIteration:
-            return self._is_done(fault)
-        except BaseException as error:
-            # Perhaps for want of a task, so that it is nobody's business yet.
-            self._eager.disappointed()
-            if not ends_the_program(error):
-                return False
-            self._region.end(fault.block, 1)
-            self._report(fault, error)
-        else:
-            self._eager.disappointed()
-            self._start(fault, resume(coroutine, future))
-        return True
-
-    def _handle(self, fault: Fault) -> Any:
-        """Call the handler: a coroutine to be driven. Raises what the handler raises."""
-        answer: Any = self._handler(fault)
-        if type(answer) is types.CoroutineType or isinstance(answer, Coroutine):
-            return answer
-        if inspect.isawaitable(answer):
-            return _await(answer)
-        raise UsageError(
-            f"the handler of {self._region!r} gave {type(answer).__name__}, not a coroutine",
-            hint="define it with `async def`",
-        )
-
-    def hit(self, block: int) -> None:
-        """Blocks in flight are not reported for handlers."""
-
-    def rescue(self, block: int) -> bool:
-        if not self._portable:
-            return False
-        region = self._region
-        address = region.address + block * region.block_size
-        self._start(Fault(region, block, address, 0, 0, 0), None)
-        return True
-
-    def late(self, block: int) -> None:
-        waiting = any(fault.block == block for fault in self._waiting)
-        if not waiting and block not in self._tasks.values():
-            self.miss(block, self._region.address + block * self._region.block_size)
-
-    def _start(self, fault: Fault, begun: Awaitable[None] | None) -> None:
-        if begun is None and len(self._tasks) >= self._region.pager.max_in_flight:
-            self._waiting.append(fault)
-            return
-        coroutine = self._serve(fault, begun)
-        loop = asyncio.get_running_loop()
-        if _EAGER:
-            try:
-                task: asyncio.Task[None] = asyncio.Task(
-                    coroutine,
-                    loop=loop,
-                    eager_start=True,  # type: ignore[call-arg]
-                )
-            except (KeyboardInterrupt, SystemExit) as error:
-                # Raised by the handler, and to end the loop; not what else we are about to do.
-                self._report(fault, error)
-                return
-            if task.done():
-                return
-        else:
-            task = loop.create_task(coroutine)
-        self._tasks[task] = fault.block
-        task.add_done_callback(self._finished)
-
-    def _finished(self, task: asyncio.Task[None]) -> None:
-        self._tasks.pop(task, None)
-        if self._waiting and not self._closed:
-            self._start(self._waiting.popleft(), None)
-
-    async def _call(self, fault: Fault) -> None:
-        coroutine = self._handle(fault)
-        try:
-            future = coroutine.send(None)
-        except StopIteration:
-            self._eager.finished()
-        else:
-            self._eager.waited()
-            await resume(coroutine, future)
-
-    async def _serve(self, fault: Fault, begun: Awaitable[None] | None) -> None:
-        region = self._region
-        task = asyncio.current_task()
-        backoff = Backoff(RETRY_FIRST, RETRY_LONGEST)
-        while True:
-            limit = None
-            try:
-                attempt = begun or self._call(fault)
-                begun = None
-                if region.deadline is None:
-                    await attempt
-                else:
-                    async with asyncio.timeout(region.deadline) as limit:
-                        await attempt
-                if self._is_done(fault):
-                    return
-                raise UnresolvedError(fault)
-            except BaseException as error:
-                if is_ours(error, task):
-                    if not self._closed and not region._closed:
-                        # Somebody cancelled the task: the toucher asks again.
-                        region.end(fault.block, 1)
-                    raise
-                if region._closed:
-                    return
-                if isinstance(error, TimeoutError) and limit is not None and limit.expired():
-                    error = SourceTimeoutError(
-                        f"no answer for {fault!r} within {region.deadline} seconds"
-                    )
-                self._report(fault, error)
-            if region._closed or self._is_done(fault):
-                return
-            if region.errors == "soft" and self._poison(fault):
-                return
-            await asyncio.sleep(backoff.next())
-
-    def _poison(self, fault: Fault) -> bool:
-        try:
-            fault.poison()
-        except ClosedError:
-            return True
-        except AiouffdError as error:
-            self._report(fault, error)
-            return False
-        return True
-
-    def _is_done(self, fault: Fault) -> bool:
-        region = self._region
-        if region._settled(fault.offset, fault.length):
-            return True
-        if not fault.resolved:
-            return False
-        # Pages were dropped while others were still on their way: who waits asks again.
-        region.end(fault.block, 1)
-        return True
-
-    def _report(self, fault: Fault, error: BaseException) -> None:
-        tell_loop(
-            asyncio.get_running_loop(),
-            f"the handler of {self._region!r} failed for {fault!r}",
-            error,
-            fault=fault,
-        )
-
-    def close(self) -> None:
-        self._closed = True
-        self._waiting.clear()
-        for task in list(self._tasks):
-            loop = task.get_loop()
-            if loop.is_closed():
-                continue
-            if loop is asyncio._get_running_loop():
-                task.cancel()
-            else:
-                loop.call_soon_threadsafe(task.cancel)
-
-
-class UnresolvedError(UsageError):
-    """A handler returned and left its fault as it was."""
-
-    def __init__(self, fault: Fault) -> None:
-        super().__init__(
-            f"the handler returned without resolving {fault!r}",
-            hint="call fault.copy(), zero(), poison() or continue_() in it",
-        )
-
-
-async def _await(awaitable: Awaitable[Any]) -> None:
-    await awaitable

@@ -19,7 +19,7 @@ import aiouffd
 from aiouffd import ClosedError, SourceChangedError, SourceError, backoff
 from aiouffd import fetcher as fetcher_module
 from aiouffd import flights as flights_module
-from aiouffd import region as region_module
+from aiouffd import handlers as handlers_module
 from aiouffd._lib import PAGE_SIZE
 from aiouffd.errors import SourceTimeoutError
 from tests.faulty import FailingSource, FullSource, PlainSource, final, transient
@@ -37,7 +37,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retries after moments, for what is tested is not how long they wait."""
     monkeypatch.setattr(flights_module, "RETRY_FIRST", 0.002)
     monkeypatch.setattr(flights_module, "RETRY_LONGEST", 0.02)
-    monkeypatch.setattr(region_module, "RETRY_FIRST", 0.002)
+    monkeypatch.setattr(handlers_module, "RETRY_FIRST", 0.002)
 
 
 @pytest.fixture

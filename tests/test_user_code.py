@@ -17,8 +17,8 @@ import uvloop
 import aiouffd
 from aiouffd import SourceError, UsageError
 from aiouffd import flights as flights_module
+from aiouffd import handlers as handlers_module
 from aiouffd import policy as policy_module
-from aiouffd import region as region_module
 from aiouffd._lib import PAGE_SIZE, lib
 from aiouffd.errors import ClosedError, KernelError, ShortReadError
 from aiouffd.sources.base import (
@@ -69,7 +69,7 @@ ODD: list[Callable[[], BaseException]] = [
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flights_module, "RETRY_FIRST", 0.002)
     monkeypatch.setattr(flights_module, "RETRY_LONGEST", 0.02)
-    monkeypatch.setattr(region_module, "RETRY_FIRST", 0.002)
+    monkeypatch.setattr(handlers_module, "RETRY_FIRST", 0.002)
 
 
 async def touch(function: Callable[..., Any], *arguments: Any) -> Any:
