@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ._lib import lib
+from ._lib import in_main_interpreter, lib
 
 __all__ = ["Exporter"]
 
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
         def _export(self) -> memoryview: ...
 
         def __buffer__(self, flags: int, /) -> memoryview: ...
+
+elif not in_main_interpreter():
+
+    class Exporter:
+        """Nothing can be opened here; see rescue.py."""
 
 elif lib.au_python_exporter(__name__.encode()):
     raise ImportError("the class of exported memory could not be made")

@@ -99,7 +99,7 @@ class Messages:
                     decoded = [_decode(self._read_buffer[i]) for i in range(count)]
                 else:
                     count = lib.au_engine_drain(engine, self._entries, limit, lib.AU_DRAIN_LOOP)
-                    # Who waits since before does not hold the GIL: we do.
+                    # Who waits since before does not hold the GIL: we do. (FREE-THREADING)
                     lib.au_shared.proof = lib.au_shared.sequence
                     decoded = [_decode(self._entries[i].message) for i in range(count)]
         finally:

@@ -306,7 +306,7 @@ class Pager:
             return
         while True:
             count = lib.au_engine_drain(engine, entries, _BATCH, _LOOP)
-            # We hold the GIL, so whoever waits since before does not.
+            # We hold the GIL, so whoever waits since before does not. (FREE-THREADING)
             _shared.proof = _shared.sequence
             for index in range(count):
                 kind, number, block, generation, thread, flags, address = _ENTRY.unpack_from(

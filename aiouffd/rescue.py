@@ -38,9 +38,9 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ._lib import ffi, lib
+from ._lib import ffi, in_main_interpreter, lib
 from .backoff import Backoff
-from .errors import BlockingTouchWarning, UsageError
+from .errors import BlockingTouchWarning, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     from .pager import Pager
@@ -63,6 +63,11 @@ RETRY_FIRST, RETRY_LONGEST = 0.05, 1.0
 _LOOP_DESCRIPTORS = 4
 #: Frames of a blocked loop thread that are kept for the report.
 _DEPTH = 12
+
+
+#: A sub-interpreter cannot have the rescue thread, which would keep it from ending; and its end is
+#: not that of the process, with which threads that wait for pages end.
+_main = in_main_interpreter()
 
 
 class _Call:
@@ -150,6 +155,7 @@ class Service:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._inbox: deque[_Call | Callable[[], object]] = deque()
         # A plain dict: it is copied in one step, whatever other threads do to it.
+        # (FREE-THREADING: it is not.)
         self._pagers: dict[int, weakref.ref[Pager]] = {}
         self._reported: set[tuple[str, int]] = set()
         self._pid = os.getpid()
@@ -180,6 +186,11 @@ class Service:
             return
         if sys.is_finalizing():
             raise RuntimeError("the interpreter ends")
+        if not _main:
+            raise UnsupportedError(
+                "this is a sub-interpreter, and what serves faults lives as long as the process",
+                hint="open the buffer in the main interpreter, or use another process",
+            )
         error = lib.au_sentry_start()
         if error:
             raise OSError(-error, f"cannot start the sentry thread: {os.strerror(-error)}")
@@ -627,6 +638,7 @@ def _at_exit() -> None:
             task._log_destroy_pending = False  # type: ignore[attr-defined]
 
 
-atexit.register(_at_exit)
-if hasattr(threading, "_register_atexit"):
+if _main:
+    atexit.register(_at_exit)
+if _main and hasattr(threading, "_register_atexit"):
     threading._register_atexit(_before_threads_are_joined)

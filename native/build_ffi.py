@@ -7,9 +7,17 @@ thread state holds the GIL, which the limited API cannot tell; see docs/concepts
 """
 
 import os
+import sysconfig
 from pathlib import Path
 
 from cffi import FFI
+
+# FREE-THREADING: gil.c refuses as well; here is who is not used to a compiler's errors.
+if sysconfig.get_config_var("Py_GIL_DISABLED"):
+    raise SystemExit(
+        "aiouffd does not support free-threaded builds of Python yet: use the usual build of this"
+        " version (without the t)"
+    )
 
 HERE = Path(__file__).resolve().parent
 #: The header for clients in C, which the module itself uses.

@@ -29,6 +29,12 @@
 #include <stdint.h>
 #include <sys/types.h>
 
+/* FREE-THREADING: there a thread state may be attached without anything being held, another may be
+ * stopped at any touch, and what the GIL proves of others is not proved. */
+#ifdef Py_GIL_DISABLED
+#error "aiouffd does not support free-threaded builds of Python yet"
+#endif
+
 static _Atomic uint32_t taking;
 
 #if PY_VERSION_HEX >= 0x030D0000
@@ -106,6 +112,12 @@ bool au_gil_mine(void)
 	return one_mapping(here, frame);
 }
 #endif
+
+bool au_gil_only(void)
+{
+	/* Interpreters are added in front, so nothing needs to be looked into. */
+	return PyInterpreterState_Head() == PyInterpreterState_Main();
+}
 
 void *au_gil_release(void)
 {

@@ -9,6 +9,8 @@
 /* Does the calling thread hold the GIL?  Async-signal-safe, also on threads that
  * Python never saw. */
 bool au_gil_mine(void);
+/* Is there one GIL?  Not if a sub-interpreter may have its own.  Any thread. */
+bool au_gil_only(void);
 /* Release it, as a C function would around a blocking call; take it back. */
 void *au_gil_release(void);
 void au_gil_take(void *token);

@@ -4,6 +4,7 @@
 #include "children.h"
 #include "counters.h"
 #include "engine.h"
+#include "gil.h"
 #include "guard.h"
 #include "handler.h"
 #include "inherit.h"
@@ -245,7 +246,9 @@ static void judge_pending(struct au_engine *engine, struct au_slot *slot, uint32
 		au_slot_move(slot, word, AU_SLOT_NOGIL);
 		return;
 	}
-	if (atomic_load(&slot->sequence) <= __atomic_load_n(&au_shared.proof, __ATOMIC_SEQ_CST)) {
+	/* Who holds one of several GILs proves nothing of the others. */
+	if (atomic_load(&slot->sequence) <= __atomic_load_n(&au_shared.proof, __ATOMIC_SEQ_CST) &&
+	    au_gil_only()) {
 		if (au_slot_move(slot, word, AU_SLOT_NOGIL))
 			au_count(AU_COUNT_verdict_proved, 1);
 		return;

@@ -21,7 +21,8 @@
 struct au_engine;
 
 /* What Python and the sentry tell each other.  Python writes `proof` while it holds
- * the GIL: any thread whose slot is not newer waits without the GIL, for the writer has it. */
+ * the GIL: any thread whose slot is not newer waits without the GIL, for the writer has it.
+ * (FREE-THREADING: that proves nothing.) */
 struct au_shared {
 	uint64_t proof;
 	uint64_t sequence; /* of the newest slot, refreshed by each drain */

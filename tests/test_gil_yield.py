@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,28 @@ def test_e_subinterpreters(loop_name: str, where: str) -> None:
     found = result_of(gil_yield.subinterpreters, loop_name, where)
     assert found["yields"] > 0, moved(found)
     assert found["rescues"] == found["stall_poisons"] == 0, moved(found)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 13), reason="before 3.13 it cannot have ctypes")
+@pytest.mark.parametrize("way", gil_yield.TOUCHES_THERE)
+def test_e_a_subinterpreter_with_its_own_gil(loop_name: str, way: str) -> None:
+    if way == "view" and sys.version_info < (3, 14):
+        pytest.skip("before 3.14 no memoryview can be handed over")
+    found = result_of(gil_yield.gil_of_its_own, loop_name, way)
+    assert found["yields"] > 0, moved(found)
+    assert found["rescues"] == found["stall_poisons"] == 0, moved(found)
+
+
+def test_e_a_subinterpreter_imports_and_ends(loop_name: str) -> None:
+    found = result_of(gil_yield.import_in_a_subinterpreter, loop_name)
+    assert found["yields"] >= 8, moved(found)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="before 3.12 it shares the GIL")
+def test_e_an_isolated_subinterpreter_is_told_why_not() -> None:
+    said = result_of(gil_yield.import_in_an_isolated_one, "asyncio")
+    assert "cannot be imported in this sub-interpreter" in said
+    assert "Open the buffer in the main interpreter" in said
 
 
 @pytest.mark.parametrize("on_main", [True, False], ids=["main thread", "worker"])

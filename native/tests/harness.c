@@ -206,6 +206,11 @@ void gil_give(void)
 
 _Atomic uint64_t gil_look_ns;
 
+bool au_gil_only(void)
+{
+	return true;
+}
+
 bool au_gil_mine(void)
 {
 	if (atomic_load(&gil_look_ns))

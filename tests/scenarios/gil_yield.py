@@ -11,6 +11,7 @@ import gc
 import importlib
 import os
 import random
+import select
 import signal
 import socket
 import struct
@@ -510,21 +511,24 @@ for at in range({start}, {stop}, {page}):
 """
 
 
-def subinterpreter() -> tuple[Callable[[], Any], Callable[[Any, str], None], Callable[[Any], None]]:
-    """Functions that make, run and destroy an interpreter that shares the GIL."""
+def subinterpreter(
+    own: bool = False,
+) -> tuple[Callable[[], Any], Callable[..., None], Callable[[Any], None]]:
+    """Functions that make, run and destroy an interpreter that shares the GIL, or is isolated and,
+    from 3.12 on, has its ``own``."""
     if sys.version_info >= (3, 13):
         interpreters = importlib.import_module("_interpreters")
 
         def create() -> Any:
-            return interpreters.create("legacy")
+            return interpreters.create("isolated" if own else "legacy")
     else:
         interpreters = importlib.import_module("_xxsubinterpreters")
 
         def create() -> Any:
-            return interpreters.create(isolated=False)
+            return interpreters.create(isolated=own)
 
-    def run(interpreter: Any, code: str) -> None:
-        failure = interpreters.run_string(interpreter, code)
+    def run(interpreter: Any, code: str, shared: dict[str, Any] | None = None) -> None:
+        failure = interpreters.run_string(interpreter, code, shared or {})
         if failure is not None:
             raise RuntimeError(failure)
 
@@ -564,6 +568,111 @@ def subinterpreters(new_loop: NewLoop, where: str) -> dict[str, int]:
         destroy(interpreter)
         on(loop, close(pager))
     return deltas
+
+
+IN_ONE_WITH_ITS_OWN_GIL = """
+import os, struct, sys, threading
+def answer():
+    os.read({reader}, 1)
+    os.write({writer}, b"alive")
+thread = threading.Thread(target=answer)
+thread.start()
+{touch}
+assert found == {at} // 8 + 1, found
+thread.join()
+"""
+TOUCHES_THERE = {
+    "address": "import ctypes\n"
+    "found = int.from_bytes(ctypes.string_at({address} + {at}, 8), 'little')",
+    "view": "found = struct.unpack_from('<Q', view, {at})[0]",
+}
+
+
+def gil_of_its_own(new_loop: NewLoop, way: str) -> dict[str, int]:
+    """A sub-interpreter with its own GIL touches memory of the main one: by its address, or by a
+    memoryview that was handed over. Other threads of it run meanwhile."""
+    create, run, destroy = subinterpreter(own=True)
+    gate = Gate(content(4 * PAGE_SIZE), is_open=False)
+    inward, outward = os.pipe(), os.pipe()
+    with serving(new_loop) as loop:
+        pager, region = on(loop, open_region(gate))
+        interpreter = create()
+        at = 2 * PAGE_SIZE
+        touch = TOUCHES_THERE[way].format(address=region.address, at=at)
+        code = IN_ONE_WITH_ITS_OWN_GIL.format(
+            reader=inward[0], writer=outward[1], touch=touch, at=at
+        )
+        counters = Counters()
+        workers = Threads()
+        shared = {"view": region.view} if way == "view" else {}
+        workers.start(run, interpreter, code, shared)
+        gate.wait()
+        os.write(inward[1], b"?")
+        assert select.select([outward[0]], [], [], 10)[0], "it waits with its GIL held"
+        gate.open()
+        workers.join()
+        deltas = counters.deltas()
+        destroy(interpreter)
+        # The main one goes on as ever.
+        assert by_struct(region.view, 0) == word(0)
+        on(loop, close(pager))
+    return deltas
+
+
+IMPORTS = """
+import aiouffd
+try:
+    aiouffd.sync.open("/proc/self/exe")
+except aiouffd.UnsupportedError as error:
+    assert "sub-interpreter" in str(error), error
+else:
+    raise AssertionError("it opened")
+"""
+
+
+def import_in_a_subinterpreter(new_loop: NewLoop) -> dict[str, int]:
+    """It imports aiouffd and ends, and nothing changes for others."""
+    create, run, destroy = subinterpreter()
+    gate = Gate(content(8 * PAGE_SIZE))
+    for _ in range(2):
+        interpreter = create()
+        run(interpreter, IMPORTS)
+        destroy(interpreter)
+    counters = Counters()
+    with serving(new_loop) as loop:
+        pager, region = on(loop, open_region(gate))
+        interpreter = create()
+        run(interpreter, IMPORTS)
+        destroy(interpreter)
+        for at in range(0, len(gate.data), PAGE_SIZE):
+            workers = Threads()
+            workers.start(by_struct, region.view, at)
+            workers.join()
+        deltas = counters.deltas()
+        assert bytes(region.view) == gate.data
+        on(loop, close(pager))
+    return deltas
+
+
+def import_in_an_isolated_one(_: NewLoop) -> str:
+    """What the ImportError says."""
+    create, run, destroy = subinterpreter(own=True)
+    reader, writer = os.pipe()
+    interpreter = create()
+    run(
+        interpreter,
+        f"""
+import os
+try:
+    import aiouffd
+except ImportError as error:
+    os.write({writer}, str(error).encode())
+else:
+    raise AssertionError("it is imported")
+""",
+    )
+    destroy(interpreter)
+    return os.read(reader, 4096).decode()
 
 
 # ----------------------------------------------------------------- F: signals
