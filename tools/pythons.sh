@@ -3,7 +3,7 @@
 # .venv is for the default python3 (or $PYTHON); .venv-X.Y is for each other version in SUPPORTED
 # that can be found. Only the default one has to exist.
 
-SUPPORTED="3.11 3.12 3.13"
+SUPPORTED="3.11 3.12 3.13 3.14 3.15"
 
 # Prints "X.Y path" for a usable CPython with a GIL, or nothing.
 describe() {
