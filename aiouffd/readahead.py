@@ -1,17 +1,27 @@
 """Readahead: which blocks to fetch before they are touched.
 
-Pure bookkeeping, no I/O. A *stream* is a run of touches at a constant distance: 1 for a
-sequential scan, more for a strided one (a column of a matrix), negative backwards. Two
-touches in a row begin a stream, and its window doubles with every touch that was foreseen.
+Pure bookkeeping, no I/O. A *stream* is a sequence of touches at a constant distance: 1 for a
+sequential scan, -1 for one backwards (both are *runs*), more for a strided one (a column of a
+matrix). Two touches in a row begin a run forwards, three another stream.
 
 Touches at random fall next to each other by chance, the more often the smaller the object: of two
 hundred in 64 MiB some five do. So after a few touches that no stream foresaw, one that seems
 to begin a stream has to be followed by another before anything is fetched for it. Random
 access then costs the blocks that it touches and hardly any others.
 
+How far a run is trusted to go on depends on what it has read, and on what was seen before.
+Whoever begins with the first block reads all of the object more often than not: four times
+as much. Any other run gets as much again, up to a window; a lead of two windows, and as
+much under way, it has to earn, by a length of seven.
+
+Columns of a table, and tensors among others, are runs that end, and many have the same length.
+Where a run has ended is not seen: behind its last touch, and before the first block that was not
+asked for. Those that have ended tell a new one how far it may go: at once up to where they did
+for certain, and from there on with care. So the place is known better with each.
+
 Pages that are resident make no faults, so a reader is only seen when it reaches a block
 that is missing or still in flight. That is when the window moves on; and once it has grown,
-each piece that arrives is replaced by the next, up to a lead of two windows over the last
+each piece that arrives is replaced by the next, up to the lead over the last
 touch. So the source always has a window's worth to do, however far it is away.
 """
 
@@ -30,22 +40,55 @@ LONGEST_STRIDE = 4096
 STRIDED_WINDOW = 16
 #: After so many touches in a row that no stream foresaw, one that fits may be chance.
 DOUBT = 4
+#: Runs that say how long another one will be: the last ones that ended.
+EXAMPLES = 8
+#: Ends of runs that are known to one in so many blocks are known well enough.
+SHARP = 16
+#: Lead of a run up to an end that is known, and of one that begins with the first block, in times
+#: of what it has read.
+KNOWN, WHOLE = 8, 4
+#: Any other one gets as many blocks as it has read, less one in so many; twice as many up to HEAD.
+LESS, HEAD = 16, 16
+#: Lead of a long run, in times of what it has read, if that is more than a window: a column of four
+#: windows costs 1.3 times its size at most.
+EARNED = 2 / 7
 
 
 class _Stream:
-    __slots__ = ("doubted", "frontier", "guess", "last", "step", "window")
+    __slots__ = (
+        "back",
+        "born",
+        "doubted",
+        "frontier",
+        "guess",
+        "last",
+        "seen",
+        "start",
+        "step",
+        "whole",
+        "window",
+    )
 
-    def __init__(self, block: int, guess: int) -> None:
-        self.last = block
+    def __init__(self, block: int, guess: int, now: int) -> None:
+        self.start = self.last = block
         self.step = 0  # not known yet
+        self.back = False  # places are counted from the end of the object
         self.guess = guess  # distance to the touch nearest before it; believed when repeated
-        self.window = 0
+        self.window = 0  # the longest lead that it has had
         self.doubted = False  # it fitted, and has to fit once more
         self.frontier = block + 1  # first block that was not asked for
+        self.whole = now == 1 and block == 0  # perhaps all of the object will be read
+        self.born = self.seen = now  # numbers of its first touch and its last one
+
+    @property
+    def done(self) -> int:
+        """Blocks of it that were read at least; there are less than up to its frontier."""
+        return self.last + 1 - self.start
 
 
 class Readahead:
-    """Plans for one buffer of ``blocks`` blocks; ``window`` is the longest lead in blocks.
+    """Plans for one buffer of ``blocks`` blocks; ``window`` is how much to keep under way, in
+    blocks. The lead over the last touch stays below two windows.
 
     Once the window has grown, plans consist of whole pieces of ``piece`` blocks.
     """
@@ -54,29 +97,36 @@ class Readahead:
         self._blocks = blocks
         self._window = window
         self._piece = piece
+        # Backwards, block ``n`` has the place ``top - 1 - n``, where pieces begin and end too.
+        self._top = blocks + -blocks % piece
         self._streams: deque[_Stream] = deque(maxlen=STREAMS)
         self._strangers = 0  # touches in a row that no stream foresaw
+        self._now = 0  # touches so far
 
     def touch(self, block: int) -> list[tuple[int, int]]:
-        """A thread needs ``block``: returns ``(first, count)`` runs worth fetching now.
+        """A thread needs ``block``: returns ``(first, count)`` runs worth fetching now, what is
+        needed first before the rest.
 
         The block itself is not among them.
         """
         if self._window < 1:
             return []
+        self._now += 1
         stream = self._match(block)
         if stream is None:
             self._strangers += 1
-            self._streams.append(_Stream(block, self._distance(block)))
+            self._streams.append(_Stream(block, self._distance(block), self._now))
             return []
+        self._use(stream)
         if stream.window:
             self._strangers = 0
         elif self._strangers > DOUBT and not stream.doubted:
             stream.doubted = True
-            stream.last, stream.frontier = block, block + 1
+            place = self._place(stream, block)
+            stream.last, stream.frontier = place, place + 1
             return []
         if stream.step == 1:
-            return self._sequential(stream, block)
+            return self._sequential(stream, self._place(stream, block))
         return self._strided(stream, block)
 
     def read(self, first: int, last: int) -> list[tuple[int, int]]:
@@ -84,42 +134,48 @@ class Readahead:
         needed is known, so more is worth it only where they continue what was read before."""
         if self._window < 1:
             return []
+        self._now += 1
         for stream in self._streams:
-            if stream.step in (0, 1) and stream.last <= first <= stream.last + 1:
+            if stream.back or stream.step not in (0, 1):
+                continue
+            if stream.last <= first <= stream.last + 1:
                 stream.step = 1
-                stream.window = max(stream.window, min(self._window, last - first + 1) // 2)
                 stream.frontier = max(stream.frontier, last + 1)
-                return self._sequential(stream, last)
-        self._streams.append(_Stream(last, 0))
+                self._use(stream)
+                # One more of the kind; small ones are like touches.
+                length = last - first + 1
+                return self._sequential(stream, last, length if length > self._piece else None)
+        stream = _Stream(first, 0, self._now)
+        stream.last, stream.frontier = last, last + 1
+        self._streams.append(stream)
         return []
 
     def landed(self, first: int, count: int) -> list[tuple[int, int]]:
         """Readahead of ``count`` blocks from ``first`` on has arrived: what to fetch in its place.
 
         So that as much as the window stays under way while the reader works through what has
-        arrived. The lead over the last touch stays below two windows: a reader that stops
-        costs no more than that.
+        arrived. The lead over the last touch is bounded: a reader that stops costs no more than
+        that.
         """
         for stream in self._streams:
             if stream.step != 1 or stream.window < self._window:
                 continue
-            if stream.last - stream.window <= first < stream.frontier:
+            place = self._top - first - count if stream.back else first
+            if stream.last - stream.window <= place < stream.frontier:
                 start = stream.frontier
-                limit = min(self._blocks, self._ahead_of(stream) + 2 * self._window)
-                end = min(limit, start + max(count, self._piece))
-                end = end if end == self._blocks else end - end % self._piece
-                if end <= start:
-                    return []
-                stream.frontier = end
-                return [(start, end - start)]
+                end = min(self._limit(stream, replacing=True), start + max(count, self._piece))
+                return self._move_on(stream, start, end)
         return []
+
+    # ------------------------------------------------------------------- streams
 
     def _match(self, block: int) -> _Stream | None:
         """The stream that ``block`` continues."""
         for stream in self._streams:
             if stream.step == 1:
                 # Anywhere in the window: with several threads touches overtake each other.
-                if stream.last - stream.window <= block <= stream.frontier:
+                place = self._place(stream, block)
+                if stream.last - stream.window <= place <= stream.frontier:
                     return stream
             elif stream.step:
                 # The steps in between were there already, so nobody told us of them.
@@ -131,9 +187,18 @@ class Readahead:
                 stream.frontier = block + 1
                 return stream
             elif stream.guess and block == stream.last + stream.guess:
-                stream.step = stream.guess
+                if stream.guess == -1:
+                    self._turn(stream)
+                else:
+                    stream.step = stream.guess
                 return stream
         return None
+
+    def _use(self, stream: _Stream) -> None:
+        stream.seen = self._now
+        if self._streams[-1] is not stream:
+            self._streams.remove(stream)
+            self._streams.append(stream)
 
     def _distance(self, block: int) -> int:
         """From the nearest touch that has no direction yet; 0 if none is near."""
@@ -141,21 +206,90 @@ class Readahead:
         nearest = min(distances, key=abs, default=0)
         return nearest if abs(nearest) <= LONGEST_STRIDE else 0
 
-    def _sequential(self, stream: _Stream, block: int) -> list[tuple[int, int]]:
-        stream.window = min(self._window, stream.window * 2 or 2)
-        stream.last = max(stream.last, block)
-        start = max(stream.frontier, block + 1)
-        end = min(self._blocks, self._ahead_of(stream) + stream.window)
+    def _turn(self, stream: _Stream) -> None:
+        """It is a run backwards, which began a block before what was taken for its start."""
+        stream.step, stream.back = 1, True
+        stream.last = self._top - 1 - stream.last
+        stream.start, stream.frontier = stream.last - 1, stream.last + 1
+
+    def _place(self, stream: _Stream, block: int) -> int:
+        return self._top - 1 - block if stream.back else block
+
+    # ---------------------------------------------------------------------- runs
+
+    def _sequential(
+        self, stream: _Stream, place: int, most: int | None = None
+    ) -> list[tuple[int, int]]:
+        stream.last = max(stream.last, place)
+        start = max(stream.frontier, stream.last + 1)
+        limit = self._limit(stream)
+        if most is not None:
+            limit = min(limit, stream.last + 1 + most)
+        return self._move_on(stream, start, limit)
+
+    def _move_on(self, stream: _Stream, start: int, end: int) -> list[tuple[int, int]]:
         if end <= start:
             return []
-        stream.frontier = max(stream.frontier, end)
-        return [(start, end - start)]
+        stream.frontier = end
+        if not stream.back:
+            return [(start, end - start)]
+        # Piece by piece, for what is nearest is needed first.
+        cuts = [start, *range(start + self._piece - start % self._piece, end, self._piece), end]
+        return [(self._top - b, b - a) for a, b in itertools.pairwise(cuts)]
 
-    def _ahead_of(self, stream: _Stream) -> int:
-        """Where the window begins. Once it has grown, behind the piece that the reader waits
-        for: plans are whole pieces then, which end where flights and huge pages do."""
+    def _limit(self, stream: _Stream, *, replacing: bool = False) -> int:
+        """The first block that is not to be asked for yet: after a touch, or with ``replacing``
+        when something has arrived and its reader is still busy with it."""
+        end = self._top if stream.back else self._blocks
         after = stream.last + 1
-        return after if stream.window < 2 * self._piece else after + -after % self._piece
+        lead, sure = self._lead(stream)
+        stream.window = min(self._window, max(stream.window, lead))
+        limit = after + lead
+        grown = stream.window >= 2 * self._piece
+        if grown:
+            # Whole pieces, behind that which the reader waits for: they end where flights and huge
+            # pages do.
+            after += -after % self._piece
+            if not sure:
+                limit -= limit % self._piece
+        double = replacing or stream.done * EARNED >= 2 * self._window
+        most = self._window * 2 if double else self._window + (self._piece if grown else 0)
+        return min(end, limit, after + most)
+
+    def _lead(self, stream: _Stream) -> tuple[int, bool]:
+        """How far the run is trusted to go on, in blocks, and whether its end is known there."""
+        done, known = stream.done, self._lengths(stream)
+        for least, most in known:
+            if done < most:
+                near = least + max(2, least // SHARP)
+                further = done + max(2, least // SHARP, done - least)
+                return min(KNOWN * done, min(most, max(near, further)) - done), True
+        if stream.whole:
+            return min(WHOLE * done, 2 * self._window), False
+        lead = max(min(2 * done, HEAD), done - done // LESS)
+        lead = min(lead, max(self._window, int(done * EARNED)), 2 * self._window)
+        if known:
+            longest = known[-1][1]
+            lead = min(lead, max(2, longest // SHARP, 2 * (done - longest)))
+        return lead, False
+
+    def _lengths(self, stream: _Stream) -> list[tuple[int, int]]:
+        """Of the runs that ended before this one began: at least, at most; shortest first. Those
+        that may have the same length are one."""
+        runs = [
+            (other.done, other.frontier - other.start)
+            for other in self._streams
+            if other.step == 1 and other.seen < stream.born
+        ]
+        found: list[tuple[int, int]] = []
+        for least, most in sorted(runs[-EXAMPLES:], key=lambda run: run[1]):
+            if found and least < found[-1][1]:
+                found[-1] = max(least, found[-1][0]), found[-1][1]
+            else:
+                found.append((least, most))
+        return found
+
+    # ------------------------------------------------------------------- strides
 
     def _strided(self, stream: _Stream, block: int) -> list[tuple[int, int]]:
         stream.window = min(STRIDED_WINDOW, self._window, stream.window * 2 or 1)

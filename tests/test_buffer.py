@@ -974,7 +974,7 @@ class TestReadahead:
             block = first + count  # the reader has caught up
         assert ahead[0] <= 4
         assert all(a <= b for a, b in itertools.pairwise(ahead))
-        assert ahead[-1] == 64
+        assert ahead[-1] == 128
 
     def test_a_scan_asks_for_each_block_once(self) -> None:
         reader = Reader(4096, 128)
@@ -1030,10 +1030,10 @@ class TestReadahead:
         plans = Readahead(100_000, 64)
         assert planned(plans, [block * block * 97 for block in range(20, 30)]) == []
         assert planned(plans, [5000, 5001]) == []  # may be chance
-        assert planned(plans, [5002]) == [(5003, 2)]
+        assert planned(plans, [5002]) == [(5003, 6)]
         # Who foresaw something is believed at once again.
         plans.touch(5003)
-        assert planned(plans, [9000, 9001]) == [(9002, 2)]
+        assert planned(plans, [9000, 9001]) == [(9002, 4)]
 
     def test_a_stride_after_touches_at_random(self) -> None:
         plans = Readahead(1_000_000, 64)
