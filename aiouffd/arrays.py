@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from .errors import UnsupportedError, UsageError
 
@@ -19,14 +20,25 @@ if TYPE_CHECKING:
 
     Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
-__all__ = ["Shape", "array_over", "tensor_over"]
+__all__ = ["Order", "Shape", "array_over", "tensor_over"]
 
 #: The lengths of the axes, or of the only one; None is as many elements as there are.
 Shape: TypeAlias = int | Iterable[int] | None
 
 
-def array_over(memory: memoryview, dtype: Any, shape: Shape, offset: int) -> Array:
-    """See `LazyBuffer.array`."""
+#: Which axis lies together in memory: the last, or the first.
+Order: TypeAlias = Literal["C", "F"]
+
+
+def array_over(
+    memory: memoryview,
+    dtype: Any,
+    shape: Shape,
+    offset: int,
+    order: Order = "C",
+    strides: Iterable[int] | None = None,
+) -> Array:
+    """See `ByteSequence.array`."""
     try:
         import numpy
     except ImportError:
@@ -39,8 +51,13 @@ def array_over(memory: memoryview, dtype: Any, shape: Shape, offset: int) -> Arr
         raise UsageError(f"memory holds no Python objects, and {kind} has some")
     if not kind.itemsize:
         raise UsageError(f"elements of {kind} have no bytes", hint="give their length, as in 'S8'")
+    if order not in ("C", "F"):
+        raise UsageError(f"order is 'C' or 'F', not {order!r}")
+    if strides is not None:
+        lengths, steps = _strided(shape, strides, kind.itemsize, offset, memory.nbytes)
+        return numpy.ndarray(lengths, kind, buffer=memory, offset=offset, strides=steps)
     lengths = _lengths(shape, kind.itemsize, offset, memory.nbytes)
-    return numpy.ndarray(lengths, kind, buffer=memory, offset=offset)
+    return numpy.ndarray(lengths, kind, buffer=memory, offset=offset, order=order)
 
 
 def _of_ml_dtypes(dtype: Any) -> np.dtype[Any]:
@@ -75,6 +92,7 @@ def tensor_over(memory: memoryview, dtype: Any, shape: Shape, offset: int) -> to
     count = math.prod(lengths)
     if not count:
         return torch.empty(lengths, dtype=kind)
+    # Not in inference mode: torch does refuse to change such tensors, but after it has written.
     flat = torch.frombuffer(memory, dtype=kind, count=count, offset=offset)
     return flat.reshape(lengths)
 
@@ -92,9 +110,7 @@ def _lengths(shape: Shape, item: int, offset: int, size: int) -> tuple[int, ...]
                 hint="give a shape",
             )
         return (count,)
-    lengths = tuple(map(operator.index, shape if isinstance(shape, Iterable) else (shape,)))
-    if any(length < 0 for length in lengths):
-        raise UsageError(f"a shape has no negative lengths: {lengths}")
+    lengths = _sizes(shape)
     needed = math.prod(lengths) * item
     if needed > size - offset:
         raise UsageError(
@@ -102,3 +118,36 @@ def _lengths(shape: Shape, item: int, offset: int, size: int) -> tuple[int, ...]
             f" {offset} on there are {size - offset}"
         )
     return lengths
+
+
+def _sizes(shape: int | Iterable[int]) -> tuple[int, ...]:
+    lengths = tuple(map(operator.index, shape if isinstance(shape, Iterable) else (shape,)))
+    if any(length < 0 for length in lengths):
+        raise UsageError(f"a shape has no negative lengths: {lengths}")
+    if any(length > sys.maxsize for length in lengths):
+        raise UsageError(f"the shape {lengths} is too long")
+    return lengths
+
+
+def _strided(
+    shape: Shape, strides: Iterable[int], item: int, offset: int, size: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """``shape`` and ``strides`` as tuples, all of whose elements are among the ``size`` bytes."""
+    if shape is None:
+        raise UsageError("strides need a shape")
+    lengths, steps = _sizes(shape), tuple(map(operator.index, strides))
+    if len(lengths) != len(steps):
+        raise UsageError(f"the shape {lengths} has not as many axes as the strides {steps}")
+    if any(abs(step) > sys.maxsize for step in steps):
+        raise UsageError(f"the strides {steps} lead too far")
+    ways = [(length - 1) * step for length, step in zip(lengths, steps, strict=True)]
+    low, high = offset, offset
+    if all(lengths):
+        low += sum(way for way in ways if way < 0)
+        high += sum(way for way in ways if way > 0) + item
+    if low < 0 or high > size:
+        raise UsageError(
+            f"the shape {lengths} with the strides {steps} from {offset} on takes bytes {low} to"
+            f" {high}, and there are {size}"
+        )
+    return lengths, steps

@@ -46,8 +46,8 @@ from typing import Any, Literal, TypeVar
 
 from . import guarded
 from ._lib import ffi, lib
+from .byte_sequence import ByteSequence
 from .errors import ClosedError, PeerError, SourceError, UnsupportedError, UsageError
-from .exporter import Exporter
 from .once import Once, cancelled_from_outside
 from .places import user_id
 
@@ -120,7 +120,7 @@ def attach(
     )
 
 
-class Attachment(Exporter):
+class Attachment(ByteSequence):
     """Memory that another process fills. Made by `attach`. Any thread may use it.
 
     Views, and arrays made of them, keep the memory and the service alive, also when this object is
@@ -389,29 +389,6 @@ class Attachment(Exporter):
         """How many times a server was lost and another one has taken over."""
         memory = self._open_memory()
         return int(lib.au_attach_resumed(memory.native))
-
-    def __getitem__(self, key: int | slice) -> Any:
-        """``memory[i]`` is an int, ``memory[a:b]`` bytes. Copies, and waits, without the GIL.
-
-        Unlike a raw touch of `view` it raises: SourceError if the server cannot have the bytes or
-        is gone for good, ClosedError. IndexError past the end.
-        """
-        if isinstance(key, slice):
-            start, stop, step = key.indices(self._length)
-            if step == 1:
-                return self._copy_out(start, max(0, stop - start))
-            indices = range(start, stop, step)
-            if not indices:
-                return b""
-            low, high = min(indices[0], indices[-1]), max(indices[0], indices[-1])
-            span = self._copy_out(low, high + 1 - low)
-            return span[::step] if step > 0 else span[::-1][::-step]
-        index = key.__index__()
-        if index < 0:
-            index += self._length
-        if not 0 <= index < self._length:
-            raise IndexError(f"index {key} is past the end of {self._length} bytes")
-        return self._copy_out(index, 1)[0]
 
     def _copy_out(self, offset: int, length: int) -> bytes:
         memory = self._open_memory()

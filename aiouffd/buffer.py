@@ -9,20 +9,19 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-import operator
 import os
 import warnings
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from . import guarded
 from ._lib import ffi, lib
-from .arrays import Shape, array_over, tensor_over
+from .arrays import Shape, tensor_over
+from .byte_sequence import ByteSequence
 from .errors import ClosedError, SourceChangedError, SourceError, UnsupportedError, UsageError
-from .exporter import Exporter
 from .fault import Errors, Kind
 from .fetcher import FlightEvent
 from .file import BufferFile, FileHints, Reading
@@ -45,7 +44,6 @@ from .workingset import Recording, WorkingSet, observe
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .arrays import Array
 
 __all__ = ["BufferStats", "LazyBuffer", "open"]
 
@@ -158,7 +156,7 @@ def open(
     )
 
 
-class LazyBuffer(FileHints, Exporter):
+class LazyBuffer(FileHints, ByteSequence):
     """Memory with the contents of a source, fetched where it is touched. Made by `open`.
 
     Touch `view` from any thread. The coroutines belong to the loop that opened the buffer;
@@ -462,37 +460,6 @@ class LazyBuffer(FileHints, Exporter):
             return bool(lib.au_region_inherited(native) == lib.AU_INHERITED_USER_MODE)
         return self._check().pager.user_mode_only
 
-    @overload
-    def __getitem__(self, key: SupportsIndex) -> int: ...
-
-    @overload
-    def __getitem__(self, key: slice) -> bytes: ...
-
-    def __getitem__(self, key: SupportsIndex | slice) -> int | bytes:
-        """``buf[i]`` is an int, ``buf[a:b]`` bytes. Waits as any touch; any thread.
-
-        Copies without the GIL, and asks for all blocks of a slice at once. Unlike a raw touch of
-        `view`, a page whose source failed raises SourceError, and signal handlers run while it
-        waits (on the main thread): Ctrl-C is a KeyboardInterrupt out of it. IndexError past the
-        end.
-        """
-        if isinstance(key, slice):
-            start, stop, step = key.indices(len(self))
-            if step != 1:
-                if start == stop or (step > 0) != (stop > start):
-                    return b""
-                low, high = (start, stop) if step > 0 else (stop + 1, start + 1)
-                span = self._copy_out(low, high - low)
-                return span[::step] if step > 0 else span[::-1][::-step]
-            return self._copy_out(start, max(0, stop - start))
-        index = operator.index(key)
-        size = len(self)
-        if index < 0:
-            index += size
-        if not 0 <= index < size:
-            raise IndexError(f"index {key} is past the end of a buffer of {size} bytes")
-        return self._copy_out(index, 1)[0]
-
     def _copy_out(self, offset: int, length: int) -> bytes:
         if not length:
             return b""
@@ -512,25 +479,6 @@ class LazyBuffer(FileHints, Exporter):
                     asked += READ_STEP
                 step = min(READ_STEP, end - start)
                 self._guarded(region, start, ffi.addressof(target, start - offset), step)
-
-    def __bytes__(self) -> bytes:
-        """All of it, as ``buf[:]``."""
-        return self._copy_out(0, len(self))
-
-    def __iter__(self) -> Iterator[int]:
-        """Its bytes as numbers. Waits for them a block at a time, as ``buf[...]``."""
-        for start in range(0, len(self), self._block_size):
-            yield from self[start : start + self._block_size]
-
-    def __reversed__(self) -> Iterator[int]:
-        for start in reversed(range(0, len(self), self._block_size)):
-            yield from reversed(self[start : start + self._block_size])
-
-    def __contains__(self, what: object) -> bool:
-        """Whether these bytes, or the byte of this value, are somewhere in it. As `find`."""
-        if isinstance(what, int):
-            what = bytes((what,))
-        return self.find(what) >= 0  # type: ignore[arg-type]
 
     def _guarded(self, region: Region, offset: int, target: Any, length: int) -> None:
         result, where = guarded.copy(region.check_touchable(), offset, target, length)
@@ -574,21 +522,12 @@ class LazyBuffer(FileHints, Exporter):
             self._raise_guarded(result, where)
         return found
 
-    def array(self, dtype: Any = "u1", shape: Shape = None, offset: int = 0) -> Array:
-        """A NumPy array over the memory, from byte ``offset`` on. Fetches nothing.
-
-        It holds the memory, as a view does; it is read-only unless the buffer is writable, and need
-        not be aligned. ``dtype`` is a dtype or its name, those of ml_dtypes as well ("bfloat16");
-        ``shape`` a length or lengths, or all that there is. Any thread. UsageError for what does
-        not fit, UnsupportedError without NumPy.
-        """
-        return array_over(self.view, dtype, shape, offset)
-
     def tensor(self, dtype: Any = "uint8", shape: Shape = None, offset: int = 0) -> Tensor:
         """A tensor of torch over the memory, as `array`. ``dtype`` is one of torch's or its name.
 
-        torch knows no read-only memory: unless the buffer is writable, an operation in place ends
-        the process by SIGSEGV.
+        torch knows no read-only memory. Unless the buffer is writable, an operation in place on the
+        tensor, or on a view of it, ends the process by SIGSEGV: ``clone()`` first. So does a write
+        into what ``tensor.numpy()`` gives; `array` gives one that refuses.
         """
         memory = self._touchable()._export() if self._size else self.view
         return tensor_over(memory, dtype, shape, offset)

@@ -11,13 +11,13 @@ import os
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, ParamSpec, SupportsIndex, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from .buffer import BufferStats, LazyBuffer
 from .buffer import _reopen as _reopen_lazy
 from .buffer import open as _open
+from .byte_sequence import ByteSequence
 from .errors import ClosedError, UsageError
-from .exporter import Exporter
 from .file import BufferFile, FileHints
 from .rescue import service
 from .workingset import Recording, WorkingSet
@@ -25,7 +25,7 @@ from .workingset import Recording, WorkingSet
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .arrays import Array, Shape
+    from .arrays import Shape
 
 __all__ = ["SyncBuffer", "open", "open_file"]
 
@@ -79,7 +79,7 @@ def open_file(source: Any, **settings: Any) -> BufferFile:
     return BufferFile(buffer._buffer, heal=buffer.fetch, close=close)
 
 
-class SyncBuffer(FileHints, Exporter):
+class SyncBuffer(FileHints, ByteSequence):
     """A `LazyBuffer` with blocking methods, for any thread, and inside signal handlers.
 
     Handlers of signals run while a call waits, on the main thread, and what they raise (Ctrl-C is
@@ -141,30 +141,12 @@ class SyncBuffer(FileHints, Exporter):
     def __len__(self) -> int:
         return len(self._buffer)
 
-    @overload
-    def __getitem__(self, key: SupportsIndex) -> int: ...
+    def _copy_out(self, offset: int, length: int) -> bytes:
+        return self._buffer._copy_out(offset, length)
 
-    @overload
-    def __getitem__(self, key: slice) -> bytes: ...
-
-    def __getitem__(self, key: SupportsIndex | slice) -> int | bytes:
-        return self._buffer[key]
-
-    def __bytes__(self) -> bytes:
-        return bytes(self._buffer)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._buffer)
-
-    def __reversed__(self) -> Iterator[int]:
-        return reversed(self._buffer)
-
-    def __contains__(self, what: object) -> bool:
-        return what in self._buffer
-
-    def array(self, dtype: Any = "u1", shape: Shape = None, offset: int = 0) -> Array:
-        """See `LazyBuffer.array`."""
-        return self._buffer.array(dtype, shape, offset)
+    @property
+    def _block_size(self) -> int:  # type: ignore[override]
+        return self._buffer._block_size
 
     def tensor(self, dtype: Any = "uint8", shape: Shape = None, offset: int = 0) -> Tensor:
         """See `LazyBuffer.tensor`."""

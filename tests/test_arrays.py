@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import subprocess
 import sys
 import time
+import tracemalloc
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import aiouffd
 from aiouffd import SourceError, UnsupportedError, UsageError
+from aiouffd.byte_sequence import ByteSequence
 from tests.faulty import FailingSource, PlainSource, final
-from tests.support import Counters, content
+from tests.support import Counters, content, environment
 
 BLOCK = 65536
 SIZE = 4 * BLOCK + 4096
@@ -80,6 +86,84 @@ class TestSequence:
             assert source.bytes_read == 19 << 20
             assert len(source.reads) < 40
 
+    @pytest.mark.parametrize("key", [slice(None, None, -1), slice(9, -3, 7), slice(-5, 2, -60_001)])
+    def test_slices_with_a_step(self, data: bytes, key: slice) -> None:
+        with aiouffd.sync.open(PlainSource(data)) as buf:
+            assert buf[key] == data[key]
+            assert type(buf[key]) is bytes
+
+    @pytest.mark.parametrize("stride", [1 << 20, -(1 << 20)])
+    def test_wide_steps_fetch_what_they_take(self, stride: int) -> None:
+        size = 64 << 20
+        source = PlainSource(bytes(size))
+        with aiouffd.sync.open(source, readahead=0) as buf:
+            assert buf[::stride] == bytes(64)
+            assert source.bytes_read == 64 * BLOCK
+
+    def test_a_slice_with_a_step_holds_little(self) -> None:
+        with aiouffd.sync.open(bytes(64 << 20)) as buf:
+            tracemalloc.start()
+            try:
+                assert len(buf[::512]) == (64 << 20) // 512
+                assert tracemalloc.get_traced_memory()[1] < 24 << 20
+            finally:
+                tracemalloc.stop()
+
+
+class Copied(ByteSequence):
+    """The least that a sequence can be."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.longest = 0
+
+    @property
+    def view(self) -> memoryview:
+        return memoryview(self.data)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def _copy_out(self, offset: int, length: int) -> bytes:
+        assert 0 <= offset <= offset + length <= len(self.data)
+        self.longest = max(self.longest, length)
+        return self.data[offset : offset + length]
+
+
+class TestByCopying:
+    """A search without help, and steps, over pieces of ten bytes."""
+
+    @pytest.fixture(autouse=True)
+    def _small_steps(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("aiouffd.byte_sequence.STEP", 10)
+
+    @given(
+        data=st.binary(max_size=50),
+        sub=st.binary(min_size=1, max_size=15),
+        start=st.integers(-60, 60),
+        end=st.none() | st.integers(-60, 60),
+    )
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+    def test_find(self, data: bytes, sub: bytes, start: int, end: int | None) -> None:
+        assert Copied(data).find(sub, start, end) == data.find(sub, start, end)
+
+    @given(data=st.binary(max_size=50).map(lambda part: bytes(n & 1 for n in part)))
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+    def test_find_what_is_there(self, data: bytes) -> None:
+        for start in range(0, len(data), 7):
+            sub = data[start : start + 13]
+            copied = Copied(data)
+            assert copied.find(sub) == data.find(sub)
+            assert sub in copied
+            assert copied.longest <= 10 + 13
+
+    @given(data=st.binary(max_size=50), step=st.integers(-30, 30).filter(bool))
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+    def test_steps(self, data: bytes, step: int) -> None:
+        copied = Copied(data)
+        assert copied[::step] == data[::step]
+        assert step == 1 or copied.longest <= max(10, abs(step))
+
 
 class TestArrays:
     def test_asarray_is_quick_and_copies_nothing(self) -> None:
@@ -133,6 +217,51 @@ class TestArrays:
                 buf.array(dtype, shape, offset)
             with pytest.raises(TypeError):
                 buf.array("u1", "12")
+
+    def test_orders_and_strides(self, data: bytes) -> None:
+        source = PlainSource(data)
+        known = np.frombuffer(data, "u1")
+        with aiouffd.sync.open(source) as buf:
+            columns = buf.array("<u4", (16, 32), 8, order="F")
+            big = buf.array(">u8", 4)
+            every = buf.array("<u8", 8, 16, strides=(4096,))
+            back = buf.array("<u2", (2, 3), 64, strides=(-32, 2))
+            same = buf.array("<u8", (1 << 40, 2), 8, strides=(0, 8))
+            assert not source.reads
+            assert np.array_equal(columns, known[8:2056].view("<u4").reshape(32, 16).T)
+            assert big.tolist() == [n << 56 for n in (1, 2, 3, 4)]
+            assert every.tolist() == [3 + 512 * n for n in range(8)]
+            assert back.tolist() == [[9, 0, 0], [5, 0, 0]]
+            assert same[12345].tolist() == [2, 3]
+            assert buf.array("<u8", (0, 5), SIZE, strides=(8, 8)).shape == (0, 5)
+            del columns, big, every, back, same
+
+    @pytest.mark.parametrize(
+        ("shape", "offset", "strides", "said"),
+        [
+            (2, 0, (SIZE,), f"bytes 0 to {SIZE + 8}, and there are {SIZE}"),
+            (2, 0, (-8,), "bytes -8 to 8"),
+            ((2, 2), 0, (8,), "as many axes"),
+            (None, 0, (8,), "need a shape"),
+            (1, SIZE, (8,), f"bytes {SIZE} to {SIZE + 8}"),
+            ((0,), SIZE + 1, (8,), "there are"),
+            (1, 0, (1 << 70,), "too far"),
+        ],
+    )
+    def test_strides_that_cannot_be(
+        self, data: bytes, shape: Any, offset: int, strides: Any, said: str
+    ) -> None:
+        with aiouffd.sync.open(data) as buf, pytest.raises(UsageError, match=said):
+            buf.array("<u8", shape, offset, strides=strides)
+
+    def test_what_does_not_fit_is_said_in_bytes(self, data: bytes) -> None:
+        with aiouffd.sync.open(data) as buf:
+            with pytest.raises(UsageError, match=f"take 8000000 bytes.* {SIZE - 8}$"):
+                buf.array("f8", (1000, 1000), 8)
+            with pytest.raises(UsageError, match="order is"):
+                buf.array("f8", 1, order="K")  # type: ignore[arg-type]
+            with pytest.raises(UsageError, match="too long"):
+                buf.array("u1", (0, 1 << 70))
 
     async def test_it_holds_the_memory(self, data: bytes, counters: Counters) -> None:
         async with aiouffd.open(PlainSource(data)) as buf:
@@ -191,6 +320,28 @@ class TestTensors:
         with aiouffd.sync.open(data, writable=True) as buf:
             buf.tensor("int64", 2).fill_(9)
             assert buf[:8] == (9).to_bytes(8, "little")
+
+    def test_writing_in_place_is_not_silent(self, torch: Any) -> None:
+        """torch has nothing that would refuse it before it writes."""
+        program = """
+import aiouffd
+with aiouffd.sync.open(b"12345678") as buf:
+    tensor = buf.tensor()
+    assert tensor.clone().fill_(1).sum() == 8
+    tensor.fill_(1)
+"""
+        done = subprocess.run([sys.executable, "-c", program], env=environment(), timeout=60)
+        assert done.returncode == -signal.SIGSEGV
+
+    @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu"])
+    def test_floats_of_eight_bits(self, torch: Any, dtype: str) -> None:
+        with aiouffd.sync.open(bytes(range(256))) as buf, warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tensor = buf.tensor(dtype, 8, 60)
+            assert tensor.view(torch.uint8).tolist() == list(range(60, 68))
+            known = buf.array(dtype, 8, 60).astype("f4").tolist()
+            assert tensor.to(torch.float32).tolist() == known
+            del tensor
 
     @pytest.mark.parametrize("dtype", ["f4", "nothing", int, None, "tensor"])
     def test_what_is_no_type(self, torch: Any, data: bytes, dtype: Any) -> None:

@@ -107,6 +107,13 @@ def test_the_bytes_are_right(server: PagerProcess) -> None:
         assert memory[100:50:-7] == DATA[100:50:-7]
         assert memory[5:1000:9] == DATA[5:1000:9]
         assert memory[7:7] == b""
+        assert bytes(memory) == b"".join([memory]) == DATA
+        assert list(memory) == list(DATA)
+        assert next(reversed(memory)) == DATA[-1]
+        assert DATA[4000:9000] in memory
+        assert memory.find(DATA[4000:9000], 8) == 4000
+        assert b"no such thing" not in memory
+        assert memory.array("<u8", 3, 800).tolist() == [101, 102, 103]
         for page, way in enumerate(TOUCHES):
             if way != "write" or not memory.user_mode_only:
                 assert TOUCHES[way](memory.view, page * PAGE_SIZE) == word(page * PAGE_SIZE)
