@@ -798,7 +798,7 @@ async def test_what_the_server_says_of_blocks() -> None:
         source = Blocks(bytes(size))
         source.minimum_block = minimum
         server = NbdServer({"": source})
-        offer = server._offers[""]
+        offer = server.exports[""].offer
         assert (offer.minimum, offer.preferred) == said
         await server.aclose()
 

@@ -152,7 +152,7 @@ class Negotiation:
         )
         flags = wire.CLIENT_FLAGS.unpack((yield wire.CLIENT_FLAGS.size))[0]
         if flags & ~_KNOWN_CLIENT_FLAGS:
-            raise NbdProtocolError("the client wants what no server knows")
+            raise NbdProtocolError("unknown client handshake flags")
         pad = not flags & wire.FLAG_NO_ZEROES
         for _ in range(OPTIONS_MAX):
             magic, option, length = wire.OPTION.unpack((yield wire.OPTION.size))
