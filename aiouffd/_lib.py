@@ -6,6 +6,7 @@ import _thread
 import importlib
 import mmap
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -26,6 +27,26 @@ _NO_GIL = (
     " holds the GIL has not been proved where there is none. Use the usual build of this version"
 )
 
+def _why(error: ImportError) -> str:
+    """What to do where the native module cannot be loaded."""
+    package = Path(__file__).resolve().parent
+    text = f"aiouffd's native module could not be loaded: {error}. "
+    if sys.platform != "linux" or sys.implementation.name != "cpython":
+        return text + "It needs Linux and CPython"
+    if not (package.parent / "setup.py").exists():
+        return text + "Install aiouffd again: `pip install .` in its source folder compiles it"
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    text += (
+        f"Python found the sources in {package.parent}, where it has not been compiled for Python"
+        f" {version}: `pip install -e .` there does that, with a C compiler at hand"
+    )
+    for place in map(Path, sys.path):
+        other = (place / "aiouffd").resolve()
+        if other != package and any(other.glob("_native*.so")):
+            return f"{text}; or run this in another folder: aiouffd is installed in {place}"
+    return text
+
+
 # FREE-THREADING: CONTRIBUTING.md lists what else has to change.
 if not getattr(sys, "_is_gil_enabled", lambda: True)():
     # Loading the module would switch the GIL on for the whole process.
@@ -44,11 +65,7 @@ except ImportError as error:
             " main interpreter and hand its memory over (`concurrent.interpreters` passes a"
             " memoryview on as it is), or use another process"
         ) from error
-    raise ImportError(
-        f"aiouffd's native module could not be loaded: {error}. It needs Linux and CPython, and is"
-        " compiled when aiouffd is installed: `pip install aiouffd`, or in a checkout"
-        " `python setup.py build_ext --inplace`, with a C compiler at hand"
-    ) from error
+    raise ImportError(_why(error)) from error
 
 __all__ = ["PAGE_SIZE", "ffi", "in_main_interpreter", "lib", "pin"]
 
