@@ -29,6 +29,7 @@ from ._lib import lib
 from .abi import Feature
 from .buffer import open as open_buffer
 from .errors import BlockingTouchWarning
+from .extras import install_hint
 from .probe import Probe, probe
 from .sources import FunctionSource
 
@@ -49,11 +50,11 @@ _FEATURES: tuple[tuple[Feature, str, str], ...] = (
     (Feature.MOVE, "6.8", "moving pages without a copy"),
 )
 
-_EXTRAS: tuple[tuple[str, str, str], ...] = (
+_EXTRAS: tuple[tuple[str, str | None, str], ...] = (
     ("aiohttp", "http", "reading over HTTP and HTTPS"),
     ("uvloop", "uvloop", "a faster event loop"),
     ("rich", "cli", "a nicer command line"),
-    ("numpy", "demo", "the demo, and arrays over lazy memory"),
+    ("numpy", None, "the demo, and arrays over lazy memory"),
 )
 
 _CAP_SYS_PTRACE = 19
@@ -313,7 +314,8 @@ def _extras(notes: _Notebook) -> None:
         try:
             version = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            notes.add(package, "note", f"not installed: {use}", f"pip install 'aiouffd[{extra}]'")
+            remedy = install_hint(extra) if extra else f"pip install {package}"
+            notes.add(package, "note", f"not installed: {use}", remedy)
         else:
             notes.add(package, "ok", version)
 

@@ -19,7 +19,7 @@ Files come from strangers, so everything that a header says is checked before an
 it, as strictly as the library does and a little more. The values of tensors are not looked at.
 
 Parsing needs the standard library alone; arrays need NumPy, and those of bfloat16 and eight-bit
-floats ml_dtypes (``pip install aiouffd[safetensors]``).
+floats ml_dtypes (the extra ``safetensors``).
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .buffer import LazyBuffer
 from .errors import UnsupportedError, UsageError
+from .extras import install_hint
 from .json_pieces import JsonPieces
 from .sync import SyncBuffer
 
@@ -183,9 +184,7 @@ def _array(memory: Any, offset: int, shape: tuple[int, ...], dtype: Any) -> Arra
     try:
         import numpy
     except ImportError as error:
-        raise UnsupportedError(
-            "arrays need NumPy", hint="pip install aiouffd[safetensors]"
-        ) from error
+        raise UnsupportedError("arrays need NumPy", hint=install_hint("safetensors")) from error
     # Looks at no element; checks that all are within the memory.
     return numpy.ndarray(shape, dtype, buffer=memory, offset=offset)
 

@@ -149,7 +149,7 @@ def _collect(results: Path, report: Report) -> None:
 def _loops(wanted: str, report: Report) -> list[str]:
     loops = list(LOOPS) if wanted == "both" else [wanted]
     if "uvloop" in loops and importlib.util.find_spec("uvloop") is None:
-        report.skip("uvloop", "not installed: pip install aiouffd[uvloop]")
+        report.skip("uvloop", "not installed: pip install uvloop")
         loops.remove("uvloop")
     return loops
 

@@ -164,7 +164,7 @@ async def _compare(report: Report, loop: str, url: str) -> None:
 
 def run(report: Report, loop: str, runner) -> None:
     if importlib.util.find_spec("aiohttp") is None:
-        report.skip("HTTP", "aiohttp is not installed: pip install aiouffd[http]")
+        report.skip("HTTP", "aiohttp is not installed: pip install aiohttp")
         return
     with serving(SIZE) as server:
         url = server.url("/object")

@@ -8,6 +8,7 @@ server: CriuServer("s3://bucket/dump/"). CRIU itself is not needed: its part is 
 program, started a second time, with images of two megabytes that it writes first.
 """
 
+import argparse
 import asyncio
 import hashlib
 import mmap
@@ -138,7 +139,11 @@ def reason_to_skip() -> str | None:
 if __name__ == "__main__":
     if sys.argv[1:] == ["restored"]:
         restored()
-    elif reason := reason_to_skip():
+        sys.exit()
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    if reason := reason_to_skip():
         print(f"skipped: {reason}")
     else:
         with tempfile.TemporaryDirectory() as name:

@@ -12,6 +12,7 @@ megabyte of its memory, writes each to an I/O port, and halts. Needs /dev/kvm, a
 userfaultfd that may serve the kernel's own accesses (see `aiouffd doctor`).
 """
 
+import argparse
 import asyncio
 import fcntl
 import mmap
@@ -178,6 +179,9 @@ def unavailable() -> str | None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     reason = unavailable()
     if reason is not None:
         print(f"skipped: {reason}")

@@ -8,7 +8,7 @@ third with NumPy, as if the file were in memory. Only what NumPy touches is fetc
 touched. Then it does the same the usual way, by downloading everything first. At the end a map
 shows which parts of the file came, and when.
 
-Needs NumPy and aiohttp (`pip install aiouffd[demo]`); is nicer with rich, faster with uvloop.
+Needs NumPy and aiohttp (`pip install numpy aiohttp`); is nicer with rich, faster with uvloop.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ try:
     import aiohttp  # noqa: F401  (the HTTP source needs it)
     import numpy as np
 except ImportError as error:
-    print(f"skipped: this needs {error.name}; pip install aiouffd[demo]")
+    print(f"skipped: this needs {error.name}; pip install numpy aiohttp")
     sys.exit(0)
 try:
     import uvloop

@@ -13,6 +13,7 @@ Needs NumPy and aiohttp.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import io
 import struct
@@ -115,4 +116,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     main()

@@ -9,6 +9,7 @@ nothing of Python, HTTP or caches. Needs a C compiler.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import hashlib
 import shutil
@@ -62,4 +63,7 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     asyncio.run(main())

@@ -2,16 +2,18 @@
 
     python examples/range_server.py FILE [--port N] [--latency MS]
 
-It prints the URL of the file as its first line and serves until its standard input ends
-(Ctrl-D), so that a program which starts it cannot leave it behind; `served` is how the other
-examples do that. GET and HEAD, one range per request, ETag, If-Match, keep-alive; the bytes go
-from the page cache to the socket by sendfile. For loopback only: it knows one file and no security.
+It prints the URL of the file as its first line and serves until Ctrl-C or SIGTERM. With --until-eof
+it serves until its standard input ends, so that a program which starts it cannot leave it behind;
+`served` is how the other examples do that. GET and HEAD, one range per request, ETag, If-Match,
+keep-alive; the bytes go from the page cache to the socket by sendfile. For loopback only: it knows
+one file and no security.
 """
 
 import argparse
 import asyncio
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -110,6 +112,7 @@ async def served(path: Path, latency: float = 0.0) -> AsyncIterator[str]:
         __file__,
         str(path),
         f"--latency={latency}",
+        "--until-eof",
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
@@ -130,21 +133,28 @@ async def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--port", type=int, default=0, help="0: any free one (the default)")
     parser.add_argument("--latency", type=float, default=0, metavar="MS", help="before each reply")
+    parser.add_argument(
+        "--until-eof", action="store_true", help="end when standard input, a pipe, does"
+    )
     arguments = parser.parse_args()
-    server = RangeServer(arguments.file, arguments.latency / 1000)
-    print(await server.start(arguments.port), flush=True)
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, ended.set)
+    try:
+        server = RangeServer(arguments.file, arguments.latency / 1000)
+        url = await server.start(arguments.port)
+    except (OSError, OverflowError) as error:
+        parser.exit(1, f"range_server.py: {error}\n")
+    print(url, flush=True)
 
     def on_input() -> None:
         if not os.read(sys.stdin.fileno(), 4096):
             ended.set()
 
-    loop.add_reader(sys.stdin.fileno(), on_input)
+    if arguments.until_eof:
+        loop.add_reader(sys.stdin.fileno(), on_input)
     await ended.wait()
 
 
 if __name__ == "__main__":
-    try:
-        asyncio.run(main())
-    except KeyboardInterrupt:
-        pass
+    asyncio.run(main())

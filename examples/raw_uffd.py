@@ -8,6 +8,7 @@ holds the GIL while it waits. So this one touches the memory through `os.write` 
 lets the GIL go before the kernel reads. For programs, use `aiouffd.open` or `aiouffd.Pager`.
 """
 
+import argparse
 import asyncio
 import mmap
 import os
@@ -65,6 +66,9 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     try:
         asyncio.run(main())
     except PermissionError as error:

@@ -11,6 +11,7 @@ Needs NumPy, aiohttp and safetensors.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import sys
@@ -102,4 +103,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     main()

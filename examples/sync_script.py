@@ -6,6 +6,7 @@ Without an argument it makes a file of 64 MiB of numbers and opens that. It look
 places of it with NumPy, and then tells how much was read for that.
 """
 
+import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -39,8 +40,14 @@ def look_at(source: str) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
-        look_at(sys.argv[1])
+    parser = argparse.ArgumentParser(description="A lazy buffer in a plain script.")
+    parser.add_argument("source", nargs="?", metavar="SOURCE", help="a URL or a path")
+    source = parser.parse_args().source
+    if source is not None:
+        try:
+            look_at(source)
+        except (aiouffd.AiouffdError, OSError) as error:
+            sys.exit(f"sync_script.py: {error}")
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "squares.bin")

@@ -11,6 +11,7 @@ server answers with the bytes. Requests are pipelined on one connection: answers
 order of the requests.
 """
 
+import argparse
 import asyncio
 import hashlib
 import random
@@ -109,4 +110,7 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     asyncio.run(main())

@@ -12,6 +12,7 @@ Needs torch, NumPy, aiohttp and safetensors.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import math
 import sys
@@ -89,4 +90,7 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     asyncio.run(main())

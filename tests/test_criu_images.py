@@ -563,5 +563,5 @@ def test_without_protobuf() -> None:
         timeout=60,
         check=False,
     )
-    assert done.stdout == "reading CRIU's images needs protobuf (pip install aiouffd[criu])\n"
+    assert done.stdout == "reading CRIU's images needs protobuf (pip install 'protobuf>=4.22')\n"
     assert done.stderr == ""

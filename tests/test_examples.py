@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import signal
 import subprocess
 import sys
 import urllib.error
@@ -114,7 +115,7 @@ def test_demo_without_niceties(missing: str) -> None:
 @pytest.mark.parametrize("missing", ["numpy", "aiohttp"])
 def test_demo_says_what_it_needs(missing: str) -> None:
     text = output_of("lazy_weights.py", without=missing)
-    assert text == f"skipped: this needs {missing}; pip install aiouffd[demo]\n"
+    assert text == f"skipped: this needs {missing}; pip install numpy aiohttp\n"
 
 
 def test_demo_without_matplotlib_draws_no_picture(tmp_path: Path) -> None:
@@ -203,7 +204,7 @@ def test_microvm() -> None:
 
 def test_microvm_says_what_it_needs() -> None:
     text = output_of("microvm/run.py", without="aiohttp")
-    assert text == "skipped: this needs aiohttp; pip install aiouffd[http]\n"
+    assert text == "skipped: this needs aiohttp; pip install aiohttp\n"
 
 
 @pytest.mark.kvm
@@ -241,7 +242,7 @@ def test_criu_lazy_pages() -> None:
 
 def test_criu_lazy_pages_without_protobuf() -> None:
     text = output_of("criu_lazy_pages.py", without="google.protobuf")
-    assert text == "skipped: reading CRIU's images needs protobuf (pip install aiouffd[criu])\n"
+    assert text == "skipped: reading CRIU's images needs protobuf (pip install 'protobuf>=4.22')\n"
 
 
 # ---------------------------------------------------------- formats that users open
@@ -332,7 +333,7 @@ def test_range_server(tmp_path: Path) -> None:
     data = bytes(range(256)) * 40
     path.write_bytes(data)
     with subprocess.Popen(
-        [sys.executable, str(EXAMPLES / "range_server.py"), str(path)],
+        [sys.executable, str(EXAMPLES / "range_server.py"), str(path), "--until-eof"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -359,6 +360,65 @@ def test_range_server(tmp_path: Path) -> None:
         assert ask(If_Match='"other"', Range="bytes=0-0")[0] == 412
         server.stdin.close()
         assert server.wait(LIMIT) == 0
+
+
+@pytest.mark.parametrize("stdin", ["nothing", "a file", "closed", "a pipe that has ended"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_range_server_without_a_terminal(tmp_path: Path, stdin: str, number: int) -> None:
+    """As a service, or in the background of a script."""
+    path = tmp_path / "data"
+    path.write_bytes(b"abc")
+    command = [sys.executable, str(EXAMPLES / "range_server.py"), str(path)]
+    if stdin == "closed":
+        command = ["sh", "-c", 'exec "$0" "$@" <&-', *command]
+    given: Any = {"nothing": subprocess.DEVNULL, "a pipe that has ended": subprocess.PIPE}
+    with (
+        path.open() as file,
+        subprocess.Popen(
+            command, stdin=given.get(stdin, file), stdout=subprocess.PIPE, text=True
+        ) as server,
+    ):
+        if server.stdin is not None:
+            server.stdin.close()
+        assert server.stdout is not None
+        url = server.stdout.readline().strip()
+        with urllib.request.urlopen(url) as reply:
+            assert reply.read() == b"abc"
+        server.send_signal(number)
+        assert server.wait(LIMIT) == 0
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*EXAMPLES.glob("*.py"), *(EXAMPLES / "microvm" / name for name in ("run.py", "vmm.py"))],
+    ids=lambda path: path.name,
+)
+def test_help_and_wrong_arguments(path: Path) -> None:
+    outcome = run(str(path), "--help")
+    assert outcome.status == 0, outcome.stderr
+    assert outcome.stderr == ""
+    assert outcome.stdout.startswith(("usage:", "skipped:"))
+    if outcome.stdout.startswith("usage:"):
+        outcome = run(str(path), "--no-such-option")
+        assert outcome.status == 2
+        assert "Traceback" not in outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("range_server.py", ("/nowhere/file",)),
+        ("range_server.py", (__file__, "--port=99999")),
+        ("sync_script.py", ("/nowhere/file",)),
+        ("sync_script.py", ("http://127.0.0.1:1/x",)),
+        ("sync_script.py", ("no-such-scheme://x",)),
+    ],
+)
+def test_what_cannot_be_is_said_without_a_traceback(name: str, arguments: tuple[str, ...]) -> None:
+    outcome = run(name, *arguments)
+    assert outcome.status in (1, 2)
+    assert outcome.stderr
+    assert "Traceback" not in outcome.stderr
 
 
 def test_page_server_for_a_program_in_c() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from aiouffd.extras import EXTRAS, install_hint
 from tests.servers.http import start_in_process
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,6 +92,8 @@ def test_python_command(command: list[str], weights: Path, tmp_path: Path) -> No
     arguments = [
         str(ROOT / argument) if (ROOT / argument).is_file() else argument for argument in arguments
     ]
+    if "range_server.py" in command[1]:
+        arguments.append("--until-eof")
     done = _run([sys.executable, *arguments], tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "weights.bin").read_bytes() == weights.read_bytes()
@@ -150,6 +153,30 @@ def test_extras_exist() -> None:
         assert command[1] == "install"
         for name in re.findall(r"\[(.*?)\]", command[2]):
             assert name in extras
+
+
+def test_what_is_installed_is_enough() -> None:
+    """The programs need what the line above them installs, and no more."""
+    (command,) = _of("pip")
+    assert command[2:] == [".[http]", "numpy"]
+    blocks = "".join(_blocks("python"))
+    imported = set(re.findall(r"^(?:import|from) (\w+)", blocks, re.MULTILINE))
+    assert imported - set(sys.stdlib_module_names) == {"aiouffd", "numpy"}
+
+
+def test_hints_name_what_the_extras_have() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert {name: tuple(extras[name]) for name in EXTRAS} == EXTRAS
+    for name in EXTRAS:
+        assert install_hint(name).startswith("pip install '")
+
+
+@pytest.mark.parametrize("folder", ["aiouffd", "examples", "docs", "benchmarks"])
+def test_nobody_is_sent_to_an_index_that_has_no_such_package(folder: str) -> None:
+    for path in (ROOT / folder).rglob("*"):
+        if path.suffix in (".py", ".md", ".sh"):
+            assert not re.search(r"pip install '?\"?aiouffd", path.read_text()), path
 
 
 def test_every_command_is_tested() -> None:

@@ -954,5 +954,5 @@ def test_light() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
         "U8 (4,) b'abcd'",
-        "arrays need NumPy (pip install aiouffd[safetensors])",
+        "arrays need NumPy (pip install 'numpy>=1.26' 'ml-dtypes>=0.5')",
     ]

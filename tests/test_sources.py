@@ -464,7 +464,7 @@ from aiouffd.errors import UnsupportedError
 try:
     asyncio.run(HttpSource("http://host/x").open())
 except UnsupportedError as exc:
-    assert "pip install aiouffd[http]" in str(exc), exc
+    assert "pip install 'aiohttp>=3.9'" in str(exc), exc
 else:
     sys.exit("no error")
 """

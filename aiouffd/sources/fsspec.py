@@ -37,6 +37,7 @@ from ..errors import (
     UnsupportedError,
     UsageError,
 )
+from ..extras import install_hint
 from ..waiting import retrieve
 from .base import BaseSource, Buffer, SourcePermissionError, check_length, check_range
 from .coalesce import Coalescer
@@ -83,7 +84,7 @@ _NETWORK = frozenset({"aiohttp", "botocore", "aiobotocore", "requests", "urllib3
 
 
 class FsspecSource(BaseSource):
-    """A source over one file of a file system of fsspec (``pip install aiouffd[fsspec]``).
+    """A source over one file of a file system of fsspec (needs the extra ``fsspec``).
 
     Arguments:
         fs: a file system. One that is asynchronous is not used itself: a fresh one with the same
@@ -694,6 +695,4 @@ def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise UnsupportedError(
-            f"this needs {error.name}", hint="pip install aiouffd[fsspec]"
-        ) from error
+        raise UnsupportedError(f"this needs {error.name}", hint=install_hint("fsspec")) from error

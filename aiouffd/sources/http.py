@@ -33,6 +33,7 @@ from ..errors import (
     UnsupportedError,
     UsageError,
 )
+from ..extras import install_hint
 from ..once import cancelled_from_outside
 from ..unwatched import Unwatched
 from ._http_proxy import checked_proxy, proxy_for
@@ -82,7 +83,7 @@ _PRIVATE_HEADERS = frozenset({"authorization", "cookie", "proxy-authorization"})
 
 
 class HttpSource(BaseSource):
-    """A source over one HTTP(S) object, through aiohttp (``pip install aiouffd[http]``).
+    """A source over one HTTP(S) object, through aiohttp (needs the extra ``http``).
 
     Arguments:
         url: ``http://`` or ``https://``. A user and password in it are sent as Basic auth.
@@ -592,7 +593,7 @@ def _make_session(options: dict[str, Any]) -> Session:
         from ._http_session import Session
     except ModuleNotFoundError as exc:
         raise UnsupportedError(
-            f"reading over HTTP needs {exc.name}", hint="pip install aiouffd[http]"
+            f"reading over HTTP needs {exc.name}", hint=install_hint("http")
         ) from exc
     return Session(**options)
 

@@ -26,6 +26,7 @@ from ..errors import (
     UnsupportedError,
     UsageError,
 )
+from ..extras import install_hint
 from ..once import cancelled_from_outside
 from ._http_reply import WHOLE, asked_range, check_encoding
 from ._objects_pin import Pin
@@ -45,7 +46,7 @@ _LEAST_LIMIT = 4096
 
 
 class ObjectSource(BaseSource):
-    """A source over one object of a store, through obstore (``pip install aiouffd[objects]``).
+    """A source over one object of a store, through obstore (needs the extra ``objects``).
 
     Arguments:
         store: one of obstore's stores. It may be shared by any number of sources and loops.
@@ -502,6 +503,6 @@ def _import_obstore() -> Any:
         import obstore
     except ModuleNotFoundError as exc:
         raise UnsupportedError(
-            f"reading from object stores needs {exc.name}", hint="pip install aiouffd[objects]"
+            f"reading from object stores needs {exc.name}", hint=install_hint("objects")
         ) from exc
     return obstore

@@ -37,6 +37,7 @@ from ..errors import (
     UnsupportedError,
     UsageError,
 )
+from ..extras import install_hint
 from .base import BaseSource, Buffer, SourcePermissionError, check_range
 from .lifecycle import Life, is_failure
 from .names import identity
@@ -79,7 +80,7 @@ class _Read:
 
 
 class RedisSource(BaseSource):
-    """A source over what lies under a key of a Redis or Valkey server (needs aiouffd[redis]).
+    """A source over what lies under a key of a Redis or Valkey server (needs the extra ``redis``).
 
     Arguments:
         url: of the server, as redis-py takes it (``redis://host:6379/0``, ``unix://path``).
@@ -534,5 +535,5 @@ def _import_redis() -> Any:
         return importlib.import_module("redis")
     except ModuleNotFoundError as error:
         raise UnsupportedError(
-            "reading from Redis needs redis", hint="pip install aiouffd[redis]"
+            "reading from Redis needs redis", hint=install_hint("redis")
         ) from error

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedError, UsageError
+from ..extras import install_hint
 from .base import Source
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ _CHAINED = re.compile(r"(fsspec\+[A-Za-z0-9.-]+)::", re.I)
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """One scheme: its ``factory`` is ``module:attribute``; ``extra`` is what to pip install."""
+    """One scheme: its ``factory`` is ``module:attribute``; ``extra`` names what it needs."""
 
     name: str
     factory: str
@@ -54,7 +55,7 @@ class Scheme:
         except ModuleNotFoundError as error:
             raise UnsupportedError(
                 f"{self.name}:// needs {error.name}",
-                hint=f"pip install aiouffd[{self.extra}]" if self.extra else None,
+                hint=install_hint(self.extra) if self.extra else None,
             ) from error
         for name in attribute.split("."):
             found = getattr(found, name)
@@ -117,11 +118,11 @@ def lookup(name: str) -> Scheme:
         if point.name in (name, family):
             return Scheme(name, point.value)
     hint = (
-        f"write fsspec+{name}://, which needs aiouffd[fsspec], if fsspec has such a file system;"
+        f"write fsspec+{name}://, if fsspec ({install_hint('fsspec')}) has such a file system;"
         " for a file of that name write ./ before it"
     )
     if name in _ALIASES:
-        hint = f"write {_ALIASES[name]}://, which needs aiouffd[objects]"
+        hint = f"write {_ALIASES[name]}://, which needs obstore: {install_hint('objects')}"
     raise UsageError(
         f"unknown URL scheme {name!r}; known are {', '.join(known_schemes())}", hint=hint
     )

@@ -35,7 +35,7 @@ from aiouffd.serve import Client, listen  # noqa: E402
 try:
     import aiohttp  # noqa: F401  (the HTTP source needs it)
 except ImportError as error:
-    print(f"skipped: this needs {error.name}; pip install aiouffd[http]")
+    print(f"skipped: this needs {error.name}; pip install aiohttp")
     sys.exit(0)
 
 

@@ -9,7 +9,7 @@ Layers, each importing only from those below it::
     plan              which addresses come from where
     format, messages  what the files hold
 
-Needs ``aiouffd[criu]``, which is protobuf.
+Needs protobuf (the extra ``criu``).
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import importlib
 from typing import Any, Final
 
 from ...errors import UnsupportedError
+from ...extras import install_hint
 
 __all__ = ["message_class"]
 
@@ -48,7 +49,7 @@ def _classes() -> dict[str, Any]:
         factory = importlib.import_module("google.protobuf.message_factory")
     except ModuleNotFoundError as error:
         raise UnsupportedError(
-            "reading CRIU's images needs protobuf", hint="pip install aiouffd[criu]"
+            "reading CRIU's images needs protobuf", hint=install_hint("criu")
         ) from error
     kinds = descriptors.FieldDescriptorProto
     file = descriptors.FileDescriptorProto(name="aiouffd/criu.proto", syntax="proto2")

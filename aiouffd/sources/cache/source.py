@@ -80,7 +80,7 @@ class CachedSource(BaseSource):
             this limit; what was longest unused goes first.
         block_size: bytes, a power of two. Reads of other sources are widened to it.
         checksum: algorithm of `aiouffd.sources.compose`; None for ``crc32c``, or the slower
-            ``crc32`` where the library for that is missing (``pip install aiouffd[checksum]``).
+            ``crc32`` where the library for that is missing (the extra ``checksum``).
         fsync: wait, in the background, for the disk: blocks are durable before they count.
         stale_ok: when the source cannot be reached, open the version that was last seen; what is
             not cached of it is asked for when it is read.

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import SourceChangedError, SourceError, UnsupportedError, UsageError
+from ...extras import install_hint
 from ...places import replace_file
 from .. import as_source
 from ..base import Buffer, aclose_source, check_length, check_range, open_source
@@ -66,7 +67,7 @@ def digest_function(algorithm: str) -> Digest:
         module = importlib.import_module(algorithm)
     except ModuleNotFoundError as error:
         raise UnsupportedError(
-            f"checksums by {algorithm} need a library", hint="pip install aiouffd[checksum]"
+            f"checksums by {algorithm} need a library", hint=install_hint("checksum")
         ) from error
     if algorithm == "crc32c":
         function = module.crc32c
