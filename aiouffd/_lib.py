@@ -27,6 +27,7 @@ _NO_GIL = (
     " holds the GIL has not been proved where there is none. Use the usual build of this version"
 )
 
+
 def _why(error: ImportError) -> str:
     """What to do where the native module cannot be loaded."""
     package = Path(__file__).resolve().parent

@@ -36,6 +36,7 @@ def sources(tmp_path: Path) -> Path:
     )
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "include", folder / "include")
     shutil.copytree(
         ROOT / "native", folder / "native", ignore=shutil.ignore_patterns("build", "__pycache__")
     )
