@@ -4,7 +4,7 @@ Layers, each importing only from those below it::
 
     cli, doctor               the command line
     attach                    memory of ours that another process fills
-    safetensors               the tensors of a file as arrays over a lazy buffer
+    safetensors, formats      what a file holds, as arrays over a lazy buffer
     serve                     faults of other processes
     sync, buffer              lazy buffers: what most people use
     file, arrays, saving      a lazy buffer as a file, as arrays, in a file
@@ -34,6 +34,7 @@ from .errors import AiouffdError as AiouffdError
 from .errors import BlockingTouchWarning as BlockingTouchWarning
 from .errors import ClosedError as ClosedError
 from .errors import FlushError as FlushError
+from .errors import FormatError as FormatError
 from .errors import InternalError as InternalError
 from .errors import KernelError as KernelError
 from .errors import PeerError as PeerError
@@ -70,6 +71,7 @@ __all__ = [
     "Feature",
     "FlightEvent",
     "FlushError",
+    "FormatError",
     "InternalError",
     "KernelError",
     "LazyBuffer",
@@ -101,13 +103,14 @@ __all__ = [
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from . import formats as formats
     from . import safetensors as safetensors
     from . import serve as serve
 else:
 
     def __getattr__(name: str) -> Any:
-        # Loaded when it is asked for: most who need a buffer need neither.
-        if name in ("safetensors", "serve"):
+        # Loaded when it is asked for: most who need a buffer need none of them.
+        if name in ("formats", "safetensors", "serve"):
             from importlib import import_module
 
             return import_module(f".{name}", __name__)

@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import concurrent.futures
 import contextlib
 import errno
 import functools
@@ -50,6 +49,7 @@ from .byte_sequence import ByteSequence
 from .errors import ClosedError, PeerError, SourceError, UnsupportedError, UsageError
 from .once import Once, cancelled_from_outside
 from .places import user_id
+from .waiting import in_thread
 
 __all__ = ["Attachment", "attach"]
 
@@ -293,7 +293,7 @@ class Attachment(ByteSequence):
     async def _aopen(self) -> None:
         cancel = _Cancel()
         try:
-            opening = _in_thread(lambda: self._open(cancel))
+            opening = in_thread(lambda: self._open(cancel), "aiouffd-attach")
         except BaseException:
             cancel.close()
             raise
@@ -308,7 +308,7 @@ class Attachment(ByteSequence):
 
     async def _undo(self) -> None:
         """Let go of what was opened for nobody. It can be opened again."""
-        await _in_thread(functools.partial(self._release, True))
+        await in_thread(functools.partial(self._release, True), "aiouffd-attach")
 
     def __enter__(self) -> Attachment:
         return self.open()
@@ -514,7 +514,7 @@ class Attachment(ByteSequence):
     async def _close_elsewhere(self) -> None:
         close = functools.partial(self.close, force=self._forced)
         try:
-            closing = _in_thread(close)
+            closing = in_thread(close, "aiouffd-attach")
         except RuntimeError:  # no thread is to be had
             close()
             return
@@ -598,19 +598,3 @@ def _after_fork_in_child() -> None:
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
 atexit.register(_ends.append, True)
-
-
-def _in_thread(function: Callable[[], T]) -> asyncio.Future[T]:
-    """Run it in a thread of its own: those of the loop's executor may all wait for pages."""
-    result: concurrent.futures.Future[T] = concurrent.futures.Future()
-
-    def run() -> None:
-        try:
-            value = function()
-        except BaseException as error:
-            result.set_exception(error)
-        else:
-            result.set_result(value)
-
-    threading.Thread(target=run, name="aiouffd-attach", daemon=True).start()
-    return asyncio.wrap_future(result)

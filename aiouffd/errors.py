@@ -4,6 +4,7 @@
 
     AiouffdError
      ├─ UsageError (also ValueError)        the call is wrong; nothing was changed
+     │   └─ FormatError                     a file is not of the format, or damaged, or cut short
      ├─ ClosedError                         you used something after closing it
      ├─ UnsupportedError (also OSError)     this kernel, user or build cannot do it
      ├─ KernelError (also OSError)          an ioctl failed; errno and bytes done are kept
@@ -35,6 +36,7 @@ __all__ = [
     "BlockingTouchWarning",
     "ClosedError",
     "FlushError",
+    "FormatError",
     "InternalError",
     "KernelError",
     "PeerError",
@@ -69,6 +71,10 @@ class AiouffdError(Exception):
 
 class UsageError(AiouffdError, ValueError):
     """An argument is out of range, unaligned, or of the wrong kind. Nothing was changed."""
+
+
+class FormatError(UsageError):
+    """The file is not one of the format, or a damaged one, or cut short."""
 
 
 class ClosedError(AiouffdError):

@@ -9,6 +9,9 @@ fetched until it is touched::
         await tensors.fetch("layers.0.weight")      # or touch it from a thread and wait there
         print(tensors["layers.0.weight"].mean())
 
+        tensors = await aiouffd.safetensors.load(buf, framework="torch")
+        model.load_state_dict(tensors, assign=True)  # a model on "meta": fetches nothing
+
 A file is eight bytes with the length of its header, the header in JSON, and the data, which the
 tensors cover from its first byte to its last without gaps::
 
@@ -30,19 +33,21 @@ import json
 import math
 import reprlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, overload
 
 from .buffer import LazyBuffer
-from .errors import UnsupportedError, UsageError
+from .errors import FormatError, UnsupportedError, UsageError
 from .extras import install_hint
+from .formats.named import Fetching, Named, SyncFetching
 from .json_pieces import JsonPieces
 from .sync import SyncBuffer
+from .waiting import in_thread
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -61,6 +66,8 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+#: Whose arrays they are.
+Framework: TypeAlias = Literal["numpy", "torch"]
 
 #: Longest header, in bytes; the library has the same limit. An index may be as long.
 HEADER_MAX = 100_000_000
@@ -112,13 +119,27 @@ _ML_DTYPES = {
     "F8_E8M0": "float8_e8m0fnu",
 }
 
+#: What torch calls them.
+_TORCH = {
+    "BOOL": "bool",
+    "U16": "uint16",
+    "I16": "int16",
+    "F16": "float16",
+    "U32": "uint32",
+    "I32": "int32",
+    "F32": "float32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F64": "float64",
+    "U8": "uint8",
+    "I8": "int8",
+    "C64": "complex64",
+    **_ML_DTYPES,
+}
+
 # Names and values of strangers may be long, and these end up in messages.
 _short = reprlib.Repr()
 _short.maxstring = 80
-
-
-class FormatError(UsageError):
-    """The file is not a safetensors file, or a damaged one, or cut short."""
 
 
 # ----------------------------------------------------------------------- the header
@@ -417,13 +438,15 @@ def _is_plain(name: str) -> bool:
 # ---------------------------------------------------------------------- over buffers
 
 
-class _Tensors(Mapping[str, "Array"]):
-    """Names to arrays, over one buffer or several. Immutable; any thread."""
+class _Tensors(Named[T, TensorInfo]):
+    """Names to tensors, over one buffer or several. Immutable; any thread."""
 
-    def __init__(self, parts: Iterable[tuple[Any, Header]]) -> None:
+    _what = "tensors"
+
+    def __init__(self, parts: Iterable[tuple[Any, Header]], framework: Framework = "numpy") -> None:
         info: dict[str, TensorInfo] = {}
         metadata: dict[str, str] = {}
-        self._buffers: dict[str, Any] = {}
+        buffers: dict[str, Any] = {}
         for buffer, header in parts:
             for name in header.tensors:
                 if name in info:
@@ -431,108 +454,61 @@ class _Tensors(Mapping[str, "Array"]):
                         f"{_short.repr(name)} is in two of the files",
                         hint="which of them counts an index says: see load_shards",
                     )
-                self._buffers[name] = buffer
+                buffers[name] = buffer
             info.update(header.tensors)
             metadata = {**header.metadata, **metadata}
-        self._info = MappingProxyType(info)
-        self._metadata = MappingProxyType(metadata)
-
-    @property
-    def info(self) -> Mapping[str, TensorInfo]:
-        """Type, shape and place of each tensor, by name, in the order of the data."""
-        return self._info
+        super().__init__(info, buffers)
+        self._framework = framework
+        # Not `_metadata`: load_state_dict looks for that, and takes it for one of torch's own.
+        self._described = MappingProxyType(metadata)
 
     @property
     def metadata(self) -> Mapping[str, str]:
         """The file's ``__metadata__``. Of several files the first that has a key counts."""
-        return self._metadata
+        return self._described
 
-    def __getitem__(self, name: str) -> Array:
-        """The tensor as an array over the buffer's memory; fetches nothing.
+    def __getitem__(self, name: str) -> T:
+        """The tensor as an array over the buffer's memory, or as a tensor of torch, as `load` was
+        asked for; fetches nothing.
 
-        Read-only unless the buffer is ``writable``. Keep the buffer, or this object, for as long
-        as the array. Raises KeyError, what `TensorInfo.array` raises, ClosedError.
+        An array is read-only unless the buffer is ``writable``; of a tensor of torch see
+        `LazyBuffer.tensor`. Both hold the memory. Raises KeyError, UnsupportedError for what
+        the framework lacks, ClosedError.
         """
-        info = self._info[name]
-        return info.array(self._buffers[name].view)
+        info, buffer = self._info[name], self._buffers[name]
+        if self._framework == "torch":
+            return _of_torch(buffer, info)  # type: ignore[return-value]
+        return info.array(buffer.view)  # type: ignore[return-value]
 
     def raw(self, name: str) -> Array:
         """The bits of a tensor as unsigned integers: see `TensorInfo.raw`. Fetches nothing."""
         info = self._info[name]
         return info.raw(self._buffers[name].view)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._info)
 
-    def __len__(self) -> int:
-        return len(self._info)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._info
-
-    # Those of Mapping would compare the arrays, and fetch everything for it.
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
-
-    def __repr__(self) -> str:
-        total = sum(info.length for info in self._info.values())
-        return f"<{type(self).__name__}: {len(self)} tensors, {total} bytes>"
-
-    def _runs(self, names: tuple[str, ...]) -> list[tuple[Any, int, int]]:
-        """Buffer, offset and length of what holds the tensors: neighbours together."""
-        places = sorted(
-            ((self._buffers[name], self._info[name]) for name in set(names)),
-            key=lambda place: (id(place[0]), place[1].offset, place[1].length),
+def _of_torch(buffer: Any, info: TensorInfo) -> torch.Tensor:
+    dtype = _TORCH.get(info.dtype)
+    if dtype is None:
+        raise UnsupportedError(
+            f"{_short.repr(info.name)} is {info.dtype}, whose elements are parts of bytes",
+            hint="raw() gives the bytes",
         )
-        runs: list[tuple[Any, int, int]] = []
-        for buffer, info in places:
-            if runs and runs[-1][0] is buffer and info.offset == sum(runs[-1][1:]):
-                runs[-1] = (buffer, runs[-1][1], runs[-1][2] + info.length)
-            else:
-                runs.append((buffer, info.offset, info.length))
-        return runs
+    tensor: torch.Tensor = buffer.tensor(dtype, info.shape, info.offset)
+    return tensor
 
 
-class Tensors(_Tensors):
+class Tensors(_Tensors[T], Fetching[T, TensorInfo]):
     """The tensors of one or several lazy buffers, by name. Made by `load`.
 
     A mapping of names to arrays. Immutable; everything but `fetch` works from any thread.
     """
 
-    def buffer(self, name: str) -> LazyBuffer:
-        """The buffer that a tensor lies in, for `LazyBuffer.pin` and such. Raises KeyError."""
-        buffer: LazyBuffer = self._buffers[name]
-        return buffer
 
-    async def fetch(self, *names: str) -> None:
-        """Make tensors resident, so that touching them waits for nothing; all at once.
-
-        On the buffer's loop. Raises KeyError for unknown names before anything is fetched, and
-        what `LazyBuffer.fetch` raises.
-        """
-        await _fetch(self._runs(names))
-
-
-class SyncTensors(_Tensors):
+class SyncTensors(_Tensors[T], SyncFetching[T, TensorInfo]):
     """The tensors of buffers of `aiouffd.sync`, by name. Made by `load_sync`.
 
     A mapping of names to arrays. Immutable; any thread.
     """
-
-    def buffer(self, name: str) -> SyncBuffer:
-        """See `Tensors.buffer`."""
-        buffer: SyncBuffer = self._buffers[name]
-        return buffer
-
-    def fetch(self, *names: str) -> None:
-        """See `Tensors.fetch`; blocks."""
-        runs = self._runs(names)
-        if runs:
-            runs[0][0]._run(_fetch([(buffer._buffer, *place) for buffer, *place in runs]))
-
-
-async def _fetch(runs: list[tuple[LazyBuffer, int, int]]) -> None:
-    await asyncio.gather(*(buffer.fetch(offset, length) for buffer, offset, length in runs))
 
 
 async def _read_headers(buffers: Iterable[LazyBuffer]) -> list[Header]:
@@ -552,59 +528,139 @@ async def _read_header(buffer: LazyBuffer) -> Header:
     data = await buffer.read(0, _header_end(prefix, size))
     if len(data) <= _INLINE:
         return parse_header(data, size)
-    # Not the loop's executor, whose threads may all wait for pages.
-    executor = ThreadPoolExecutor(1, "aiouffd-header")
-    try:
-        return await asyncio.get_running_loop().run_in_executor(executor, parse_header, data, size)
-    finally:
-        executor.shutdown(wait=False, cancel_futures=True)
+    return await in_thread(lambda: parse_header(data, size), "aiouffd-header")
 
 
-async def load(buffer: LazyBuffer, *more: LazyBuffer) -> Tensors:
+@overload
+async def load(
+    buffer: LazyBuffer, *more: LazyBuffer, framework: Literal["numpy"] = ...
+) -> Tensors[Array]: ...
+
+
+@overload
+async def load(
+    buffer: LazyBuffer, *more: LazyBuffer, framework: Literal["torch"]
+) -> Tensors[torch.Tensor]: ...
+
+
+async def load(
+    buffer: LazyBuffer, *more: LazyBuffer, framework: Framework = "numpy"
+) -> Tensors[Any]:
     """The tensors of a safetensors file, or of several as one mapping. Reads the headers alone.
+
+    With ``framework="torch"`` they are tensors of torch, and the mapping is a state dict:
+    ``model.load_state_dict(tensors, assign=True)`` fetches nothing.
 
     On the buffers' loop. Never faults. Raises FormatError for what is not a safetensors file, and
     for a tensor that is in two files; and what `LazyBuffer.read` raises.
     """
+    _check_framework(framework)
     buffers = _checked((buffer, *more), LazyBuffer, "load", "aiouffd.open")
-    return Tensors(zip(buffers, await _read_headers(buffers), strict=True))
+    return Tensors(zip(buffers, await _read_headers(buffers), strict=True), framework)
 
 
-def load_sync(buffer: SyncBuffer, *more: SyncBuffer) -> SyncTensors:
+@overload
+def load_sync(
+    buffer: SyncBuffer, *more: SyncBuffer, framework: Literal["numpy"] = ...
+) -> SyncTensors[Array]: ...
+
+
+@overload
+def load_sync(
+    buffer: SyncBuffer, *more: SyncBuffer, framework: Literal["torch"]
+) -> SyncTensors[torch.Tensor]: ...
+
+
+def load_sync(
+    buffer: SyncBuffer, *more: SyncBuffer, framework: Framework = "numpy"
+) -> SyncTensors[Any]:
     """`load` for buffers of `aiouffd.sync`; blocks. Any thread."""
+    _check_framework(framework)
     buffers = _checked((buffer, *more), SyncBuffer, "load_sync", "aiouffd.sync.open")
     headers = buffer._run(_read_headers([given._buffer for given in buffers]))
-    return SyncTensors(zip(buffers, headers, strict=True))
+    return SyncTensors(zip(buffers, headers, strict=True), framework)
 
 
-async def load_shards(weight_map: Mapping[str, str], buffers: Mapping[str, LazyBuffer]) -> Tensors:
+@overload
+async def load_shards(
+    weight_map: Mapping[str, str],
+    buffers: Mapping[str, LazyBuffer],
+    *,
+    framework: Literal["numpy"] = ...,
+) -> Tensors[Array]: ...
+
+
+@overload
+async def load_shards(
+    weight_map: Mapping[str, str],
+    buffers: Mapping[str, LazyBuffer],
+    *,
+    framework: Literal["torch"],
+) -> Tensors[torch.Tensor]: ...
+
+
+async def load_shards(
+    weight_map: Mapping[str, str],
+    buffers: Mapping[str, LazyBuffer],
+    *,
+    framework: Framework = "numpy",
+) -> Tensors[Any]:
     """The tensors of a model in several files, each from the file that the index names for it.
 
     :param weight_map: what `parse_index` gave.
     :param buffers: for each file, as the index calls it, its buffer. Files that are not needed may
         be left out, and with them their tensors.
+    :param framework: see `load`.
 
     What a file has beside the tensors that the index looks for in it does not count: a tensor may
     be in several files. Otherwise as `load`; raises FormatError also for a file that lacks what the
     index looks for in it, and UsageError for a file that the index does not name.
     """
+    _check_framework(framework)
     _checked(buffers.values(), LazyBuffer, "load_shards", "aiouffd.open")
     wanted = _wanted(weight_map, buffers)
     headers = await _read_headers(buffers.values())
-    return Tensors(_shards(wanted, buffers, headers))
+    return Tensors(_shards(wanted, buffers, headers), framework)
+
+
+@overload
+def load_shards_sync(
+    weight_map: Mapping[str, str],
+    buffers: Mapping[str, SyncBuffer],
+    *,
+    framework: Literal["numpy"] = ...,
+) -> SyncTensors[Array]: ...
+
+
+@overload
+def load_shards_sync(
+    weight_map: Mapping[str, str],
+    buffers: Mapping[str, SyncBuffer],
+    *,
+    framework: Literal["torch"],
+) -> SyncTensors[torch.Tensor]: ...
 
 
 def load_shards_sync(
-    weight_map: Mapping[str, str], buffers: Mapping[str, SyncBuffer]
-) -> SyncTensors:
+    weight_map: Mapping[str, str],
+    buffers: Mapping[str, SyncBuffer],
+    *,
+    framework: Framework = "numpy",
+) -> SyncTensors[Any]:
     """`load_shards` for buffers of `aiouffd.sync`; blocks. Any thread."""
+    _check_framework(framework)
     _checked(buffers.values(), SyncBuffer, "load_shards_sync", "aiouffd.sync.open")
     wanted = _wanted(weight_map, buffers)
     if not buffers:
         return SyncTensors(())
     given = list(buffers.values())
     headers = given[0]._run(_read_headers([buffer._buffer for buffer in given]))
-    return SyncTensors(_shards(wanted, buffers, headers))
+    return SyncTensors(_shards(wanted, buffers, headers), framework)
+
+
+def _check_framework(framework: Framework) -> None:
+    if framework not in ("numpy", "torch"):
+        raise UsageError(f"framework is 'numpy' or 'torch', not {framework!r}")
 
 
 def _checked(buffers: Collection[T], kind: type[T], name: str, of: str) -> Collection[T]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import threading
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
-__all__ = ["Done", "countdown", "retrieve"]
+__all__ = ["Done", "countdown", "in_thread", "retrieve"]
+
+T = TypeVar("T")
 
 #: Called once, with the error or None.
 Done: TypeAlias = Callable[[BaseException | None], None]
@@ -35,3 +39,21 @@ def retrieve(task: asyncio.Future[Any]) -> None:
     """As a callback of a task whose error somebody else has heard of: asyncio need not complain."""
     if not task.cancelled():
         task.exception()
+
+
+def in_thread(function: Callable[[], T], name: str) -> asyncio.Future[T]:
+    """Run it in a thread of its own, called ``name``: those of the loop's executor may all wait for
+    pages. On the running loop. It goes on when the future is cancelled, and ends with the process.
+    """
+    result: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            value = function()
+        except BaseException as error:
+            result.set_exception(error)
+        else:
+            result.set_result(value)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return asyncio.wrap_future(result)
