@@ -20,7 +20,9 @@ struct au_region;
  * children that are forked in between must not keep copies of them. */
 struct au_child {
 	int uffd;
-	int socket; /* `regions` of struct au_child_region can be read from it, and then its end */
+	/* `regions` of struct au_child_region can be read from it, and then its end; addresses of pages
+	 * that are sent become errors. */
+	int socket;
 	int32_t pid; /* as the child sees it: for messages */
 	uint32_t regions;
 };

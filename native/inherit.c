@@ -167,6 +167,19 @@ static bool leave_table(const struct watch *watch)
 	return true;
 }
 
+/* The addresses that a server sends are pages which it cannot make errors itself (before 6.6).
+ * False at the end of them, which is the server's. */
+static bool refuse_told(const struct watch *watch)
+{
+	uint64_t address;
+	ssize_t size;
+
+	while ((size = recv(watch->socket, &address, sizeof address, MSG_DONTWAIT)) ==
+	       sizeof address)
+		refuse(watch->uffd, watch->server, address);
+	return size < 0 && (errno == EAGAIN || errno == EINTR);
+}
+
 static void *watch_server(void *argument)
 {
 	struct watch *given = argument, watch = *given;
@@ -185,7 +198,8 @@ static void *watch_server(void *argument)
 	au_futex_wake(&given->state);
 	if (!left)
 		return NULL;
-	while (poll(items, 2, -1) <= 0)
+	while (poll(items, 2, -1) <= 0 ||
+	       (items[0].revents && !items[1].revents && refuse_told(&watch)))
 		;
 	refuse_all(watch.uffd, watch.server);
 	return NULL;

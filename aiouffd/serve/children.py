@@ -51,6 +51,7 @@ log = logging.getLogger("aiouffd")
 
 #: struct au_child_region: serial, start, length, page size.
 _REGION = struct.Struct("=QQQQ")
+_ADDRESS = struct.Struct("@Q")
 assert _REGION.size == ffi.sizeof("struct au_child_region")
 _POISON: int = lib.AU_OP_POISON
 #: Bytes taken from a child's socket at a time.
@@ -237,7 +238,12 @@ class _ChildMemory(Memory):
             self._filler.later(page)
         elif code in (errno.EINVAL, errno.ENOTTY):
             # Before Linux 6.6. The child itself can make it an error of another kind.
-            self._child.close()
+            if self._child.tell_error(page):
+                self.stats.poisoned_pages += 1
+            elif not self._closed:
+                self.stats.retries += 1
+                self._owed[page] = why
+                self._filler.later(page)
         elif code:
             self._end()
         else:
@@ -342,6 +348,16 @@ class _Child:
             self.close()
         else:
             self._timer = self._loop.call_later(pause, self._look, min(pause * 2, PROBE_LONGEST))
+
+    def tell_error(self, page: int) -> bool:
+        """Have the child make an error of the page. False: not now, or it is gone."""
+        try:
+            return os.write(self._socket, _ADDRESS.pack(page)) == _ADDRESS.size
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError:
+            self.close()
+            return False
 
     def refuse(self, kept: Inheritance) -> None:
         """A buffer was closed."""
