@@ -7,7 +7,7 @@ PY := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-python test-unprivileged test-c bench lint asan clean distclean
+.PHONY: help setup demo test test-python test-unprivileged test-old-kernel test-c bench lint asan clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || \
@@ -20,7 +20,7 @@ demo: ## a model's weights over HTTP, used before they are there
 	@ONLY_DEFAULT=1 tools/bootstrap.sh demo
 	@$(PY) examples/lazy_weights.py $(ARGS)
 
-test: ## all tests: each Python, also without privileges, and the C tests with sanitizers
+test: ## all tests: each Python, also without privileges and as on an old kernel, and the C tests with sanitizers
 	@tools/bootstrap.sh test
 	@$(PY) tools/run_tests.py -- $(ARGS)
 
@@ -31,6 +31,10 @@ test-python: ## pytest on each Python
 test-unprivileged: ## pytest on each Python as a user without rights (from root)
 	@tools/bootstrap.sh test
 	@$(PY) tools/run_tests.py --only unprivileged -- $(ARGS)
+
+test-old-kernel: ## some tests as on a kernel older than Linux 6.6
+	@ONLY_DEFAULT=1 tools/bootstrap.sh test
+	@$(PY) tools/run_tests.py --only before-6.6 -- $(ARGS)
 
 test-c: ## the C tests, plain and with sanitizers
 	@ONLY_DEFAULT=1 tools/bootstrap.sh test

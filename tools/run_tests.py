@@ -1,10 +1,12 @@
 """Runs all tests on every Python that has a virtual environment here, and the C tests.
 
-    python3 tools/run_tests.py [--only python|unprivileged|c] [--slow] [-- PYTEST_ARGUMENT...]
+    python3 tools/run_tests.py [--only python|unprivileged|before-6.6|c] [--slow]
+        [-- PYTEST_ARGUMENT...]
 
 The default Python runs all of them, on both loops. The others, and the user without rights, run
 each test on one of the two loops, half of them on either, and leave out what is marked slow; with
-``--slow`` they run everything too.
+``--slow`` they run everything too. One lane more runs what is about errors and ends as if the
+kernel were older than Linux 6.6 (run_before_6_6.py).
 
 The last line is ``N passed, N failed``; the exit status tells whether anything failed. Standard
 library only, because it runs outside the environments that it tests.
@@ -52,6 +54,8 @@ INDEPENDENT = (
     "serve_areas",
     "web_servers",
 )
+#: Tests of what is otherwise on a kernel that cannot poison: errors, ends, closing, forks.
+BEFORE_6_6 = ("buffer", "ending", "failure", "fork", "fork_serve", "pager", "traps")
 #: Packages that short processes of the tests import; to compile all would take minutes.
 IMPORTED = (
     "_pytest",
@@ -82,7 +86,7 @@ LANES = 3
 PRINTING = threading.Lock()
 PYTEST = ["-m", "pytest"]
 MAKE = ["make", "--no-print-directory", "-C", "native/tests"]
-C_TARGETS = ("test", "asan", "tsan")
+C_TARGETS = (("test", "before-6.6"), ("asan",), ("tsan",))
 COUNTS = re.compile(r"^(\d+) passed, (\d+) failed\b", re.MULTILINE)
 SKIPPED = re.compile(r"^(\d+) skipped$", re.MULTILINE)
 
@@ -237,10 +241,22 @@ def unprivileged_job(python: Path, arguments: list[str], folder: Path, slow: boo
     return pytest_job(f"pytest in {name}, without privileges", start, report, arguments)
 
 
-def c_job(target: str) -> Job:
-    """One target of native/tests, which may say ``N passed, N failed`` itself."""
-    name = f"native/tests {target}"
-    command = [*MAKE, target]
+def before_6_6_job(python: Path, arguments: list[str], folder: Path) -> Job:
+    """Some of the tests as on a kernel that is older than Linux 6.6."""
+    name = python.parent.parent.name
+    report = folder / f"{name}-before-6.6.xml"
+    start = [str(python), "tools/run_before_6_6.py", str(python), *PYTEST]
+    start += ["-o", f"cache_dir={report.with_suffix('')}", f"--junitxml={report}"]
+    start += ["-m", "not slow", "--one-loop"]
+    if not any((ROOT / argument.partition("::")[0]).exists() for argument in arguments):
+        arguments = [*arguments, *(f"tests/test_{name}.py" for name in BEFORE_6_6)]
+    return pytest_job(f"pytest in {name}, as before Linux 6.6", start, report, arguments)
+
+
+def c_job(targets: tuple[str, ...]) -> Job:
+    """Targets of native/tests, which may say ``N passed, N failed`` themselves."""
+    name = f"native/tests {' '.join(targets)}"
+    command = [*MAKE, *targets]
 
     def read(status: int, text: str) -> Result:
         counts = [(int(passed), int(failed)) for passed, failed in COUNTS.findall(text)]
@@ -289,7 +305,7 @@ def run_lanes(jobs: list[Job]) -> dict[str, Result]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="run all tests")
-    parser.add_argument("--only", choices=("python", "unprivileged", "c"))
+    parser.add_argument("--only", choices=("python", "unprivileged", "before-6.6", "c"))
     parser.add_argument("--slow", action="store_true", help="slow tests on every Python")
     parser.add_argument("arguments", nargs="*", help="for pytest, after --")
     options = parser.parse_args()
@@ -313,8 +329,10 @@ def main() -> int:
                     jobs.append(unprivileged_job(python, options.arguments, folder, options.slow))
                 elif options.only:
                     print("this user is unprivileged already: the other tests do it")
+        if options.only in (None, "before-6.6"):
+            jobs.append(before_6_6_job(pythons[0], options.arguments, folder))
         if options.only in (None, "c"):
-            jobs += [c_job(target) for target in C_TARGETS]
+            jobs += [c_job(targets) for targets in C_TARGETS]
         found = run_lanes(jobs)
         results = [
             job.run_again(found[job.name]) if found[job.name].failed else found[job.name]
