@@ -42,7 +42,7 @@ TRIAL_LIMIT = 20.0
 
 #: What each optional feature of the kernel gives, and since when it exists.
 _FEATURES: tuple[tuple[Feature, str, str], ...] = (
-    (Feature.POISON, "6.6", "errors instead of endless waiting, for touches that cannot be served"),
+    (Feature.POISON, "6.6", "errors in memory of other processes, and very many of our own"),
     (Feature.MISSING_SHMEM, "4.11", "shared lazy memory (kind='memfd')"),
     (Feature.MINOR_SHMEM, "5.14", "filling shared memory without a copy"),
     (Feature.MISSING_HUGETLBFS, "4.11", "lazy memory of huge pages (kind='hugetlb')"),
@@ -253,8 +253,7 @@ def _features(notes: _Notebook, found: Probe) -> None:
         if feature in found.features:
             notes.add(name, "ok", use)
         else:
-            status: Status = "warning" if feature == Feature.POISON else "note"
-            notes.add(name, status, f"missing: {use}", f"run Linux {since} or later")
+            notes.add(name, "note", f"missing: {use}", f"run Linux {since} or later")
     if found.fork_events:
         notes.add("EVENT_FORK", "ok", "following forks of the owner of the memory")
     else:

@@ -113,7 +113,7 @@ class Fault:
         return self._answer(self.offset, self.region.zero(self.offset, self.length))
 
     def poison(self) -> int:
-        """Make touches of the block fail: SIGBUS for raw ones, EFAULT in system calls. 6.6."""
+        """Make touches of the block fail: SIGBUS for raw ones, EFAULT in system calls."""
         return self._answer(self.offset, self.region.poison(self.offset, self.length))
 
     def continue_(self) -> int:
