@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from . import guarded
 from ._lib import ffi, lib
+from .advice import HINTS, Hint
 from .arrays import Shape, tensor_over
 from .byte_sequence import ByteSequence
 from .errors import ClosedError, SourceChangedError, SourceError, UnsupportedError, UsageError
@@ -688,6 +689,24 @@ class LazyBuffer(FileHints, ByteSequence):
             log.warning("%r: nothing is brought ahead: %s", self, why_not)
             return
         self._sink.prefetch(working_set.blocks(self._block_size))
+
+    def advise(self, hint: Hint, offset: int = 0, length: int | None = None) -> None:
+        """Say how bytes will be read, all by default, as posix_fadvise(2) does. Any thread.
+
+        ``"sequential"``: in order, so that a window's worth is brought ahead from the first touch
+        on, and nothing beyond the range. ``"random"``: nothing is brought ahead there.
+        ``"normal"``: whatever touches look like. What is said last counts. For all whose
+        blocks are in the range, at least in part; nothing is fetched yet (`fetch` does that), and
+        ``readahead=0`` stays what it is. Raises UsageError, ClosedError.
+        """
+        if hint not in HINTS:
+            raise UsageError(f"hint is one of {', '.join(map(repr, HINTS))}, not {hint!r}")
+        offset, length = self._range(offset, length)
+        if length:
+            self._check()
+            assert self._sink is not None
+            size = self._block_size
+            self._sink.advice.say(hint, offset // size, -(-(offset + length) // size))
 
     def record(self) -> Recording:
         """``with buf.record() as recording``: note which blocks are needed, in which order.

@@ -30,6 +30,8 @@ from __future__ import annotations
 import itertools
 from collections import deque
 
+from .advice import Advice
+
 __all__ = ["Readahead", "Reads"]
 
 #: Streams remembered at a time; the least recently used one is forgotten.
@@ -90,10 +92,14 @@ class Readahead:
     """Plans for one buffer of ``blocks`` blocks; ``window`` is how much to keep under way, in
     blocks. The lead over the last touch stays below two windows.
 
-    Once the window has grown, plans consist of whole pieces of ``piece`` blocks.
+    Once the window has grown, plans consist of whole pieces of ``piece`` blocks. ``advice`` is what
+    the program knows: it goes before what was seen.
     """
 
-    def __init__(self, blocks: int, window: int, piece: int = 1) -> None:
+    def __init__(
+        self, blocks: int, window: int, piece: int = 1, advice: Advice | None = None
+    ) -> None:
+        self._advice = advice or Advice()
         self._blocks = blocks
         self._window = window
         self._piece = piece
@@ -109,16 +115,20 @@ class Readahead:
 
         The block itself is not among them.
         """
-        if self._window < 1:
+        hint, _ = self._advice.at(block)
+        if self._window < 1 or hint == "random":
             return []
         self._now += 1
         stream = self._match(block)
         if stream is None:
-            self._strangers += 1
-            self._streams.append(_Stream(block, self._distance(block), self._now))
-            return []
+            stream = _Stream(block, self._distance(block), self._now)
+            self._streams.append(stream)
+            if hint != "sequential":
+                self._strangers += 1
+                return []
+            stream.step = 1
         self._use(stream)
-        if stream.window:
+        if stream.window or hint == "sequential":
             self._strangers = 0
         elif self._strangers > DOUBT and not stream.doubted:
             stream.doubted = True
@@ -126,13 +136,16 @@ class Readahead:
             stream.last, stream.frontier = place, place + 1
             return []
         if stream.step == 1:
-            return self._sequential(stream, self._place(stream, block))
-        return self._strided(stream, block)
+            runs = self._sequential(stream, self._place(stream, block))
+        else:
+            runs = self._strided(stream, block)
+        return self._advice.without_random(runs)
 
     def read(self, first: int, last: int) -> list[tuple[int, int]]:
         """As `touch`, for blocks that are read in one go and on their way already: how much is
         needed is known, so more is worth it only where they continue what was read before."""
-        if self._window < 1:
+        hint, _ = self._advice.at(last)
+        if self._window < 1 or hint == "random":
             return []
         self._now += 1
         for stream in self._streams:
@@ -144,11 +157,15 @@ class Readahead:
                 self._use(stream)
                 # One more of the kind; small ones are like touches.
                 length = last - first + 1
-                return self._sequential(stream, last, length if length > self._piece else None)
+                most = length if length > self._piece and hint != "sequential" else None
+                return self._advice.without_random(self._sequential(stream, last, most))
         stream = _Stream(first, 0, self._now)
         stream.last, stream.frontier = last, last + 1
         self._streams.append(stream)
-        return []
+        if hint != "sequential":
+            return []
+        stream.step = 1
+        return self._advice.without_random(self._sequential(stream, last))
 
     def landed(self, first: int, count: int) -> list[tuple[int, int]]:
         """Readahead of ``count`` blocks from ``first`` on has arrived: what to fetch in its place.
@@ -164,7 +181,7 @@ class Readahead:
             if stream.last - stream.window <= place < stream.frontier:
                 start = stream.frontier
                 end = min(self._limit(stream, replacing=True), start + max(count, self._piece))
-                return self._move_on(stream, start, end)
+                return self._advice.without_random(self._move_on(stream, start, end))
         return []
 
     # ------------------------------------------------------------------- streams
@@ -258,6 +275,10 @@ class Readahead:
 
     def _lead(self, stream: _Stream) -> tuple[int, bool]:
         """How far the run is trusted to go on, in blocks, and whether its end is known there."""
+        if not stream.back:
+            hint, end = self._advice.at(stream.last)
+            if hint == "sequential":
+                return end - stream.last - 1, True
         done, known = stream.done, self._lengths(stream)
         for least, most in known:
             if done < most:

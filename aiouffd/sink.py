@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from .advice import Advice
 from .backoff import Backoff
 from .errors import AiouffdError, ClosedError, UsageError
 from .fetcher import Fetcher, FlightEvent
@@ -76,6 +77,8 @@ class BufferSink:
         self._moved = False
         #: What threads read in one go, as blocks.
         self.reads = Reads()
+        #: How the program will read, as blocks.
+        self.advice = Advice()
         self.fetcher = self._fetcher(source)
         self._prefetching: asyncio.Task[bool] | None = None
         self._recording: dict[int, None] | None = None
@@ -94,7 +97,9 @@ class BufferSink:
     def _fetcher(self, source: Source) -> Fetcher:
         region = self._region
         piece = max(1, FLIGHT // region.block_size)
-        ahead = Readahead(region.blocks, self._window, piece) if self._window else None
+        ahead = None
+        if self._window:
+            ahead = Readahead(region.blocks, self._window, piece, self.advice)
         return Fetcher(
             region,
             source,

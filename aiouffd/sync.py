@@ -13,6 +13,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from .advice import Hint
 from .buffer import BufferStats, LazyBuffer
 from .buffer import _reopen as _reopen_lazy
 from .buffer import open as _open
@@ -229,6 +230,10 @@ class SyncBuffer(FileHints, ByteSequence):
     def prefetch(self, working_set: WorkingSet) -> bool:
         """See `LazyBuffer.prefetch`."""
         return bool(self._run(self._buffer.prefetch(working_set)))
+
+    def advise(self, hint: Hint, offset: int = 0, length: int | None = None) -> None:
+        """See `LazyBuffer.advise`."""
+        self._buffer.advise(hint, offset, length)
 
     def record(self) -> Recording:
         """See `LazyBuffer.record`."""

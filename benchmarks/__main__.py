@@ -51,6 +51,7 @@ GROUPS = (
     Group("fault", "fault_roundtrip", "the round trip of a fault"),
     Group("fault-one-cpu", "fault_roundtrip", "the same, with everything on one CPU", True),
     Group("scan", "scan", "cold scans over TCP"),
+    Group("columns", "columns", "columns of tables through pyarrow, and a scan from afar"),
     Group("http", "http", "cold scan and first byte over HTTP"),
     Group("fuse", "fuse", "cold scan against a FUSE file system in Python"),
     Group("objects", "objects", "an object store: scan and amplification, against obstore, fsspec"),

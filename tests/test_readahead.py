@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,12 +13,15 @@ import numpy as np
 import pytest
 
 import aiouffd
+from aiouffd import ClosedError, UsageError
+from aiouffd.advice import HINTS, Advice
 from aiouffd.readahead import Readahead
 from benchmarks.readahead_model import Figures, Link, columns, play, workloads
 
 from .faulty import PlainSource
+from .support import wait_until
 
-PIECE, WINDOW = 32, 128
+PIECE, WINDOW, BLOCK = 32, 128, 64 * 1024
 LINKS = {
     "1 ms": Link(1e-3, 1.25e9),
     "5 ms": Link(5e-3, 1.25e9),
@@ -159,6 +163,109 @@ class TestDecisions:
         for block in range(5000, 4500, -1):
             firsts = [first for first, _ in plans.touch(block)]
             assert firsts == sorted(firsts, reverse=True)
+
+
+class TestAdvice:
+    def test_what_is_said_last_counts(self) -> None:
+        advice = Advice()
+        advice.say("random", 10, 100)
+        advice.say("sequential", 40, 60)
+        advice.say("normal", 90, 200)
+        assert [advice.at(n)[0] for n in (9, 10, 39, 40, 59, 60, 89, 90)] == [
+            "normal",
+            *["random"] * 2,
+            *["sequential"] * 2,
+            *["random"] * 2,
+            "normal",
+        ]
+        assert advice.at(45) == ("sequential", 60)
+        assert advice.without_random([(0, 20), (35, 30), (95, 5)]) == [(0, 10), (40, 20), (95, 5)]
+        advice.say("normal", 0, 1000)
+        assert advice.at(45) == ("normal", 46)
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_as_a_list_of_hints(self, seed: int) -> None:
+        chance, advice = random.Random(seed), Advice()
+        expected = ["normal"] * 50
+        for _ in range(60):
+            first, hint = chance.randrange(50), chance.choice(HINTS)
+            end = chance.randrange(first, 51)
+            advice.say(hint, first, end)
+            expected[first:end] = [hint] * (end - first)
+            assert [advice.at(block)[0] for block in range(50)] == expected
+            left = {
+                b for first, n in advice.without_random([(0, 50)]) for b in range(first, first + n)
+            }
+            assert left == {block for block in range(50) if expected[block] != "random"}
+
+    def test_sequential_begins_at_once_and_ends_with_its_range(self) -> None:
+        advice = Advice()
+        plans = Readahead(100_000, WINDOW, PIECE, advice)
+        for block in range(20):
+            plans.touch(block * block * 97 + 50_000)  # which makes it doubt
+        advice.say("sequential", 1000, 1400)
+        there: set[int] = set()
+        for block in range(1000, 1400):
+            if block not in there:
+                there.add(block)
+                for first, count in plans.touch(block):
+                    there.update(range(first, first + count))
+                if block == 1000:
+                    assert WINDOW <= len(there) <= WINDOW + 2 * PIECE
+        assert there == set(range(1000, 1400))
+
+    def test_sequential_columns_cost_themselves(self) -> None:
+        advice = Advice()
+        [touches] = columns(128, 4, 10)
+        for first, _ in itertools.groupby(touches, lambda block: block // 1280):
+            start = next(b for b in touches if b // 1280 == first)
+            advice.say("sequential", start, start + 128)
+        plans = Readahead(6000, WINDOW, PIECE, advice)
+        figures = play(plans, [touches], 6000, LINKS["30 ms"])
+        assert figures.amplification == 1
+        assert figures.seconds <= 0.5 * played([touches], 6000, "30 ms").seconds
+
+    def test_random_brings_nothing(self) -> None:
+        advice = Advice()
+        advice.say("random", 0, 500)
+        plans = Readahead(1000, WINDOW, PIECE, advice)
+        assert not any(plans.touch(block) for block in range(100))
+        assert not any(plans.read(block, block + 3) for block in range(100, 200, 4))
+        assert [*plans.touch(600), *plans.touch(601)] == [(602, 4)]
+
+    def test_nothing_is_brought_into_a_random_range(self) -> None:
+        advice = Advice()
+        advice.say("random", 120, 200)
+        plans = Readahead(1000, WINDOW, PIECE, advice)
+        asked = {
+            block
+            for touched in range(1, 120)
+            for first, count in plans.touch(touched)
+            for block in range(first, first + count)
+        }
+        assert asked
+        assert not asked & set(range(120, 200))
+
+    def test_of_a_buffer(self) -> None:
+        source = PlainSource(bytes(64 * BLOCK))
+        with aiouffd.sync.open(source) as buf:
+            buf.advise("random")
+            for block in range(8):
+                assert buf[block * BLOCK] == 0
+            assert source.bytes_read == 8 * BLOCK
+            buf.advise("sequential", 20 * BLOCK + 1, 10 * BLOCK - 1)
+            assert buf[20 * BLOCK] == 0
+            wait_until(lambda: buf.resident(20 * BLOCK) == [(20 * BLOCK, 30 * BLOCK)], "the range")
+            assert source.bytes_read == 18 * BLOCK
+            for wrong in ("often", None):
+                with pytest.raises(UsageError, match="'random'"):
+                    buf.advise(wrong)  # type: ignore[arg-type]
+            with pytest.raises(UsageError, match="within"):
+                buf.advise("normal", 64 * BLOCK, 1)
+        with pytest.raises(ClosedError):
+            buf.advise("normal")
+        with aiouffd.sync.open(b"") as empty:
+            empty.advise("random")
 
 
 class TestTables:
