@@ -26,7 +26,8 @@ WINDOW = 64
 
 
 class Brought(Wanter, Protocol):
-    """Whom a `Bringer` asks a store for. It hears of every block first, see `Bringer.heard`."""
+    """Owner on whose behalf a `Bringer` requests blocks. It is told of every block first, see
+    `Bringer.heard`."""
 
     def fill(self, area: Area, store: BlockStore, block: int, data: memoryview | None) -> None:
         """Fill what is missing of a block's place in ``area``."""
@@ -204,6 +205,7 @@ class Bringer:
         """Fill all places of a block, a few in one turn of the loop: areas may show the same bytes
         over and over."""
         if self._filler.resting:
+            self.missed += 1
             return
         owner = self._owner
         if version != self._areas.version:
