@@ -28,29 +28,29 @@ __all__ = [
 
 
 class Feature(IntFlag):
-    """What a userfaultfd can do. Some must be asked for at creation, others are only told of.
+    """What a userfaultfd can do. Some must be asked for at creation.
 
-    The comment gives the first kernel with the feature. Those marked "told" work
-    whether or not they were asked for; asking for one the kernel lacks fails.
+    The comment gives the first kernel with the feature. Those marked "always on" work whether or
+    not they were asked for; asking for one the kernel lacks fails.
     """
 
-    PAGEFAULT_FLAG_WP = 1 << 0  #: Write protection of anonymous memory. 5.7, told.
+    PAGEFAULT_FLAG_WP = 1 << 0  #: Write protection of anonymous memory. 5.7, always on.
     EVENT_FORK = 1 << 1  #: `Fork` messages; needs CAP_SYS_PTRACE. 4.11.
     EVENT_REMAP = 1 << 2  #: `Remap` messages, and mremap keeps the registration. 4.11.
     EVENT_REMOVE = 1 << 3  #: `Remove` messages. 4.11.
-    MISSING_HUGETLBFS = 1 << 4  #: `Mode.MISSING` on huge pages. 4.11, told.
-    MISSING_SHMEM = 1 << 5  #: `Mode.MISSING` on shared memory. 4.11, told.
+    MISSING_HUGETLBFS = 1 << 4  #: `Mode.MISSING` on huge pages. 4.11, always on.
+    MISSING_SHMEM = 1 << 5  #: `Mode.MISSING` on shared memory. 4.11, always on.
     EVENT_UNMAP = 1 << 6  #: `Unmap` messages. 4.11.
     SIGBUS = 1 << 7  #: A fault raises SIGBUS in place of a message. 4.14.
     THREAD_ID = 1 << 8  #: `PageFault.thread_id` is filled. 4.14.
-    MINOR_HUGETLBFS = 1 << 9  #: `Mode.MINOR` on huge pages. 5.13, told.
-    MINOR_SHMEM = 1 << 10  #: `Mode.MINOR` on shared memory. 5.14, told.
+    MINOR_HUGETLBFS = 1 << 9  #: `Mode.MINOR` on huge pages. 5.13, always on.
+    MINOR_SHMEM = 1 << 10  #: `Mode.MINOR` on shared memory. 5.14, always on.
     EXACT_ADDRESS = 1 << 11  #: `PageFault.address` is not rounded to its page. 5.18.
-    WP_HUGETLBFS_SHMEM = 1 << 12  #: `Mode.WP` on huge pages and shared memory. 5.19, told.
+    WP_HUGETLBFS_SHMEM = 1 << 12  #: `Mode.WP` on huge pages and shared memory. 5.19, always on.
     WP_UNPOPULATED = 1 << 13  #: Untouched anonymous pages can be write-protected too. 6.4.
-    POISON = 1 << 14  #: `Userfaultfd.poison`. 6.6, told.
+    POISON = 1 << 14  #: `Userfaultfd.poison`. 6.6, always on.
     WP_ASYNC = 1 << 15  #: Writes only mark pages, without messages. Brings WP_UNPOPULATED. 6.7.
-    MOVE = 1 << 16  #: `Userfaultfd.move`. 6.8, told.
+    MOVE = 1 << 16  #: `Userfaultfd.move`. 6.8, always on.
 
 
 class Mode(IntFlag):

@@ -1,6 +1,6 @@
 """Arguments, looked at before the kernel sees them: addresses, sizes, ranges and buffers.
 
-The kernel says EINVAL to all that is wrong, and not what it was.
+The kernel answers EINVAL without saying which argument was wrong.
 """
 
 from __future__ import annotations

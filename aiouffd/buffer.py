@@ -719,7 +719,7 @@ class LazyBuffer(FileHints, ByteSequence):
         self._check()
         assert self._sink is not None
         if isinstance(self._source, MemorySource):
-            raise UsageError("there is nothing to record: these bytes are at hand")
+            raise UsageError("cannot record a buffer over bytes in memory: nothing is ever fetched")
         blocks: dict[int, None] = {}
         recording = Recording(
             blocks,

@@ -1,4 +1,4 @@
-"""The errors, by whose fault they are.
+"""The exception hierarchy, by who is at fault.
 
 ::
 
@@ -82,7 +82,7 @@ class ClosedError(AiouffdError):
 
 
 class _OsError(AiouffdError, OSError):
-    """Carries an errno in the way of OSError, and a message in ours."""
+    """An OSError with ``errno`` and ``strerror`` set, and our own message."""
 
     def __init__(self, message: str, *, errno: int | None = None, hint: str | None = None) -> None:
         AiouffdError.__init__(self, message, hint=hint)

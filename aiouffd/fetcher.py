@@ -149,7 +149,7 @@ class Fetcher:
                 self.flights.launch(Flight(run_first, run_count, "readahead", wanted=False))
 
     def _take(self, first: int, count: int, *, heal: bool) -> list[tuple[int, int]]:
-        """Own what can be owned of a range, as runs of at most one flight's length."""
+        """Claim the unclaimed blocks of a range, as runs of at most one flight's length."""
         runs: list[tuple[int, int]] = []
         for block in self._region.begin(first, count, heal=heal):
             # Flights end where huge pages do, so that most of them fill whole ones.

@@ -404,7 +404,7 @@ class Service:
             self._report_note(note)
         for item in unserved:
             # Not yet a complaint: a loop may be late where many threads want the GIL.
-            log.info("%s waits for a loop that does not come", item)
+            log.info("%s: its event loop does not respond", item)
         for error in failures:
             log.error("a rescue failed, and is tried again", exc_info=error)
 

@@ -162,7 +162,7 @@ class BufferSink:
     def record(self, blocks: dict[int, None]) -> None:
         """Note in ``blocks`` what is needed from now on."""
         if self._recording is not None:
-            raise UsageError("somebody records already")
+            raise UsageError("a recording is already active")
         self._set_recording(blocks)
 
     def stop_recording(self) -> None:

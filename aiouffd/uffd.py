@@ -94,7 +94,7 @@ _ENGINE_OPS: dict[str, int] = {
 
 
 def _writeprotect(fd: int, start: int, length: int, mode: int, _done: Any) -> int:
-    """UFFDIO_WRITEPROTECT, which counts nothing, in the shape of its sisters."""
+    """Adapts UFFDIO_WRITEPROTECT, which has no byte count, to the signature of the other ioctls."""
     return lib.au_abi_writeprotect(fd, start, length, mode)
 
 
@@ -209,7 +209,7 @@ class Userfaultfd:
 
     @property
     def available(self) -> Feature:
-        """All features of this kernel, those marked "told" among them.
+        """All features of this kernel, those that are always on among them.
 
         For a descriptor from elsewhere they are asked on a throw-away one.
 
@@ -291,8 +291,8 @@ class Userfaultfd:
     def register(self, start: int, length: int, mode: Mode) -> Ioctl:
         """Reports faults of [start, start + length) from now on; pages there stay.
 
-        Gives the ioctls for the range, of which the kernel promises more than every
-        kind of memory has. Holes in the range are skipped. Registering again sets the
+        Returns the ioctls that the kernel reports for the range; some fail on some kinds of
+        memory. Holes in the range are skipped. Registering again sets the
         new mode unless it is a part of the present one, which changes nothing: to
         take modes away, unregister first. Anonymous, shared and hugetlb memory can be
         registered; ordinary files only for Mode.WP with Feature.WP_ASYNC. For shared memory use

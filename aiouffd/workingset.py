@@ -83,7 +83,7 @@ class WorkingSet:
 
     @property
     def total(self) -> int:
-        """How many bytes that are."""
+        """Total length of all ranges, in bytes."""
         return sum(length for _, length in self._ranges)
 
     @property
@@ -98,7 +98,7 @@ class WorkingSet:
 
     @property
     def source(self) -> str:
-        """What people call the object."""
+        """Display name: without credentials and query."""
         return self._source
 
     def __repr__(self) -> str:

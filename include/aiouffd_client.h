@@ -1110,7 +1110,7 @@ static inline int aiouffd_search_(struct aiouffd_state_ *s)
 		}
 		if (!told && !s->options.on_event && aiouffd_now_() - since > 1000) {
 			told = 1;
-			aiouffd_say_(s, "the server is gone, who needs its pages waits", -result,
+			aiouffd_say_(s, "lost the server; threads that touch missing pages wait until one is back", -result,
 				     answer.text);
 		}
 		/* So an outage becomes an eighth longer at most.  And clients of one server spread out,

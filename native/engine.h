@@ -1,4 +1,4 @@
-/* The engine: one userfaultfd, its regions, and the way of a message.
+/* The engine: one userfaultfd, its regions, and the path of a message.
  *
  * au_engine_drain is the one native call that an event loop makes per wake-up: it
  * reads every message, folds duplicates, makes the slots of waiting threads, and

@@ -166,7 +166,7 @@ int64_t au_foreign_fill(int fd, int op, uint64_t start, const uint8_t *src, uint
 			continue;
 		}
 		if (result == 0)
-			result = -EIO; /* success without a byte: the kernel broke its word */
+			result = -EIO; /* success with no byte done: should not happen */
 		return -1 - (int64_t)(at << 8 | (uint64_t)(-result & 0xff));
 	}
 	return (int64_t)at;

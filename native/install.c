@@ -351,7 +351,7 @@ static uint64_t perform(struct run *run, int *error)
 			}
 		}
 		if (result == 0)
-			result = -EIO; /* success without a byte: the kernel broke its word */
+			result = -EIO; /* success with no byte done: should not happen */
 		if (result == -EAGAIN && ++tries < TRIES) {
 			au_count(AU_COUNT_retries_eagain, 1);
 			au_engine_pump_only(engine);

@@ -361,7 +361,7 @@ static bool computes(struct au_engine *engine, const struct round *round)
 static void stalled(struct au_engine *engine, struct round *round)
 {
 	static const char text[] =
-		"aiouffd: nothing moved for too long; waiting threads get an error (SIGBUS or EFAULT)\n";
+		"aiouffd: no progress for too long; failing threads that wait for pages (SIGBUS or EFAULT)\n";
 	uint32_t index, high = au_slots_high();
 
 	if (engine->stall_stage > 1) {

@@ -51,7 +51,7 @@ ROUNDS = int(os.environ.get("AIOUFFD_KILL_ROUNDS", "10"))
 CLIENT = ROOT / "native" / "client"
 #: What is said of outages that last; a machine can be busy.
 OUTAGE = re.compile(
-    r"(aiouffd: process \d+, \S+: (the server is gone, who needs its pages waits.*"
+    r"(aiouffd: process \d+, \S+: (lost the server; threads that touch missing pages wait.*"
     r"|a server is there again)\n)*"
 )
 

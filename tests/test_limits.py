@@ -78,4 +78,4 @@ def test_a_process_that_cannot_be_observed_gets_an_error_and_was_warned() -> Non
     result = run(NOT_DUMPABLE)
     assert result.returncode == -signal.SIGBUS, result.stderr
     assert "not dumpable" in result.stderr
-    assert "nothing moved for too long" in result.stderr
+    assert "no progress for too long" in result.stderr

@@ -89,7 +89,7 @@ def test_the_gil_held_in_the_kernel_ends_in_efault(loop_name: str, masked: bool)
     outcome = run(traps.kernel_mode_with_gil, loop_name, 0.5, masked)
     assert outcome.status == 0, outcome.stderr
     # Said at once, by the sentry, which needs nobody for it; the name follows in the log.
-    assert "nothing moved for too long" in outcome.stderr
+    assert "no progress for too long" in outcome.stderr
     assert len(outcome.stderr.splitlines()) == 1
     found = outcome.result
     assert found["errno"] == "EFAULT", moved(found)

@@ -263,7 +263,7 @@ class Handshake:
         minimum, preferred, maximum = blocks
         power = minimum > 0 and not minimum & (minimum - 1)
         if not power or minimum > 65536 or maximum < minimum or size >= 1 << 63:
-            raise NbdProtocolError("the server's sizes cannot be")
+            raise NbdProtocolError("the server sent impossible sizes")
         largest = min(maximum, wire.PAYLOAD_MAX)
         largest -= largest % minimum
         return Export(size, flags, minimum, preferred, largest, structured, allocation)

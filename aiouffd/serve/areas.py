@@ -109,7 +109,7 @@ class Area:
         states[first:last] = bytes(states[first:last]).translate(_INSTALL)
 
     def block(self, number: int, block_size: int) -> tuple[int, int]:
-        """Addresses of the first byte of a block of the object and behind its last, in here."""
+        """``[start, end)`` addresses of a block of the object within this area."""
         low = max(number * block_size, self.offset)
         high = min((number + 1) * block_size, self.offset + self.length)
         return self.start + low - self.offset, self.start + high - self.offset

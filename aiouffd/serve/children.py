@@ -118,7 +118,7 @@ class RegionBlocks(BlockStore):
         return not self._region.closed and self._region.is_resident(offset, length)
 
     def touch(self, offset: int, length: int) -> None:
-        """Have these bytes brought, as whoever touches them here has. Blocks."""
+        """Fault these bytes in through our own mapping. Blocks."""
         with contextlib.suppress(AiouffdError):
             self._region.touch(offset, length)
 

@@ -230,11 +230,11 @@ class Client:
             if area.page_size != page_size:
                 raise PeerError(f"{where} has pages of {area.page_size} bytes")
             if min(start, length, offset) < 0 or not length:
-                raise PeerError(f"{where} cannot be")
+                raise PeerError(f"{where} has a negative start or offset, or no length")
             if start % page_size or length % page_size:
                 raise PeerError(f"{where} is not made of whole pages of {page_size} bytes")
             if start + length > _ADDRESS_MAX:
-                raise PeerError(f"{where} ends behind all addresses")
+                raise PeerError(f"{where} extends past the user address space")
             total += length
             if total > limits.bytes:
                 raise PeerError(f"it has more than {limits.bytes} bytes of areas")

@@ -103,7 +103,10 @@ def make_errors_now(memory: Ending) -> None:
 
 
 def _complain(memory: object) -> None:
-    log.error("%r: it is stopped, and what it lacks may read as zeros later", memory)
+    log.error(
+        "%r: process is stopped; its missing pages could not be poisoned and may read as zeros",
+        memory,
+    )
 
 
 def _make_errors(memory: Ending) -> Iterator[bool]:

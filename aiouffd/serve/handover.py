@@ -84,7 +84,7 @@ async def _receive(channel: Channel) -> tuple[Any, list[int]]:
     head, _ = await channel.recv_exactly(LENGTH.size)
     length, count = LENGTH.unpack(head)
     if length > MESSAGE_MAX or count > FDS_MAX:
-        raise PeerError("the other server sends what cannot be")
+        raise PeerError("the other server sent an invalid hand-over")
     fds: list[int] = []
     try:
         while len(fds) < count:

@@ -201,7 +201,7 @@ class Memory:
             self.broken(error)
 
     def broken(self, error: Exception) -> None:
-        """A bug of ours is this client's end, and must not become everybody's."""
+        """An unexpected exception drops this client, not the server."""
         tell_loop(self._loop, f"{self!r} cannot be served any more", error)
         if not self._closed:
             self._end()
@@ -424,7 +424,7 @@ class Memory:
         return self._paused or self._settling is not None
 
     def _owe_nothing(self, start: int, end: int) -> None:
-        """No error is to be made where something else may be now."""
+        """Cancel pending errors in a range: the mapping has changed."""
         if self._owed:
             self._owed = {at: why for at, why in self._owed.items() if not start <= at < end}
 
@@ -618,11 +618,11 @@ class Memory:
                 # The others may be something else by now.
                 return
 
-    def poison(self, page: int, size: int, why: str = "nothing is known of it") -> None:
+    def poison(self, page: int, size: int, why: str = "it is in no registered area") -> None:
         """Make an error of a page that a thread waits for; later, if that cannot be now."""
         if self._filler.put(_POISON, page, ffi.NULL, size, size, urgent=True):
             self.stats.poisoned_pages += 1
-            log.error("%r: the page at %#x becomes an error: %s", self, page, why)
+            log.error("%r: poisoning page %#x: %s", self, page, why)
             lib.au_abi_wake(self.fd, page, size)
         elif not self._closed:
             self._owed[page] = why

@@ -1,4 +1,4 @@
-"""Descriptors for when there are none."""
+"""File descriptors held in reserve, for when there are no others (EMFILE)."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ class Stores:
         return None
 
     def name_of(self, store: BlockStore) -> str:
-        """What people call the object of a store."""
+        """Display name of the object of a store."""
         source = self.given(store)
         if isinstance(source, str | os.PathLike):
             return display_name(str(source))

@@ -576,7 +576,7 @@ def cached(source: Any, cache: bool | str | os.PathLike[str] | None, **options: 
     """``source`` with a disk cache: in the directory ``cache``, or in the usual one if True. False
     or None: ``source`` as it is. For the keyword ``cache`` of `aiouffd.open`.
 
-    ``options`` are those of `CachedSource`. What is one already stays as it is.
+    ``options`` are those of `CachedSource`. A CachedSource is returned unchanged.
     """
     if cache is None or cache is False or isinstance(source, CachedSource):
         return source
