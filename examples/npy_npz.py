@@ -2,11 +2,10 @@
 
     python examples/npy_npz.py
 
-An .npy file is a header and an array: the header is read with `await` and parsed by NumPy's public
-functions, the array is lazy memory. An .npz file is a zip archive of .npy files. What np.savez
-writes is stored as it is, so these arrays are lazy too, found through the archive's directory;
-members that are compressed (np.savez_compressed) have to be read as a whole. np.load, which
-reads the files from the disk, tells whether the arrays are right.
+An .npy file is a header and an array: the header is read with `await`, the array is lazy memory. An
+.npz file is a zip archive of .npy files. What np.savez writes is stored as it is, so these arrays
+are lazy too; members that are compressed (np.savez_compressed) are read as a whole when they are
+asked for. np.load, which reads the files from the disk, tells whether the arrays are right.
 
 Needs NumPy and aiohttp.
 """
@@ -15,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import io
-import struct
 import sys
 import tempfile
 import zipfile
@@ -33,45 +30,6 @@ except ImportError as error:
     print(f"skipped: this needs {error.name}; pip install numpy aiohttp")
     sys.exit(0)
 
-HEADER = 16 * 1024  # more than the longest header that NumPy accepts
-LOCAL = struct.Struct("<4s22xHH")  # of a zip archive's member: its magic number, two lengths
-
-
-def array_over(memory: memoryview, start: int, head: bytes) -> np.ndarray:
-    """The array of the .npy file that begins at byte `start` of `memory`, with `head`."""
-    file = io.BytesIO(head)
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-    elif version == (2, 0):
-        shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(file)
-    else:
-        raise ValueError(f"version {version} of the format is for np.load")
-    if dtype.hasobject:
-        raise ValueError("pickled objects cannot be used where they are")
-    order = "F" if fortran_order else "C"
-    return np.ndarray(shape, dtype, memory, start + file.tell(), order=order)
-
-
-def arrays_of(buffer: aiouffd.LazyBuffer) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file: over the buffer's memory where that can be, else read."""
-    found = {}
-    with buffer.file() as directory, zipfile.ZipFile(directory) as archive:
-        for member in archive.infolist():
-            name = member.filename.removesuffix(".npy")
-            if member.compress_type != zipfile.ZIP_STORED:
-                with archive.open(member) as file:
-                    found[name] = np.lib.format.read_array(file)
-                continue
-            # A header of the member's own stands before it, with a name and extra fields.
-            at = member.header_offset
-            magic, *lengths = LOCAL.unpack(buffer[at : at + LOCAL.size])
-            if magic != b"PK\3\4":
-                raise zipfile.BadZipFile(f"there is no member at byte {at}")
-            at += LOCAL.size + sum(lengths)
-            found[name] = array_over(buffer.view, at, buffer[at : at + HEADER])
-    return found
-
 
 def check(name: str, found: np.ndarray, known: np.ndarray) -> None:
     if not np.array_equal(found, known):
@@ -83,8 +41,7 @@ async def npy(folder: Path) -> None:
     path = folder / "array.npy"
     np.save(path, np.random.default_rng(1).standard_normal((4096, 1024)))
     async with served(path) as url, aiouffd.open(url) as buffer:
-        head = await buffer.read(0, min(HEADER, len(buffer)))
-        array = array_over(buffer.view, 0, head)
+        array = await aiouffd.formats.load_npy(buffer)
         print(f"{url}: {array.dtype}{list(array.shape)}")
         rows = await asyncio.to_thread(lambda: array[[5, 1000, 3000]])
         check("three rows", rows, np.load(path)[[5, 1000, 3000]])
@@ -99,13 +56,13 @@ async def npz(folder: Path) -> None:
     with zipfile.ZipFile(path, "a") as archive, zipfile.ZipFile(packed) as other:
         archive.writestr("labels.npy", other.read("labels.npy"), zipfile.ZIP_DEFLATED)
     async with served(path) as url, aiouffd.open(url, readahead=0) as buffer:
-        arrays = await asyncio.to_thread(arrays_of, buffer)
+        arrays = await aiouffd.formats.load_npz(buffer)
         print(f"{url}: {', '.join(arrays)}")
         print(f"all of them, with {buffer.stats.fetched_bytes:,} of {len(buffer):,} bytes fetched")
         row = await asyncio.to_thread(arrays["part6"][300].copy)
         with np.load(path) as known:
             check("row 300 of part6", row, known["part6"][300])
-            check("labels", arrays["labels"], known["labels"])
+            check("labels", await asyncio.to_thread(lambda: arrays["labels"]), known["labels"])
         print(f"{buffer.stats.fetched_bytes:,} of {len(buffer):,} bytes fetched")
 
 
