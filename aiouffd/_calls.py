@@ -26,6 +26,8 @@ class _Calls(Protocol):
     AU_CONTINUE_MODE_DONTWAKE: int
     AU_CONTINUE_MODE_WP: int
     AU_POISON_MODE_DONTWAKE: int
+    AU_RWPROTECT_MODE_RWP: int
+    AU_RWPROTECT_MODE_DONTWAKE: int
     AU_PM_SCAN_WP_MATCHING: int
     AU_PM_SCAN_CHECK_WPASYNC: int
     AU_ENGINE_RAW: int
@@ -38,6 +40,7 @@ class _Calls(Protocol):
     AU_OP_CONTINUE: int
     AU_OP_MOVE: int
     AU_OP_WRITEPROTECT: int
+    AU_OP_RWPROTECT: int
     AU_OP_POISON: int
     AU_OP_WAKE: int
     au_shared: Any
@@ -66,6 +69,8 @@ class _Calls(Protocol):
         self, fd: int, dst: int, src: int, len: int, mode: int, done: Any, /
     ) -> int: ...
     def au_abi_writeprotect(self, fd: int, start: int, len: int, mode: int, /) -> int: ...
+    def au_abi_rwprotect(self, fd: int, start: int, len: int, mode: int, /) -> int: ...
+    def au_abi_set_mode(self, fd: int, enable: int, disable: int, /) -> int: ...
     def au_abi_read(self, fd: int, msgs: Any, max: int, /) -> int: ...
     def au_abi_pagemap_scan(self, fd: int, arg: Any, /) -> int: ...
 

@@ -1,4 +1,4 @@
-"""The words of the userfaultfd ABI: features, modes, ioctls and messages, complete to Linux 6.18.
+"""The words of the userfaultfd ABI: features, modes, ioctls and messages, complete to Linux 7.3.
 
 Plain values without any behaviour. The numbers are the kernel's; tests compare them with the
 compiled ones. A bit that a newer kernel knows and this module does not is kept as it is.
@@ -11,6 +11,8 @@ from enum import IntEnum, IntFlag
 from typing import TypeAlias
 
 __all__ = [
+    "CATEGORY_SINCE",
+    "SINCE",
     "Event",
     "FaultFlag",
     "Feature",
@@ -51,6 +53,32 @@ class Feature(IntFlag):
     POISON = 1 << 14  #: `Userfaultfd.poison`. 6.6, always on.
     WP_ASYNC = 1 << 15  #: Writes only mark pages, without messages. Brings WP_UNPOPULATED. 6.7.
     MOVE = 1 << 16  #: `Userfaultfd.move`. 6.8, always on.
+    RWP = 1 << 17  #: `Mode.RWP` and `Userfaultfd.rwprotect`. 7.3.
+    RWP_ASYNC = 1 << 18  #: Accesses only mark pages, without messages. Brings RWP. 7.3.
+
+
+#: The first kernel with each feature, as its version.
+SINCE: dict[Feature, str] = {
+    Feature.PAGEFAULT_FLAG_WP: "5.7",
+    Feature.EVENT_FORK: "4.11",
+    Feature.EVENT_REMAP: "4.11",
+    Feature.EVENT_REMOVE: "4.11",
+    Feature.MISSING_HUGETLBFS: "4.11",
+    Feature.MISSING_SHMEM: "4.11",
+    Feature.EVENT_UNMAP: "4.11",
+    Feature.SIGBUS: "4.14",
+    Feature.THREAD_ID: "4.14",
+    Feature.MINOR_HUGETLBFS: "5.13",
+    Feature.MINOR_SHMEM: "5.14",
+    Feature.EXACT_ADDRESS: "5.18",
+    Feature.WP_HUGETLBFS_SHMEM: "5.19",
+    Feature.WP_UNPOPULATED: "6.4",
+    Feature.POISON: "6.6",
+    Feature.WP_ASYNC: "6.7",
+    Feature.MOVE: "6.8",
+    Feature.RWP: "7.3",
+    Feature.RWP_ASYNC: "7.3",
+}
 
 
 class Mode(IntFlag):
@@ -59,6 +87,7 @@ class Mode(IntFlag):
     MISSING = 1 << 0  #: There is no page. 4.3.
     WP = 1 << 1  #: A write to a page that `Userfaultfd.writeprotect` covers. 5.7.
     MINOR = 1 << 2  #: The page is in the page cache but not mapped here. 5.13.
+    RWP = 1 << 3  #: Any access to a page that `Userfaultfd.rwprotect` covers; not with WP. 7.3.
 
 
 class Ioctl(IntFlag):
@@ -73,6 +102,8 @@ class Ioctl(IntFlag):
     WRITEPROTECT = 1 << 0x06
     CONTINUE = 1 << 0x07
     POISON = 1 << 0x08
+    RWPROTECT = 1 << 0x09
+    SET_MODE = 1 << 0x0A
     API = 1 << 0x3F
 
 
@@ -92,6 +123,7 @@ class FaultFlag(IntFlag):
     WRITE = 1 << 0  #: The access was a write.
     WP = 1 << 1  #: The page is there but write-protected.
     MINOR = 1 << 2  #: The page is in the page cache; `Userfaultfd.continue_` maps it.
+    RWP = 1 << 3  #: The page is there but protected from reads and writes. 7.3.
 
 
 class PageCategory(IntFlag):
@@ -106,6 +138,15 @@ class PageCategory(IntFlag):
     HUGE = 1 << 6  #: Part of a huge page, transparent or not.
     SOFT_DIRTY = 1 << 7  #: 6.8.
     GUARD = 1 << 8  #: Made by MADV_GUARD_INSTALL. 6.15.
+    ACCESSED = 1 << 9  #: Read or written since it was last protected by ``rwprotect``. 7.3.
+
+
+#: The first kernel with the categories that came after `Userfaultfd.scan` itself.
+CATEGORY_SINCE: dict[PageCategory, str] = {
+    PageCategory.SOFT_DIRTY: "6.8",
+    PageCategory.GUARD: "6.15",
+    PageCategory.ACCESSED: "7.3",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +181,19 @@ class PageFault:
         return bool(self.flags & FaultFlag.MINOR)
 
     @property
+    def is_rwp(self) -> bool:
+        """The page is there and protected from any access: answer with
+        ``rwprotect(protect=False)``."""
+        return bool(self.flags & FaultFlag.RWP)
+
+    @property
     def is_missing(self) -> bool:
-        """There is no page: answer with ``copy``, ``zeropage``, ``move`` or ``poison``."""
-        return not self.flags & (FaultFlag.WP | FaultFlag.MINOR)
+        """There is no page: answer with ``copy``, ``zeropage``, ``move`` or ``poison``.
+
+        Not with a flag that has no name here, for all but WRITE have been reasons so far; a
+        descriptor gets none that it did not ask for.
+        """
+        return not int(self.flags) & ~int(FaultFlag.WRITE)
 
 
 @dataclass(frozen=True, slots=True)

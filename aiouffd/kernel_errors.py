@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import os
 
-from aiouffd.errors import KernelError
+from aiouffd.abi import SINCE, Feature
+from aiouffd.errors import KernelError, UnsupportedError
 
-__all__ = ["describe", "kernel_error"]
+__all__ = ["describe", "kernel_error", "lacking_error", "unsupported"]
 
 _HINTS: dict[int, str] = {
     errno.EAGAIN: "mappings are changing: read all messages, pause, try again",
@@ -30,7 +31,8 @@ _HINTS_OF: dict[tuple[str, int], str] = {
     ("register", errno.EPERM): "a shared mapping of a file that was opened read-only or sealed"
     " against writes cannot be registered",
     ("register", errno.EINVAL): "this kind of memory cannot be registered in this mode:"
-    " MISSING and WP need anonymous, shared or hugetlb memory, MINOR shared or hugetlb memory",
+    " MISSING, WP and RWP need anonymous, shared or hugetlb memory, MINOR shared or hugetlb memory,"
+    " and RWP does not go with WP",
     ("unregister", errno.EINVAL): "nothing is mapped there, another userfaultfd has it, or the"
     " range is not aligned to the huge page",
     ("copy", errno.EINVAL): "wp=True needs a range registered with Mode.WP, and on hugetlb all must"
@@ -48,6 +50,8 @@ _HINTS_OF: dict[tuple[str, int], str] = {
     ("poison", errno.EINVAL): "poison needs Linux 6.6; on hugetlb all must be aligned to the huge"
     " page",
     ("writeprotect", errno.ENOENT): "part of the range is not registered with Mode.WP; what came"
+    " before that part is done",
+    ("rwprotect", errno.ENOENT): "part of the range is not registered with Mode.RWP; what came"
     " before that part is done",
     ("read", errno.EMFILE): "a fork waits for a free descriptor: close some, or raise"
     " RLIMIT_NOFILE",
@@ -68,6 +72,35 @@ def kernel_error(name: str, code: int, what: str, done: int = 0) -> KernelError:
         errno=code,
         done=done,
         hint=hint or None,
+    )
+
+
+def lacking_error(
+    name: str, needed: Feature, available: Feature, hint: str | None = None
+) -> UnsupportedError | None:
+    """The error of calling ``name``, if this kernel lacks some of the features that it needs.
+
+    The kernel says EINVAL to a call that it does not know, as to one with a wrong argument.
+    """
+    # As numbers, because inverting a flag forgets the bits that it has no name for.
+    bits = [1 << bit for bit in range(64) if int(needed) & ~int(available) & 1 << bit]
+    if not bits:
+        return None
+    return unsupported(name, ", ".join(_with_version(Feature(bit)) for bit in bits), hint)
+
+
+def _with_version(feature: Feature) -> str:
+    since = SINCE.get(feature)
+    return f"{feature.name} (Linux {since})" if since else hex(feature)
+
+
+def unsupported(name: str, what: str, hint: str | None = None) -> UnsupportedError:
+    """The error of calling ``name`` for ``what``, which this kernel does not have."""
+    return UnsupportedError(
+        f"{name}: Linux {os.uname().release} does not have: {what}",
+        errno=errno.EINVAL,
+        hint=hint
+        or "leave it out, or run a newer kernel; `aiouffd doctor` tells what this one offers",
     )
 
 

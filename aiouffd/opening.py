@@ -27,7 +27,7 @@ from aiouffd._calls import lib
 from aiouffd._lib import ffi
 from aiouffd.abi import Feature, Ioctl
 from aiouffd.errors import UnsupportedError, UsageError
-from aiouffd.kernel_errors import kernel_error
+from aiouffd.kernel_errors import kernel_error, lacking_error
 
 __all__ = [
     "Attempt",
@@ -213,16 +213,9 @@ def _handshake_error(code: int, wanted: Feature, path: Path | None) -> Exception
             hint="it needs CAP_SYS_PTRACE; leave the feature out, or run with that capability",
         )
     if code == errno.EINVAL:
-        # As numbers, because inverting a flag forgets the bits that it has no name for.
-        lacking = Feature(int(wanted) & ~int(kernel_features(path)))
-        if lacking:
-            names = ", ".join(feature.name or hex(feature) for feature in single_bits(lacking))
-            return UnsupportedError(
-                f"Linux {os.uname().release} does not have: {names}",
-                errno=code,
-                hint="leave them out, or run a newer kernel; kernel_features() tells which"
-                " there are",
-            )
+        lacking = lacking_error("handshake", wanted, kernel_features(path))
+        if lacking is not None:
+            return lacking
     return kernel_error("handshake", code, "a new userfaultfd")
 
 

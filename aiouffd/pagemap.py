@@ -11,11 +11,11 @@ import errno
 from typing import Any
 
 from aiouffd._calls import lib
-from aiouffd._lib import ffi
-from aiouffd.abi import PageCategory, PageRegion
+from aiouffd._lib import PAGE_SIZE, ffi
+from aiouffd.abi import CATEGORY_SINCE, PageCategory, PageRegion
 from aiouffd.arguments import view_address
 from aiouffd.errors import UnsupportedError
-from aiouffd.kernel_errors import describe, kernel_error
+from aiouffd.kernel_errors import describe, kernel_error, unsupported
 
 __all__ = ["scan_pages"]
 
@@ -57,6 +57,8 @@ def scan_pages(
                 errno=errno.ENOTTY,
                 hint="scan() needs Linux 6.7",
             )
+        if count == -errno.EINVAL and (lacking := _unknown_categories(pagemap, arg)):
+            raise unsupported("scan", lacking)
         if count < 0:
             raise kernel_error("scan", -count, describe(start, length), position - start)
         for i in range(count):
@@ -65,6 +67,19 @@ def scan_pages(
             raise kernel_error("scan", errno.EIO, describe(position, end - position))
         position = arg.walk_end
     return regions
+
+
+def _unknown_categories(pagemap: int, failed: Any) -> str:
+    """Which categories of a scan that failed this kernel does not know, and their versions."""
+    used = failed.category_mask | failed.category_anyof_mask | failed.return_mask
+    unknown = []
+    for category, since in CATEGORY_SINCE.items():
+        if used & category:
+            arg = ffi.new("struct au_pm_scan_arg *")
+            arg.end, arg.category_mask = PAGE_SIZE, category
+            if lib.au_abi_pagemap_scan(pagemap, arg) == -errno.EINVAL:
+                unknown.append(f"PageCategory.{category.name} (Linux {since})")
+    return ", ".join(unknown)
 
 
 def _append_region(regions: list[PageRegion], raw: Any) -> None:

@@ -18,10 +18,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ._lib import ffi, lib, pin
+from .abi import Feature
 from .errors import ClosedError, KernelError, UsageError
 from .exports import Exports
 from .fault import BlockSink, Errors, Handler, Kind
 from .handlers import HandlerSink
+from .kernel_errors import lacking_error
 from .results import unpack
 
 if TYPE_CHECKING:
@@ -34,6 +36,12 @@ KINDS: dict[str, int] = {
     "memfd": lib.AU_KIND_MEMFD,
     "hugetlb": lib.AU_KIND_HUGETLB,
     "hugetlb-memfd": lib.AU_KIND_HUGETLB_MEMFD,
+}
+#: What the kernel must have for kinds that not all have, see `register_memory` in native/region.c.
+_NEEDED: dict[str, Feature] = {
+    "memfd": Feature.MISSING_SHMEM | Feature.MINOR_SHMEM,
+    "hugetlb": Feature.MISSING_HUGETLBFS,
+    "hugetlb-memfd": Feature.MISSING_HUGETLBFS | Feature.MINOR_HUGETLBFS,
 }
 
 _COPY: int = lib.AU_OP_COPY
@@ -85,6 +93,10 @@ class Region:
         )
         if native == ffi.NULL:
             if error[0] == errno.EINVAL:
+                hint = "use kind='anonymous', or run a newer kernel"
+                needed = _NEEDED.get(kind, Feature(0))
+                if lacking := lacking_error(f"{kind} memory", needed, pager.uffd.available, hint):
+                    raise lacking
                 raise UsageError(
                     f"cannot map {length} bytes of {kind} memory in blocks of {block_size}",
                     hint="the block size is a power of two and at least one page",

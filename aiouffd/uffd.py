@@ -56,8 +56,8 @@ from aiouffd.arguments import (
     view_address,
 )
 from aiouffd.descriptor import Descriptor
-from aiouffd.errors import ClosedError, UsageError
-from aiouffd.kernel_errors import describe, kernel_error
+from aiouffd.errors import ClosedError, KernelError, UnsupportedError, UsageError
+from aiouffd.kernel_errors import describe, kernel_error, lacking_error
 from aiouffd.messages import Messages
 from aiouffd.opening import (
     Attempt,
@@ -88,6 +88,7 @@ _ENGINE_OPS: dict[str, int] = {
     "continue_": lib.AU_OP_CONTINUE,
     "move": lib.AU_OP_MOVE,
     "writeprotect": lib.AU_OP_WRITEPROTECT,
+    "rwprotect": lib.AU_OP_RWPROTECT,
     "poison": lib.AU_OP_POISON,
     "wake": lib.AU_OP_WAKE,
 }
@@ -96,6 +97,28 @@ _ENGINE_OPS: dict[str, int] = {
 def _writeprotect(fd: int, start: int, length: int, mode: int, _done: Any) -> int:
     """Adapts UFFDIO_WRITEPROTECT, which has no byte count, to the signature of the other ioctls."""
     return lib.au_abi_writeprotect(fd, start, length, mode)
+
+
+def _rwprotect(fd: int, start: int, length: int, mode: int, _done: Any) -> int:
+    """UFFDIO_RWPROTECT, in the same shape."""
+    return lib.au_abi_rwprotect(fd, start, length, mode)
+
+
+#: The features without which a call, or a mode of ``register``, may be refused; all that some kind
+#: of memory needs, for the kernel does not say which it was.
+_NEEDED: dict[str, Feature] = {
+    "continue_": Feature.MINOR_HUGETLBFS | Feature.MINOR_SHMEM,
+    "move": Feature.MOVE,
+    "writeprotect": Feature.PAGEFAULT_FLAG_WP,
+    "rwprotect": Feature.RWP,
+    "set_mode": Feature.RWP_ASYNC,
+    "poison": Feature.POISON,
+}
+_NEEDED_BY_MODE: dict[Mode, Feature] = {
+    Mode.WP: Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM,
+    Mode.MINOR: Feature.MINOR_HUGETLBFS | Feature.MINOR_SHMEM,
+    Mode.RWP: Feature.RWP,
+}
 
 
 class Userfaultfd:
@@ -146,6 +169,10 @@ class Userfaultfd:
             path = cast("Path", check_number("Userfaultfd", "path", path))
         # The engine has to know who waits; without it nobody who holds the GIL can be served.
         wanted = Feature(check_number("Userfaultfd", "features", features)) | Feature.THREAD_ID
+        if wanted & Feature.WP_ASYNC:
+            wanted |= Feature.WP_UNPOPULATED
+        if wanted & Feature.RWP_ASYNC:
+            wanted |= Feature.RWP
         if user_mode_only is None:
             try:
                 fd, via = open_descriptor(path, False)
@@ -157,8 +184,6 @@ class Userfaultfd:
             fd, via = open_descriptor(path, user_mode_only)
         try:
             offered, ioctls = handshake(fd, wanted, path)
-            if wanted & Feature.WP_ASYNC:
-                wanted |= Feature.WP_UNPOPULATED
             self._setup(fd, own=True, features=wanted, ioctls=ioctls)
         except BaseException:
             os.close(fd)
@@ -296,20 +321,30 @@ class Userfaultfd:
         new mode unless it is a part of the present one, which changes nothing: to
         take modes away, unregister first. Anonymous, shared and hugetlb memory can be
         registered; ordinary files only for Mode.WP with Feature.WP_ASYNC. For shared memory use
-        MISSING and MINOR together.
+        MISSING and MINOR together. `Mode.RWP` needs Feature.RWP at creation, and no WP.
 
-        :raises UsageError: if the range is not whole pages, or ``mode`` is empty or unknown.
+        :raises UsageError: if the range is not whole pages, or ``mode`` is empty, unknown, or RWP
+            without its feature.
+        :raises UnsupportedError: if this kernel lacks what the mode may need.
         :raises KernelError: EINVAL for memory that cannot be registered so, EBUSY if another
             userfaultfd has it, EPERM for a shared mapping of an unwritable file,
             ENOMEM if the owner is gone.
 
-        Linux 4.3; WP 5.7, MINOR 5.13.
+        Linux 4.3; WP 5.7 (shared memory and hugetlb 5.19), MINOR 5.13 (shared memory 5.14), RWP
+        7.3.
         """
         start, length = check_range("register", start, length)
         bits = check_number("register", "mode", mode)
-        if not bits or bits & ~int(Mode.MISSING | Mode.WP | Mode.MINOR):
+        if not bits or bits & ~int(Mode.MISSING | Mode.WP | Mode.MINOR | Mode.RWP):
             raise UsageError(
-                f"register: mode {mode!r} is not a combination of MISSING, WP and MINOR"
+                f"register: mode {mode!r} is not a combination of MISSING, WP, MINOR and RWP"
+            )
+        if bits & Mode.RWP and not self._features & Feature.RWP:
+            if error := lacking_error("register", Feature.RWP, self.available):
+                raise error
+            raise UsageError(
+                "register: Mode.RWP needs a userfaultfd with Feature.RWP",
+                hint="create it with Userfaultfd(Feature.RWP), or with Feature.RWP_ASYNC",
             )
         ioctls = ffi.new("uint64_t *")
         fd = self._descriptor.enter("register")
@@ -320,8 +355,20 @@ class Userfaultfd:
         finally:
             self._descriptor.leave()
         if rc:
-            raise kernel_error("register", -rc, describe(start, length))
+            needed = Feature(0)
+            for each, features in _NEEDED_BY_MODE.items():
+                needed |= features if bits & each else Feature(0)
+            raise self._error("register", -rc, needed, describe(start, length))
         return Ioctl(int(ioctls[0]))
+
+    def _error(
+        self, name: str, code: int, needed: Feature, what: str, done: int = 0
+    ) -> KernelError | UnsupportedError:
+        """The error of an ioctl that may need some features."""
+        lacking = None
+        if code == errno.EINVAL and needed:
+            lacking = lacking_error(name, needed, self.available)
+        return lacking or kernel_error(name, code, what, done)
 
     def unregister(self, start: int, length: int) -> None:
         """Reports nothing more of [start, start + length), and wakes all who wait there.
@@ -381,7 +428,8 @@ class Userfaultfd:
         count = int(done[0])
         if partial and count and rc == -errno.EAGAIN:
             return count
-        raise kernel_error(name, -rc, describe(start, length), count)
+        needed = _NEEDED.get(name, Feature(0))
+        raise self._error(name, -rc, needed, describe(start, length), count)
 
     def copy(
         self,
@@ -538,6 +586,60 @@ class Userfaultfd:
         else:
             mode = 0 if wake else lib.AU_WRITEPROTECT_MODE_DONTWAKE
         self._resolve("writeprotect", _writeprotect, start, length, start, length, mode)
+
+    def rwprotect(self, start: int, length: int, *, protect: bool, wake: bool = True) -> None:
+        """Protects the pages of [start, start + length) from any access, or lets them be used.
+
+        An access to a protected page is a fault with `PageFault.is_rwp`, or with Feature.RWP_ASYNC
+        only makes it `PageCategory.ACCESSED` for ``scan``: so a program learns which of its pages
+        are in use. ``protect=False`` is the answer to such a fault, and wakes waiters unless
+        ``wake=False``; protecting wakes nobody. A huge page is protected and accessed as a whole.
+
+        :raises UsageError: if the range is not whole pages.
+        :raises UnsupportedError: before Linux 7.3.
+        :raises KernelError: ENOENT if part is not registered with Mode.RWP, EAGAIN if mappings are
+            changing, ESRCH if the owner is gone.
+
+        Linux 7.3.
+        """
+        start, length = check_range("rwprotect", start, length)
+        if protect:
+            mode = lib.AU_RWPROTECT_MODE_RWP
+        else:
+            mode = 0 if wake else lib.AU_RWPROTECT_MODE_DONTWAKE
+        self._resolve("rwprotect", _rwprotect, start, length, start, length, mode)
+
+    def set_mode(
+        self,
+        *,
+        enable: Feature = Feature(0),  # noqa: B008
+        disable: Feature = Feature(0),  # noqa: B008
+    ) -> None:
+        """Switches features on and off while the descriptor is in use: Feature.RWP_ASYNC alone.
+
+        ``features`` tells the new state. Switched off, accesses to protected pages are told by
+        messages from then on.
+
+        :raises UsageError: if a feature is in both.
+        :raises UnsupportedError: before Linux 7.3.
+        :raises KernelError: EINVAL for any other feature, or without Feature.RWP.
+
+        Any thread may call it. Linux 7.3.
+        """
+        on = check_number("set_mode", "enable", enable)
+        off = check_number("set_mode", "disable", disable)
+        if on & off:
+            raise UsageError(f"set_mode: {Feature(on & off)!r} is to be enabled and disabled")
+        fd = self._descriptor.enter("set_mode")
+        try:
+            rc = lib.au_abi_set_mode(fd, on, off)
+            if rc == 0:
+                self._features = Feature((int(self._features) | on) & ~off)
+        finally:
+            self._descriptor.leave()
+        if rc:
+            what = f"enable {Feature(on)!r}, disable {Feature(off)!r}"
+            raise self._error("set_mode", -rc, _NEEDED["set_mode"], what)
 
     def poison(self, start: int, length: int, *, wake: bool = True, partial: bool = False) -> int:
         """Makes the missing pages of [start, start + length) unusable, and wakes waiters.

@@ -137,6 +137,20 @@ int au_abi_writeprotect(int fd, uint64_t start, uint64_t len, uint64_t mode)
 	return call(fd, AU_UFFDIO_WRITEPROTECT, &arg);
 }
 
+int au_abi_rwprotect(int fd, uint64_t start, uint64_t len, uint64_t mode)
+{
+	struct au_uffdio_rwprotect arg = { .range = { start, len }, .mode = mode };
+
+	return call(fd, AU_UFFDIO_RWPROTECT, &arg);
+}
+
+int au_abi_set_mode(int fd, uint64_t enable, uint64_t disable)
+{
+	struct au_uffdio_set_mode arg = { .enable = enable, .disable = disable };
+
+	return call(fd, AU_UFFDIO_SET_MODE, &arg);
+}
+
 long au_abi_read(int fd, struct au_uffd_msg *msgs, int max)
 {
 	ssize_t got;

@@ -40,6 +40,10 @@ int au_abi_continue(int fd, uint64_t start, uint64_t len, uint64_t mode, int64_t
 int au_abi_poison(int fd, uint64_t start, uint64_t len, uint64_t mode, int64_t *done);
 int au_abi_move(int fd, uint64_t dst, uint64_t src, uint64_t len, uint64_t mode, int64_t *done);
 int au_abi_writeprotect(int fd, uint64_t start, uint64_t len, uint64_t mode);
+int au_abi_rwprotect(int fd, uint64_t start, uint64_t len, uint64_t mode); /* 7.3 */
+
+/* Switches features on and off after the handshake: AU_FEATURE_RWP_ASYNC alone. 7.3 */
+int au_abi_set_mode(int fd, uint64_t enable, uint64_t disable);
 
 /* Reads up to `max` messages: how many (> 0), or a negated errno; -EAGAIN when there are none. */
 long au_abi_read(int fd, struct au_uffd_msg *msgs, int max);

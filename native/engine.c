@@ -754,6 +754,8 @@ static int issue(struct au_engine *engine, int op, uint64_t start, uint64_t sour
 		return au_abi_move(engine->fd, start, source, length, mode, done);
 	case AU_OP_WRITEPROTECT:
 		return au_abi_writeprotect(engine->fd, start, length, mode);
+	case AU_OP_RWPROTECT:
+		return au_abi_rwprotect(engine->fd, start, length, mode);
 	case AU_OP_WAKE:
 		return au_abi_wake(engine->fd, start, length);
 	default:

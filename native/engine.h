@@ -123,6 +123,7 @@ enum au_op {
 	AU_OP_CONTINUE,
 	AU_OP_MOVE,
 	AU_OP_WRITEPROTECT,
+	AU_OP_RWPROTECT,
 	AU_OP_WAKE,
 };
 int au_engine_resolve(struct au_engine *engine, int op, uint64_t start, uint64_t source,

@@ -1,11 +1,11 @@
-/* The userfaultfd ABI, complete to Linux 6.18, under the project's own names.
+/* The userfaultfd ABI, complete to Linux 7.3, under the project's own names.
  *
  * Distributions ship old kernel headers (Debian 12's lacks POISON, MOVE, WP_ASYNC and the whole
  * of PAGEMAP_SCAN), and a program built there must still use what the running kernel offers. So
  * nothing here depends on <linux/userfaultfd.h>; uapi_check.c compares each value with it where it
  * has one.
  *
- * Bits and ioctls that no released kernel had by 6.18 are left out on purpose: they may change.
+ * Bits and ioctls that no released kernel had by 7.3 are left out on purpose: they may change.
  *
  * The number in a comment is the first kernel with the feature.
  */
@@ -34,6 +34,7 @@
 	 ((unsigned)(type) << 8) | (unsigned)(number))
 #define AU_IO(type, number) AU_IOC(AU_IOC_NONE, type, number, 0)
 #define AU_IOR(type, number, argument) AU_IOC(AU_IOC_READ, type, number, sizeof(argument))
+#define AU_IOW(type, number, argument) AU_IOC(AU_IOC_WRITE, type, number, sizeof(argument))
 #define AU_IOWR(type, number, argument) \
 	AU_IOC(AU_IOC_READ | AU_IOC_WRITE, type, number, sizeof(argument))
 
@@ -66,6 +67,8 @@
 #define AU_FEATURE_POISON (UINT64_C(1) << 14)              /* 6.6, probe only */
 #define AU_FEATURE_WP_ASYNC (UINT64_C(1) << 15)            /* 6.7, brings WP_UNPOPULATED */
 #define AU_FEATURE_MOVE (UINT64_C(1) << 16)                /* 6.8, probe only */
+#define AU_FEATURE_RWP (UINT64_C(1) << 17)                 /* 7.3 */
+#define AU_FEATURE_RWP_ASYNC (UINT64_C(1) << 18)           /* 7.3, with RWP only */
 
 struct au_uffdio_api {
 	uint64_t api;      /* in: AU_UFFD_API */
@@ -85,6 +88,8 @@ struct au_uffdio_api {
 #define AU_UFFDIO_NR_WRITEPROTECT 0x06
 #define AU_UFFDIO_NR_CONTINUE 0x07
 #define AU_UFFDIO_NR_POISON 0x08
+#define AU_UFFDIO_NR_RWPROTECT 0x09
+#define AU_UFFDIO_NR_SET_MODE 0x0A
 #define AU_UFFDIO_NR_API 0x3F
 
 struct au_uffdio_range {
@@ -95,6 +100,7 @@ struct au_uffdio_range {
 #define AU_REGISTER_MODE_MISSING (UINT64_C(1) << 0) /* 4.3 */
 #define AU_REGISTER_MODE_WP (UINT64_C(1) << 1)      /* 5.7 */
 #define AU_REGISTER_MODE_MINOR (UINT64_C(1) << 2)   /* 5.13 */
+#define AU_REGISTER_MODE_RWP (UINT64_C(1) << 3)     /* 7.3, not together with WP */
 
 struct au_uffdio_register {
 	struct au_uffdio_range range;
@@ -158,6 +164,20 @@ struct au_uffdio_poison { /* 6.6 */
 	int64_t updated; /* out: bytes, or a negated errno */
 };
 
+/* As WRITEPROTECT, DONTWAKE included. */
+#define AU_RWPROTECT_MODE_RWP (UINT64_C(1) << 0)
+#define AU_RWPROTECT_MODE_DONTWAKE (UINT64_C(1) << 1)
+
+struct au_uffdio_rwprotect { /* 7.3 */
+	struct au_uffdio_range range;
+	uint64_t mode;
+};
+
+struct au_uffdio_set_mode { /* 7.3; of AU_FEATURE_*: RWP_ASYNC alone */
+	uint64_t enable;
+	uint64_t disable;
+};
+
 /* UNREGISTER and WAKE should have been _IOW; the mistake is part of the ABI. */
 #define AU_UFFDIO_API AU_IOWR(0xAA, AU_UFFDIO_NR_API, struct au_uffdio_api)
 #define AU_UFFDIO_REGISTER AU_IOWR(0xAA, AU_UFFDIO_NR_REGISTER, struct au_uffdio_register)
@@ -170,6 +190,8 @@ struct au_uffdio_poison { /* 6.6 */
 	AU_IOWR(0xAA, AU_UFFDIO_NR_WRITEPROTECT, struct au_uffdio_writeprotect)
 #define AU_UFFDIO_CONTINUE AU_IOWR(0xAA, AU_UFFDIO_NR_CONTINUE, struct au_uffdio_continue)
 #define AU_UFFDIO_POISON AU_IOWR(0xAA, AU_UFFDIO_NR_POISON, struct au_uffdio_poison)
+#define AU_UFFDIO_RWPROTECT AU_IOWR(0xAA, AU_UFFDIO_NR_RWPROTECT, struct au_uffdio_rwprotect)
+#define AU_UFFDIO_SET_MODE AU_IOW(0xAA, AU_UFFDIO_NR_SET_MODE, struct au_uffdio_set_mode)
 
 /* ---- messages ---- */
 
@@ -182,6 +204,7 @@ struct au_uffdio_poison { /* 6.6 */
 #define AU_PAGEFAULT_FLAG_WRITE (UINT64_C(1) << 0)
 #define AU_PAGEFAULT_FLAG_WP (UINT64_C(1) << 1)
 #define AU_PAGEFAULT_FLAG_MINOR (UINT64_C(1) << 2)
+#define AU_PAGEFAULT_FLAG_RWP (UINT64_C(1) << 3) /* 7.3 */
 
 /* The kernel's is packed; every field is naturally aligned, so this one need not be. */
 struct au_uffd_msg {
@@ -226,6 +249,7 @@ struct au_uffd_msg {
 #define AU_PAGE_IS_HUGE (UINT64_C(1) << 6)
 #define AU_PAGE_IS_SOFT_DIRTY (UINT64_C(1) << 7) /* 6.8 */
 #define AU_PAGE_IS_GUARD (UINT64_C(1) << 8)      /* 6.15 */
+#define AU_PAGE_IS_ACCESSED (UINT64_C(1) << 9)   /* 7.3 */
 
 #define AU_PM_SCAN_WP_MATCHING (UINT64_C(1) << 0)
 #define AU_PM_SCAN_CHECK_WPASYNC (UINT64_C(1) << 1)
@@ -262,6 +286,8 @@ _Static_assert(sizeof(struct au_uffdio_move) == 40, "uffdio_move");
 _Static_assert(sizeof(struct au_uffdio_writeprotect) == 24, "uffdio_writeprotect");
 _Static_assert(sizeof(struct au_uffdio_continue) == 32, "uffdio_continue");
 _Static_assert(sizeof(struct au_uffdio_poison) == 32, "uffdio_poison");
+_Static_assert(sizeof(struct au_uffdio_rwprotect) == 24, "uffdio_rwprotect");
+_Static_assert(sizeof(struct au_uffdio_set_mode) == 16, "uffdio_set_mode");
 _Static_assert(sizeof(struct au_uffd_msg) == 32, "uffd_msg");
 _Static_assert(offsetof(struct au_uffd_msg, arg) == 8, "uffd_msg.arg");
 _Static_assert(sizeof(struct au_page_region) == 24, "page_region");

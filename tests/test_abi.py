@@ -6,12 +6,12 @@ import dataclasses
 import shutil
 import subprocess
 import tempfile
-from enum import Enum
+from enum import Enum, IntFlag
 from pathlib import Path
 
 import pytest
 
-from aiouffd import abi
+from aiouffd import abi, messages
 from aiouffd._lib import PAGE_SIZE, ffi, lib
 
 NATIVE = Path(__file__).resolve().parent.parent / "native"
@@ -90,6 +90,8 @@ def test_the_comparison_can_fail() -> None:
         ("AU_UFFDIO_WRITEPROTECT", 0xC018AA06),
         ("AU_UFFDIO_CONTINUE", 0xC020AA07),
         ("AU_UFFDIO_POISON", 0xC020AA08),
+        ("AU_UFFDIO_RWPROTECT", 0xC018AA09),
+        ("AU_UFFDIO_SET_MODE", 0x4010AA0A),
         ("AU_USERFAULTFD_IOC_NEW", 0xAA00),
         ("AU_PAGEMAP_SCAN", 0xC0606610),
     ],
@@ -110,25 +112,24 @@ def is_classic_ioc() -> bool:
 
 
 @pytest.mark.parametrize(
-    ("flags", "missing", "write", "wp", "minor"),
+    ("flags", "kinds"),
     [
-        (0, True, False, False, False),
-        (1, True, True, False, False),
-        (3, False, True, True, False),
-        (4, False, False, False, True),
-        (5, False, True, False, True),
+        (0, "missing"),
+        (1, "missing write"),
+        (3, "wp write"),
+        (4, "minor"),
+        (5, "minor write"),
+        (8, "rwp"),
+        (9, "rwp write"),
+        (1 << 40, ""),  # a reason of a newer kernel
+        (1 << 40 | 1, "write"),
     ],
 )
-def test_page_fault_tells_what_it_is(
-    flags: int, missing: bool, write: bool, wp: bool, minor: bool
-) -> None:
+def test_page_fault_tells_what_it_is(flags: int, kinds: str) -> None:
     fault = abi.PageFault(abi.FaultFlag(flags), 0x1000, 7)
-    assert (fault.is_missing, fault.is_write, fault.is_wp, fault.is_minor) == (
-        missing,
-        write,
-        wp,
-        minor,
-    )
+    names = ("minor", "missing", "rwp", "wp", "write")
+    assert [name for name in names if getattr(fault, f"is_{name}")] == kinds.split()
+    assert int(fault.flags) == flags
 
 
 def test_messages_are_frozen_and_slotted() -> None:
@@ -140,9 +141,27 @@ def test_messages_are_frozen_and_slotted() -> None:
         message.fd = 4  # type: ignore[misc]
 
 
-def test_bits_of_newer_kernels_are_kept() -> None:
-    assert int(abi.Feature(1 << 20 | 1)) == 1 << 20 | 1
-    assert int(abi.Ioctl(1 << 9)) == 1 << 9
+@pytest.mark.parametrize(
+    "enumeration", [abi.Feature, abi.Ioctl, abi.Mode, abi.FaultFlag, abi.PageCategory]
+)
+def test_bits_of_newer_kernels_are_kept(enumeration: type[IntFlag]) -> None:
+    value = enumeration(1 << 41 | 1)
+    assert int(value) == 1 << 41 | 1
+    assert hex(1 << 41) in repr(enumeration(1 << 41)) or str(1 << 41) in repr(value)
+    assert value & 3 == 1
+
+
+def test_messages_of_newer_kernels_are_kept_or_told(caplog: pytest.LogCaptureFixture) -> None:
+    raw = ffi.new("struct au_uffd_msg *")
+    raw.event = abi.Event.PAGEFAULT
+    raw.arg.pagefault.flags, raw.arg.pagefault.address = 1 << 40 | 2, 0x7000
+    fault = messages._decode(raw)
+    assert isinstance(fault, abi.PageFault)
+    assert int(fault.flags) == 1 << 40 | 2
+    assert fault.is_wp
+    raw.event = 0x20
+    assert messages._decode(raw) is None
+    assert "0x20" in caplog.text
 
 
 class TestThinC:

@@ -535,7 +535,7 @@ class TestArguments:
             with pytest.raises(UsageError):
                 call()
 
-    @pytest.mark.parametrize("mode", [0, 8, "WP", None])
+    @pytest.mark.parametrize("mode", [0, 16, "WP", None])
     def test_modes(self, uffd: Userfaultfd, mode: Any) -> None:
         with pytest.raises(UsageError):
             uffd.register(0, PAGE_SIZE, mode)

@@ -68,6 +68,7 @@ _REMOVE: int = lib.AU_EVENT_REMOVE
 _UNMAP: int = lib.AU_EVENT_UNMAP
 _FLAG_WP: int = lib.AU_PAGEFAULT_FLAG_WP
 _FLAG_MINOR: int = lib.AU_PAGEFAULT_FLAG_MINOR
+_FLAG_RWP: int = lib.AU_PAGEFAULT_FLAG_RWP
 
 #: struct uffd_msg: the event, and three words whose meaning it tells.
 _MESSAGE = struct.Struct("=B7xQQQ")
@@ -449,8 +450,10 @@ class Memory:
         if self._owed and page in self._owed:
             self.poison(page, size, self._owed.pop(page))
             return
-        if flags & _FLAG_WP:
-            if lib.au_abi_writeprotect(self.fd, page, size, 0) == -errno.EAGAIN:
+        if flags & (_FLAG_WP | _FLAG_RWP):
+            # Whoever protected it learns of the access in a way of its own; nobody may wait here.
+            lift = lib.au_abi_writeprotect if flags & _FLAG_WP else lib.au_abi_rwprotect
+            if lift(self.fd, page, size, 0) == -errno.EAGAIN:
                 # Nothing can be put there, and who waits is woken by the try.
                 self._filler.later(page)
             return
