@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from ._lib import lib
-from .abi import Feature
+from .abi import SINCE, Feature
 from .buffer import open as open_buffer
 from .errors import BlockingTouchWarning
 from .extras import install_hint
+from .opening import single_bits
 from .probe import Probe, probe
 from .sources import FunctionSource
 
@@ -40,14 +41,16 @@ Status: TypeAlias = Literal["ok", "note", "warning", "problem"]
 #: Seconds that the trial may take.
 TRIAL_LIMIT = 20.0
 
-#: What each optional feature of the kernel gives, and since when it exists.
-_FEATURES: tuple[tuple[Feature, str, str], ...] = (
-    (Feature.POISON, "6.6", "errors in memory of other processes, and very many of our own"),
-    (Feature.MISSING_SHMEM, "4.11", "shared lazy memory (kind='memfd')"),
-    (Feature.MINOR_SHMEM, "5.14", "filling shared memory without a copy"),
-    (Feature.MISSING_HUGETLBFS, "4.11", "lazy memory of huge pages (kind='hugetlb')"),
-    (Feature.WP_ASYNC, "6.7", "finding written pages without messages"),
-    (Feature.MOVE, "6.8", "moving pages without a copy"),
+#: What each optional feature of the kernel gives; since when it exists, `SINCE` tells.
+_FEATURES: tuple[tuple[Feature, str], ...] = (
+    (Feature.POISON, "errors in memory of other processes, and very many of our own"),
+    (Feature.MINOR_SHMEM, "shared lazy memory (kind='memfd')"),
+    (Feature.MISSING_HUGETLBFS, "lazy memory of huge pages (kind='hugetlb')"),
+    (Feature.MINOR_HUGETLBFS, "shared lazy memory of huge pages (kind='hugetlb-memfd')"),
+    (Feature.WP_HUGETLBFS_SHMEM, "write protection of shared memory and of huge pages"),
+    (Feature.WP_ASYNC, "finding written pages without messages"),
+    (Feature.MOVE, "moving pages without a copy"),
+    (Feature.RWP, "finding out which pages are in use"),
 )
 
 _EXTRAS: tuple[tuple[str, str | None, str], ...] = (
@@ -88,7 +91,8 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """Plain values only, for JSON."""
         facts = asdict(self.probe)
-        facts["features"] = [feature.name or hex(feature) for feature in self.probe.features]
+        bits = single_bits(self.probe.features)
+        facts["features"] = [feature.name or hex(feature) for feature in bits]
         return {
             "version": self.version,
             "works": self.works,
@@ -248,12 +252,12 @@ def _features(notes: _Notebook, found: Probe) -> None:
         return
     if Feature.THREAD_ID not in found.features:
         notes.add("THREAD_ID", "problem", "missing", "run Linux 4.14 or later")
-    for feature, since, use in _FEATURES:
+    for feature, use in _FEATURES:
         name = feature.name or hex(feature)
         if feature in found.features:
             notes.add(name, "ok", use)
         else:
-            notes.add(name, "note", f"missing: {use}", f"run Linux {since} or later")
+            notes.add(name, "note", f"missing: {use}", f"run Linux {SINCE[feature]} or later")
     if found.fork_events:
         notes.add("EVENT_FORK", "ok", "following forks of the owner of the memory")
     else:
