@@ -7,7 +7,8 @@ PY := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-python test-unprivileged test-old-kernel test-c bench lint asan clean distclean
+.PHONY: help setup demo test test-python test-unprivileged test-old-kernel test-c kernels bench lint \
+	asan clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || \
@@ -39,6 +40,10 @@ test-old-kernel: ## some tests as on a kernel older than Linux 6.6
 test-c: ## the C tests, plain and with sanitizers
 	@ONLY_DEFAULT=1 tools/bootstrap.sh test
 	@$(PY) tools/run_tests.py --only c
+
+kernels: ## boot other kernels under QEMU and try what works on each; ARGS="6.1 -k close"
+	@ONLY_DEFAULT=1 KERNELS=1 tools/bootstrap.sh test
+	@$(PY) tools/kernels $(ARGS)
 
 asan: ## the C tests under AddressSanitizer and ThreadSanitizer
 	$(MAKE) -C native/tests asan tsan

@@ -3,8 +3,9 @@
 #
 #   tools/bootstrap.sh [EXTRA...]      extras of pyproject.toml to install (default: test lint)
 #
-# With ONLY_DEFAULT=1 for the default Python alone. What is done already is not done again, so it
-# may run before every command. PYTHON= chooses another default Python.
+# With ONLY_DEFAULT=1 for the default Python alone; with KERNELS=1 also what boots other kernels. What
+# is done already is not done again, so it may run before every command. PYTHON= chooses another
+# default Python.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tools/pythons.sh
@@ -63,6 +64,8 @@ peers() {
         PATH="$PATH:/usr/sbin" command -v "$program" >/dev/null ||
             packages="$packages ${program/%apache2/apache2-bin}"
     done
+    [ -z "${KERNELS:-}" ] || command -v qemu-system-x86_64 >/dev/null ||
+        packages="$packages qemu-system-x86"
     [ -n "$packages" ] || return 0
     if command -v apt-get >/dev/null && may_install; then
         install_packages "$packages" && return 0
