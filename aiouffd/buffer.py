@@ -9,24 +9,25 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import operator
 import os
 import warnings
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeAlias, get_args
 
 from . import guarded
 from ._lib import ffi, lib
 from .advice import HINTS, Hint
 from .arrays import Shape, tensor_over
-from .byte_sequence import ByteSequence
+from .byte_sequence import ByteSequence, check_bytes
 from .errors import ClosedError, SourceChangedError, SourceError, UnsupportedError, UsageError
 from .fault import Errors, Kind
 from .fetcher import FlightEvent
 from .file import BufferFile, FileHints, Reading
-from .keywords import size_in_bytes
+from .keywords import one_source, path_of, seconds, size_in_bytes
 from .mapping import Mapping
 from .notebook import html_of
 from .once import Once, cancelled_from_outside
@@ -88,6 +89,7 @@ class BufferStats:
     latency: tuple[int, ...]
 
 
+@one_source
 def open(
     source: Any,
     *,
@@ -164,6 +166,12 @@ class LazyBuffer(FileHints, ByteSequence):
     indexing (``buf[...]``), `find`, `resident` and `stats` work from any thread.
     """
 
+    #: What it is called, and what hints say: a `SyncBuffer` says otherwise.
+    _called = "LazyBuffer"
+    _end_with = "`async with` or `await buf.aclose()`"
+    _fetch_again = "await buf.fetch()"
+    _hints: ClassVar = {"close": "`await buf.aclose()` closes it"}
+
     def __init__(
         self,
         source: Any,
@@ -185,11 +193,17 @@ class LazyBuffer(FileHints, ByteSequence):
     ) -> None:
         if errors not in ("hard", "soft"):
             raise UsageError(f"errors is 'hard' or 'soft', not {errors!r}")
-        if deadline is not None and (deadline <= 0 or errors == "hard"):
-            raise UsageError(
-                "deadline is a positive number of seconds and goes with errors='soft'",
-                hint="errors='hard' waits for ever by definition",
-            )
+        if deadline is not None:
+            seconds("deadline", deadline)
+            if errors == "hard":
+                raise UsageError(
+                    "deadline goes with errors='soft'",
+                    hint="errors='hard' waits for ever by definition",
+                )
+        if kind not in get_args(Kind):
+            raise UsageError(f"kind is one of {', '.join(get_args(Kind))}, not {kind!r}")
+        if trace is not None and not callable(trace):
+            raise UsageError(f"trace is a function that takes a FlightEvent, not {trace!r}")
         if block_size is not None:
             block_size = size_in_bytes("block_size", block_size)
         if readahead is not None:
@@ -210,7 +224,7 @@ class LazyBuffer(FileHints, ByteSequence):
         # Absolute now: whoever opens it anew may do so elsewhere.
         self._place = _absolute(source)
         if cache is not None and not isinstance(cache, bool):
-            cache = os.path.abspath(cache)
+            cache = path_of("cache", cache)
         self._settings: dict[str, Any] = {
             "block_size": block_size,
             "readahead": readahead,
@@ -227,7 +241,7 @@ class LazyBuffer(FileHints, ByteSequence):
         self._options = options
         self._make_source(as_source(source, **options))
         if prefetch is not None and not isinstance(prefetch, WorkingSet):
-            prefetch = WorkingSet.load(prefetch)
+            prefetch = WorkingSet.load(path_of("prefetch", prefetch))
         if prefetch is not None and prefetch_version == "any":
             prefetch = prefetch.for_copies()
         self._prefetch = prefetch
@@ -372,6 +386,17 @@ class LazyBuffer(FileHints, ByteSequence):
         """`aclose`: memory that somebody still holds is served on."""
         await self.aclose()
 
+    if not TYPE_CHECKING:  # which knows better
+
+        def __enter__(self) -> NoReturn:
+            raise TypeError(
+                "a lazy buffer is opened by `async with`; for plain `with` there is"
+                " aiouffd.sync.open(...)"
+            )
+
+        def __exit__(self, *exc_info: object) -> None:
+            """For `with` to ask __enter__ at all."""
+
     def _check(self) -> Region:
         """The region, or why there is none."""
         if self._closed:
@@ -500,7 +525,7 @@ class LazyBuffer(FileHints, ByteSequence):
         raise SourceError(
             f"byte {where} could not be read",
             transient=False,
-            hint="`await buf.fetch()` tries again",
+            hint=f"`{self._fetch_again}` tries again",
         ) from cause
 
     def find(self, sub: bytes, start: int = 0, end: int | None = None) -> int:
@@ -509,6 +534,7 @@ class LazyBuffer(FileHints, ByteSequence):
         Fetches what it searches. Without the GIL; any thread; raises SourceError, and what signal
         handlers raise, as ``buf[...]`` does.
         """
+        check_bytes(sub)
         start, stop, _ = slice(start, end).indices(len(self))
         if stop - start < len(sub):
             return -1
@@ -577,8 +603,8 @@ class LazyBuffer(FileHints, ByteSequence):
 
     def _range(self, offset: int, length: int | None) -> tuple[int, int]:
         size = len(self)
-        if length is None:
-            length = size - offset
+        offset = operator.index(offset)
+        length = size - offset if length is None else operator.index(length)
         if offset < 0 or length < 0 or offset + length > size:
             raise UsageError(
                 f"{length} bytes at {offset} are not within the {size} bytes of the buffer"
@@ -889,7 +915,7 @@ class LazyBuffer(FileHints, ByteSequence):
             return
         try:
             warnings.warn(
-                f"unclosed {self!r}; use `async with` or `await buf.aclose()`",
+                f"unclosed {self!r}; use {self._end_with}",
                 ResourceWarning,
                 source=self,
                 stacklevel=1,
@@ -917,14 +943,14 @@ class LazyBuffer(FileHints, ByteSequence):
         return "closed" if self._closed else "open" if self._region is not None else "not open"
 
     def __repr__(self) -> str:
-        return f"<LazyBuffer {self._name} {self._size} bytes, {self._state}>"
+        return f"<{self._called} {self._name} {self._size} bytes, {self._state}>"
 
     def _repr_html_(self) -> str:
         """For notebooks: which parts are resident. Touches nothing."""
         resident: list[tuple[int, int]] = []
         with suppress(ClosedError, UsageError):
             resident = self.resident()
-        return html_of("LazyBuffer", self._name, self._size, self._state, resident)
+        return html_of(self._called, self._name, self._size, self._state, resident)
 
 
 def _absolute(source: Any) -> Any:

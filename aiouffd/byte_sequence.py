@@ -22,6 +22,17 @@ __all__ = ["STEP", "ByteSequence"]
 STEP = 8 * 1024 * 1024
 
 
+def check_bytes(what: object) -> None:
+    """Raise TypeError unless ``what`` can be looked for among bytes."""
+    try:
+        memoryview(what).release()  # type: ignore[arg-type]
+    except TypeError:
+        hint = "; text.encode() makes bytes of it" if isinstance(what, str) else ""
+        raise TypeError(
+            f"a bytes-like object is looked for, not {type(what).__name__}{hint}"
+        ) from None
+
+
 class ByteSequence(Exporter):
     """``len``, indexing, iteration, ``in`` and arrays for what can copy out of its memory.
 
@@ -106,6 +117,7 @@ class ByteSequence(Exporter):
 
         Fetches what it searches. Any thread; raises as ``buf[...]`` does.
         """
+        check_bytes(sub)
         sub = memoryview(sub).tobytes()
         at, stop, _ = slice(start, end).indices(len(self))
         while stop - at >= len(sub):

@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Coroutine, Generator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from ._lib import ffi
 from .errors import ClosedError, UsageError
@@ -275,12 +275,16 @@ class BufferFile(io.RawIOBase):
 class FileHints:
     """What lazy buffers say to those who take them for files."""
 
+    #: What else people look for, and what there is instead.
+    _hints: ClassVar[dict[str, str]] = {}
+
     if not TYPE_CHECKING:  # which would believe in any attribute
 
         def __getattr__(self, name: str) -> NoReturn:
+            hint = _HINT if name in _OF_FILES else type(self)._hints.get(name)
             raise AttributeError(
                 f"{type(self).__name__!r} object has no attribute {name!r}"
-                + (f"; {_HINT}" if name in _OF_FILES else ""),
+                + (f"; {hint}" if hint else ""),
                 name=name,
                 obj=self,
             )

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
+import numbers
 import operator
+import os
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from .errors import UsageError
 
-__all__ = ["check_keywords", "meant", "size_in_bytes"]
+__all__ = ["check_keywords", "meant", "one_source", "path_of", "seconds", "size_in_bytes"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _SIZE = re.compile(r"(\d+)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
 _UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
@@ -31,6 +37,47 @@ SETTINGS = (
     "user_mode_only",
     "writable",
 )
+#: What the built-in open() takes besides; bytes for reading is all that there is here.
+_OF_FILES = ("mode", "encoding", "buffering", "newline")
+_READING = (
+    "nothing says how it is opened: for reading, as bytes; aiouffd.open_file(source) is a binary"
+    " file, and io.TextIOWrapper(file) decodes text"
+)
+
+
+def one_source(function: Callable[P, T]) -> Callable[P, T]:
+    """For functions that take a source and keywords: UsageError for a second argument, which says
+    that a mode is not needed."""
+
+    @functools.wraps(function)
+    def opened(*arguments: P.args, **settings: P.kwargs) -> T:
+        if len(arguments) > 1:
+            wrong = arguments[1]
+            raise UsageError(
+                f"after the source come keywords, not {wrong!r}",
+                hint=_READING if isinstance(wrong, str) else f"they are {', '.join(SETTINGS)}",
+            )
+        return function(*arguments, **settings)
+
+    return opened
+
+
+def seconds(name: str, value: Any) -> float:
+    """``value`` of the keyword ``name``: a positive number of seconds, or UsageError."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not float(value) > 0:
+        raise UsageError(f"{name} is a positive number of seconds, not {value!r}")
+    return float(value)
+
+
+def path_of(name: str, value: Any) -> str:
+    """``value`` of the keyword ``name`` as an absolute path, or UsageError for what is none."""
+    try:
+        path = os.fsdecode(value)
+    except TypeError:
+        path = ""
+    if not path:
+        raise UsageError(f"{name} is a path, not {value!r}")
+    return os.path.abspath(path)
 
 
 def size_in_bytes(name: str, value: Any) -> int:
@@ -72,5 +119,17 @@ def check_keywords(function: Callable[..., Any], options: Iterable[str]) -> None
         owner = getattr(function, "__self__", function)
         raise UsageError(
             f"{getattr(owner, '__name__', owner)} has no keyword {', '.join(unknown)}",
-            hint=meant(unknown, [*known, *SETTINGS]) or f"it has {', '.join(sorted(known[1:]))}",
+            hint=_instead(unknown, known[1:]),
         )
+
+
+def _instead(unknown: list[str], known: list[str]) -> str:
+    """What to do about keywords that a source with the ``known`` ones does not have."""
+    own = f"it has {', '.join(sorted(known))}"
+    if any(name in _OF_FILES for name in unknown):
+        return _READING
+    # Those of `aiouffd.open` have been taken out where that was called.
+    buffers = [name for name in unknown if name in SETTINGS]
+    if buffers:
+        return f"{', '.join(buffers)} belongs to aiouffd.open(), not to the source; {own}"
+    return meant(unknown, [*known, *SETTINGS]) or own

@@ -22,6 +22,7 @@ from ._lib import ffi, lib
 from .abi import Feature
 from .errors import ClosedError, UsageError
 from .fault import Errors, Kind
+from .keywords import seconds, size_in_bytes
 from .messages import EngineEnd
 from .region import Region
 from .rescue import service
@@ -227,15 +228,15 @@ class Pager:
 
     def map(
         self,
-        length: int,
+        length: int | str,
         *,
         kind: Kind = "anonymous",
-        block_size: int | None = None,
+        block_size: int | str | None = None,
         writable: bool = True,
         errors: Errors = "hard",
         deadline: float | None = None,
     ) -> Region:
-        """A new region of ``length`` bytes whose pages are missing.
+        """A new region of ``length`` bytes whose pages are missing. Sizes may be text: "1 GiB".
 
         :param kind: "anonymous" (private), "memfd" (shared memory with a descriptor), "hugetlb"
             or "hugetlb-memfd" (2 MiB pages, which must be reserved).
@@ -250,6 +251,11 @@ class Pager:
         self._open_uffd()
         if errors not in ("hard", "soft"):
             raise UsageError(f"errors is 'hard' or 'soft', not {errors!r}")
+        if deadline is not None:
+            seconds("deadline", deadline)
+        length = size_in_bytes("length", length)
+        if block_size is not None:
+            block_size = size_in_bytes("block_size", block_size)
         region = self._map(length, kind=kind, block_size=block_size, writable=writable)
         region.errors, region.deadline = errors, deadline
         return region

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, ParamSpec, TypeVar
 
 from .advice import Hint
 from .buffer import BufferStats, LazyBuffer
@@ -20,6 +20,7 @@ from .buffer import open as _open
 from .byte_sequence import ByteSequence
 from .errors import ClosedError, UsageError
 from .file import BufferFile, FileHints
+from .keywords import one_source
 from .rescue import service
 from .workingset import Recording, WorkingSet
 
@@ -53,6 +54,7 @@ def _as(_like: Callable[P, object], /) -> Callable[[Callable[..., T]], Callable[
 
 
 @_as(_open)
+@one_source
 def open(source: Any, **settings: Any) -> SyncBuffer:
     """Open a lazy buffer; blocks until its size is known. Arguments as `aiouffd.open`.
 
@@ -63,6 +65,7 @@ def open(source: Any, **settings: Any) -> SyncBuffer:
 
 
 @_as(_open)
+@one_source
 def open_file(source: Any, **settings: Any) -> BufferFile:
     """Open an object as a file: binary, read-only, seekable, and fetched where it is read.
 
@@ -90,7 +93,15 @@ class SyncBuffer(FileHints, ByteSequence):
     # Methods may run when the modules' names are gone already.
     _interpreter_ends = staticmethod(sys.is_finalizing)
 
+    _hints: ClassVar = {
+        "aclose": "close() closes it, or `with`",
+        "aopen": "it is open from the start",
+        "drained": "aiouffd.open(...) has that",
+    }
+
     def __init__(self, buffer: LazyBuffer) -> None:
+        buffer._called, buffer._end_with = "SyncBuffer", "`with` or buf.close()"
+        buffer._fetch_again = "buf.fetch()"
         self._buffer = buffer
         self._closed = False
         try:
@@ -116,6 +127,18 @@ class SyncBuffer(FileHints, ByteSequence):
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    if not TYPE_CHECKING:  # which knows better
+
+        async def __aenter__(self) -> NoReturn:
+            self.close()
+            raise TypeError(
+                "aiouffd.sync.open(...) goes with plain `with`; for `async with` there is"
+                " aiouffd.open(...)"
+            )
+
+        async def __aexit__(self, *exc_info: object) -> None:
+            """For `async with` to ask __aenter__ at all."""
 
     @property
     def view(self) -> memoryview:
@@ -260,10 +283,10 @@ class SyncBuffer(FileHints, ByteSequence):
         return _reopen, arguments
 
     def __repr__(self) -> str:
-        return repr(self._buffer).replace("LazyBuffer", "SyncBuffer")
+        return repr(self._buffer)
 
     def _repr_html_(self) -> str:
-        return self._buffer._repr_html_().replace("LazyBuffer", "SyncBuffer", 1)
+        return self._buffer._repr_html_()
 
 
 def _reopen(*arguments: Any) -> SyncBuffer:

@@ -170,8 +170,8 @@ class TestLife:
                 self.closed = True
 
         source = Closing(some())
-        with pytest.raises(UsageError, match="kind of memory"):
-            await aiouffd.open(source, kind="paper")  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match="in blocks of 512"):
+            await aiouffd.open(source, block_size=512)
         assert source.closed
 
     async def test_close_is_prompt_with_fetches_under_way(self, counters: Counters) -> None:

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from ..errors import ClosedError, PeerError, UsageError
+from ..keywords import path_of, seconds, size_in_bytes
 from ..once import Once, cancelled_from_outside
 from ..places import Unsafe, is_trusted
 from ..unix_sockets import Identity, bind_at, identity_of, unlink_own
@@ -64,9 +65,9 @@ def listen(
     mode: int = 0o600,
     limits: Limits | None = None,
     max_clients: int = 1024,
-    block_size: int | None = None,
-    keep: int = KEEP,
-    readahead: int = 0,
+    block_size: int | str | None = None,
+    keep: int | str = KEEP,
+    readahead: int | str = 0,
     deadline: float | None = None,
     on_failure: OnFailure | None = None,
     prefetch: WorkingSet | str | os.PathLike[str] | None = None,
@@ -93,7 +94,8 @@ def listen(
     :param mode: permissions of the socket.
     :param limits: what a client may ask for.
     :param max_clients: connections at a time; more are closed at once.
-    :param block_size: bytes fetched at a time: a power of two, 64 KiB by default.
+    :param block_size: bytes fetched at a time: a power of two, 64 KiB by default. Sizes may be
+        text: "64K".
     :param keep: bytes of fetched blocks that are kept for the next client.
     :param readahead: bytes to bring ahead of sequential access, per client.
     :param deadline: seconds after which a block that a client waits for has failed. By default
@@ -115,7 +117,9 @@ def listen(
     (PermissionError for ``take_over`` where others may pose as the server), and UsageError.
     """
     if prefetch is not None and not isinstance(prefetch, WorkingSet):
-        prefetch = WorkingSet.load(prefetch)
+        prefetch = WorkingSet.load(path_of("prefetch", prefetch))
+    if deadline is not None:
+        seconds("deadline", deadline)
     dialect = dialect_named(dialect)
     if on_failure is None:
         on_failure = getattr(dialect, "on_failure", "poison")
@@ -129,9 +133,9 @@ def listen(
         mode=mode,
         limits=limits or Limits(),
         max_clients=max_clients,
-        block_size=block_size or BLOCK_SIZE,
-        keep=keep,
-        readahead=readahead,
+        block_size=size_in_bytes("block_size", block_size or BLOCK_SIZE),
+        keep=size_in_bytes("keep", keep),
+        readahead=size_in_bytes("readahead", readahead),
         deadline=deadline,
         on_failure=on_failure,
         prefetch=prefetch,

@@ -87,16 +87,28 @@ def as_source(obj: object, **options: Any) -> Source:
                 hint="pass size=, the length of the object in bytes",
             )
         return _make(FunctionSource, obj, options)
-    raise UsageError(
-        f"cannot read from {type(obj).__name__}",
-        hint="give a path, a URL, bytes, an async function with size=, or an object with size,"
-        " read() and clone()",
+    hint = (
+        "give a path, a URL, bytes, an async function with size=, or an object with size, read()"
+        " and clone()"
     )
+    if hasattr(obj, "read") and hasattr(obj, "seek"):
+        hint = "it is a file: give its path, or its contents, file.read()"
+    elif hasattr(obj, "__array__") or type(obj).__module__ in ("array", "mmap"):
+        hint = "its bytes are memoryview(...).cast('B')"
+    raise UsageError(f"cannot read from {type(obj).__name__}", hint=hint)
 
 
 def _from_string(text: str, options: dict[str, Any]) -> Source:
+    if not text:
+        raise UsageError("the path is empty", hint="give a path or a URL")
     name = scheme_of(text)
     if name is None:
+        start = text.partition(":")[0].lower()
+        if text[len(start) : len(start) + 2] == ":/" and start in known_schemes():
+            raise UsageError(
+                f"{text!r} is no URL",
+                hint=f"write {start}://; for a file of that name write ./ before it",
+            )
         return _make(FileSource, text, options)
     return _make(lookup(name).load(), text, options)
 

@@ -162,8 +162,14 @@ class RedisSource(BaseSource):
         """The source for a URL, see the module; ``options`` are those of the class."""
         parts = urlsplit(url)
         scheme = parts.scheme.replace("valkey", "redis")
+        query = parse_qs(parts.query)
+        unknown = query.keys() - ({"db", "key"} if scheme == "redis+unix" else ())
+        if unknown:
+            raise UsageError(
+                f"a {parts.scheme}:// URL has no parameter {', '.join(sorted(unknown))}",
+                hint="give settings of the connection as keywords; a ? in a key is written %3F",
+            )
         if scheme == "redis+unix":
-            query = parse_qs(parts.query)
             keys = query.get("key", [])
             if parts.netloc or not parts.path or len(keys) != 1:
                 raise UsageError(
