@@ -184,7 +184,7 @@ def run(report: Report, loop: str, runner=asyncio.run) -> None:
             piece = os.urandom(1 << 20)
             for number in range(SIZE >> 20):
                 file.write(number.to_bytes(8, "little") + piece[8:])
-        serve = [sys.executable, "-m", "aiouffd", "serve", str(image), "--nbd", "--socket"]
+        serve = [sys.executable, "-m", "aiouffd", "nbd", str(image), "--socket"]
         with (
             _running("nbdkit", "-f", "--unix", str(theirs), "memory", str(SIZE), ready=theirs),
             _running(*serve, str(ours), ready=ours),
@@ -192,7 +192,7 @@ def run(report: Report, loop: str, runner=asyncio.run) -> None:
             subprocess.run(["nbdcopy", str(image), _url(theirs)], check=True)
             if loop == "uvloop":  # which the command uses in any case
                 report.compare(
-                    "nbdcopy of 1 GiB, from `aiouffd serve` / nbdkit's memory plugin",
+                    "nbdcopy of 1 GiB, from `aiouffd nbd` / nbdkit's memory plugin",
                     ("aiouffd", lambda: nbdcopy(ours)),
                     ("nbdkit", lambda: nbdcopy(theirs)),
                     unit="GiB/s",

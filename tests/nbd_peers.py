@@ -187,9 +187,9 @@ async def opened(source: Any) -> AsyncIterator[Any]:
 
 
 def serve(*arguments: str) -> subprocess.Popen[str]:
-    """``aiouffd serve``, started."""
+    """``aiouffd nbd``, started."""
     return subprocess.Popen(
-        [sys.executable, "-W", "error", "-m", "aiouffd", "serve", *arguments],
+        [sys.executable, "-W", "error", "-m", "aiouffd", "nbd", *arguments],
         cwd=ROOT,
         env=environment(PYTHONPATH=str(ROOT)),
         stdout=subprocess.PIPE,
@@ -200,7 +200,7 @@ def serve(*arguments: str) -> subprocess.Popen[str]:
 
 @contextlib.contextmanager
 def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """``aiouffd serve`` and its URL; killed at the end of the block."""
+    """``aiouffd nbd`` and its URL; killed at the end of the block."""
     process = serve(*arguments)
     try:
         assert process.stdout is not None

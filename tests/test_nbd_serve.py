@@ -1,4 +1,4 @@
-"""``aiouffd serve``: whole images to the programs of others, many at once, and how it ends."""
+"""``aiouffd nbd``: whole images to the programs of others, many at once, and how it ends."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_gigabyte(where: str, gigabyte: tuple[Path, str], tmp_path: Path) -> N
     image, expected = gigabyte
     copy = tmp_path / "copy"
     option = ["--socket", str(tmp_path / "s")] if where == "unix" else ["--port", "0"]
-    with serving(str(image), "--nbd", *option) as (_, url):
+    with serving(str(image), *option) as (_, url):
         subprocess.run(["nbdcopy", url, str(copy)], check=True, timeout=100)
         assert digest(copy) == expected
         compare = ["qemu-img", "compare", "-f", "raw", "-F", "raw", url]
@@ -100,7 +100,7 @@ def test_eight_clients_at_once(tmp_path: Path) -> None:
     copies = [tmp_path / f"copy{number}" for number in range(8)]
     with (
         ExitStack() as stack,
-        serving(str(image), "--nbd", "--socket", str(tmp_path / "s")) as (process, url),
+        serving(str(image), "--socket", str(tmp_path / "s")) as (process, url),
     ):
         clients = []
         for number, copy in enumerate(copies):
@@ -133,7 +133,7 @@ async def test_eight_clients_that_write(tmp_path: Path) -> None:
     with image.open("wb") as file:
         file.truncate(8 * size)
     parts = [random.Random(number).randbytes(size) for number in range(8)]
-    with serving(str(image), "--nbd", "--writable", "--socket", str(tmp_path / "s")) as (_, url):
+    with serving(str(image), "--writable", "--socket", str(tmp_path / "s")) as (_, url):
 
         async def client(number: int) -> None:
             async with opened(NbdSource(url, writable=True)) as source:
@@ -200,7 +200,7 @@ async def test_a_restart_in_the_middle_of_a_scan(number: int, tmp_path: Path) ->
     size = 96 * MIB
     image, path = tmp_path / "image", tmp_path / "s"
     mixed(image, size)
-    arguments = (str(image), "--nbd", "--socket", str(path))
+    arguments = (str(image), "--socket", str(path))
     with serving(*arguments) as (process, url):
         async with aiouffd.open(url, errors="hard", block_size=MIB, readahead=4 * MIB) as buf:
             scan = asyncio.ensure_future(asyncio.to_thread(bytes, buf.view))
@@ -229,7 +229,7 @@ async def test_writes_go_on_after_a_restart(tmp_path: Path) -> None:
         file.truncate(8 * MIB)
     chance = random.Random(5)
     data = chance.randbytes(8 * MIB)
-    arguments = (str(image), "--nbd", "--writable", "--socket", str(path))
+    arguments = (str(image), "--writable", "--socket", str(path))
     with serving(*arguments) as (process, url):
         async with opened(NbdSource(url, writable=True)) as source:
             step = 64 * 1024
@@ -297,7 +297,7 @@ sys.exit(main())
 def waiting(folder: Path, *arguments: str, stubborn: bool = False) -> subprocess.Popen[str]:
     (folder / "waits.py").write_text(SLOW_PACKAGE)
     url = f"waits://{folder}" + "!" * stubborn
-    command = [sys.executable, "-c", PROGRAM, str(folder), "serve", url, "--nbd", *arguments]
+    command = [sys.executable, "-c", PROGRAM, str(folder), "nbd", url, *arguments]
     return subprocess.Popen(
         command,
         cwd=ROOT,
@@ -369,7 +369,7 @@ async def test_sigterm_under_load(tmp_path: Path) -> None:
     image, path = tmp_path / "image", tmp_path / "s"
     data = content(16 * MIB)
     image.write_bytes(data)
-    with serving(str(image), "--nbd", "--socket", str(path)) as (process, url):
+    with serving(str(image), "--socket", str(path)) as (process, url):
         reads = 0
         ends: list[SourceError] = []
 
@@ -402,7 +402,7 @@ def test_a_socket_of_the_dead(tmp_path: Path) -> None:
     """It is replaced; that of the living, and what is no socket, is not."""
     image, path = tmp_path / "image", tmp_path / "s"
     image.write_bytes(b"x")
-    arguments = (str(image), "--nbd", "--socket", str(path))
+    arguments = (str(image), "--socket", str(path))
     with serving(*arguments) as (process, _):
         process.kill()
         process.wait()
@@ -439,7 +439,7 @@ def test_a_socket_of_the_dead(tmp_path: Path) -> None:
 def test_where_it_cannot_listen(arguments: list[Any], tmp_path: Path) -> None:
     image = tmp_path / "image"
     image.write_bytes(b"x")
-    process = serve(str(image), "--nbd", *arguments)
+    process = serve(str(image), *arguments)
     out, said = process.communicate(timeout=20)
     assert process.returncode in (1, 2)
     assert not out

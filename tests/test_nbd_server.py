@@ -9,6 +9,7 @@ import random
 import signal
 import ssl
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -553,7 +554,7 @@ def test_serve(number: int, tmp_path: Path) -> None:
     image, copy, back = tmp_path / "image", tmp_path / "copy", tmp_path / "back"
     image.write_bytes(DATA)
     where = ["--socket", str(tmp_path / "s")] if number == signal.SIGINT else ["--port", "0"]
-    process = serve(str(image), "--nbd", "--writable", "--export", "disk", *where)
+    process = serve(str(image), "--writable", "--export", "disk", *where)
     try:
         assert process.stdout is not None
         url = process.stdout.readline().strip()
@@ -571,14 +572,27 @@ def test_serve(number: int, tmp_path: Path) -> None:
         process.communicate()
 
 
+def test_the_former_name_of_the_command(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(b"x")
+    done = subprocess.run(
+        [sys.executable, "-m", "aiouffd", "serve", image, "--nbd", "--key", "k"],
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert done.returncode == 2
+    assert "`aiouffd serve` is called `aiouffd nbd` now" in done.stderr
+    assert "--key and --client-ca go with --cert" in done.stderr
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["/nothing/like/that", "--nbd"],
-        ["{image}"],
-        ["{image}", "--nbd", "--socket", "s", "--port", "1"],
-        ["{image}", "--nbd", "--key", "k"],
-        ["{image}", "--nbd", "--cert", "/nothing/like/that"],
+        ["/nothing/like/that"],
+        ["{image}", "--socket", "s", "--port", "1"],
+        ["{image}", "--key", "k"],
+        ["{image}", "--cert", "/nothing/like/that"],
     ],
 )
 def test_serve_refuses(arguments: list[str], tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_python_command(command: list[str], weights: Path, tmp_path: Path) -> No
 
 
 #: Commands that run until they are told to end.
-SERVERS = ("serve", "pager")
+SERVERS = ("nbd", "pager")
 
 
 @pytest.mark.parametrize(

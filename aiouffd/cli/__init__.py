@@ -1,4 +1,4 @@
-"""The command line: ``aiouffd doctor``, ``info``, ``cat``, ``copy``, ``serve``, ``pager`` and
+"""The command line: ``aiouffd doctor``, ``info``, ``cat``, ``copy``, ``nbd``, ``pager`` and
 ``record``.
 
 Exit status: 0 it went well, 1 it did not, 2 the command line is wrong, 130 interrupted. Needs the
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import AiouffdError, UsageError
-from . import copy, doctor, info, pager, record, serve
+from . import copy, doctor, info, nbd, pager, record
 from .common import error_text
 
 __all__ = ["main"]
@@ -48,6 +48,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"aiouffd {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (doctor, info, copy, serve, pager, record):
+    for module in (doctor, info, copy, nbd, pager, record):
         module.add_to(commands)
     return parser

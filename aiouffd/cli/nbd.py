@@ -1,4 +1,4 @@
-"""``aiouffd serve``: any source as an NBD export."""
+"""``aiouffd nbd``: any source as an NBD export."""
 
 from __future__ import annotations
 
@@ -22,28 +22,35 @@ STOP = (signal.SIGINT, signal.SIGTERM)
 
 
 def add_to(commands: Any) -> None:
-    """Add this command to the parser's ``commands``."""
-    serve = commands.add_parser(
-        "serve",
+    """Add this command to the parser's ``commands``, also by its former name."""
+    parser = commands.add_parser(
+        "nbd",
         help="offer an object to NBD clients (qemu, nbdcopy, the kernel's nbd, ...)",
         description="Serve SOURCE as an NBD export until SIGINT or SIGTERM; requests under way"
         " are answered before it ends, unless a second signal comes. The first line of output is"
         " the export's URL.",
     )
-    add_source_arguments(serve)
-    serve.add_argument("--nbd", action="store_true", required=True, help="the protocol")
-    serve.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
-    serve.add_argument("--port", type=int, help="TCP port (default: 10809; 0: any free one)")
-    serve.add_argument("--socket", metavar="PATH", help="a Unix socket instead, of mode 0600")
-    serve.add_argument("--export", default="", metavar="NAME", help="name of the export")
-    serve.add_argument("--writable", action="store_true", help="let clients write")
-    serve.add_argument("--cert", metavar="FILE", help="certificate (PEM): TLS for all clients")
-    serve.add_argument("--key", metavar="FILE", help="private key, if not in the same file")
-    serve.add_argument("--client-ca", metavar="FILE", help="ask clients for certificates of it")
-    serve.add_argument(
+    _add_arguments(parser)
+    parser.set_defaults(run=_serve)
+    former = commands.add_parser("serve", help="the former name of `aiouffd nbd`")
+    _add_arguments(former)
+    former.add_argument("--nbd", action="store_true", help="the protocol: there is no other one")
+    former.set_defaults(run=_serve_by_former_name)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_source_arguments(parser)
+    parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="TCP port (default: 10809; 0: any free one)")
+    parser.add_argument("--socket", metavar="PATH", help="a Unix socket instead, of mode 0600")
+    parser.add_argument("--export", default="", metavar="NAME", help="name of the export")
+    parser.add_argument("--writable", action="store_true", help="let clients write")
+    parser.add_argument("--cert", metavar="FILE", help="certificate (PEM): TLS for all clients")
+    parser.add_argument("--key", metavar="FILE", help="private key, if not in the same file")
+    parser.add_argument("--client-ca", metavar="FILE", help="ask clients for certificates of it")
+    parser.add_argument(
         "--drain", type=float, default=10.0, metavar="SECONDS", help="time to finish (default: 10)"
     )
-    serve.set_defaults(run=_serve)
 
 
 def _tls(parsed: argparse.Namespace) -> ssl.SSLContext | None:
@@ -56,6 +63,11 @@ def _tls(parsed: argparse.Namespace) -> ssl.SSLContext | None:
     if parsed.client_ca:
         context.verify_mode = ssl.CERT_REQUIRED
     return context
+
+
+def _serve_by_former_name(parsed: argparse.Namespace) -> int:
+    print("aiouffd: `aiouffd serve` is called `aiouffd nbd` now", file=sys.stderr)
+    return _serve(parsed)
 
 
 def _serve(parsed: argparse.Namespace) -> int:
