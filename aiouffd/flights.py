@@ -17,7 +17,8 @@ import heapq
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 from .backoff import Backoff
@@ -27,6 +28,7 @@ from .policy import Policy
 from .sources.base import as_source_error
 from .stepping import Eagerness, resume
 from .tally import Tally
+from .tasks import begin
 from .usercode import Complaints, describe, ends_the_program, is_ours, tell_loop
 
 __all__ = ["Begun", "Destination", "Flight", "FlightCancelledError", "Flights"]
@@ -69,7 +71,6 @@ class Flight:
         "since",
         "started",
         "task",
-        "unbegun",
         "wanted",
     )
 
@@ -85,8 +86,6 @@ class Flight:
         self.offset = self.end = self.pieces = 0
         # What brings it: a task, or for a small one what is under way without.
         self.task: asyncio.Task[None] | None = None
-        # What ends it if the task is cancelled before that has begun.
-        self.unbegun: Callable[[asyncio.Task[None]], None] | None = None
         self.begun: Begun | None = None
         self.limit: asyncio.Timeout | None = None
         self.error: BaseException | None = None
@@ -337,17 +336,18 @@ class Flights(Generic[F]):
             self._fly_with_task(flight)
 
     def _fly_with_task(self, flight: F, begun: Awaitable[None] | None = None) -> None:
-        flight.task = self._loop.create_task(self._fly(flight, begun))
-        # A task that is cancelled before its first step does nothing at all.
-        flight.unbegun = lambda _task: self._settle(flight, self._cancelled())
-        flight.task.add_done_callback(flight.unbegun)
+        flight.task = begin(
+            partial(self._fly, flight, begun), partial(self._lost, flight, begun), loop=self._loop
+        )
+
+    def _lost(self, flight: F, begun: Awaitable[None] | None) -> None:
+        if isinstance(begun, Coroutine):
+            begun.close()
+        self._settle(flight, self._cancelled())
 
     async def _fly(self, flight: F, begun: Awaitable[None] | None) -> None:
         error: BaseException | None = None
         try:
-            if flight.task is not None and flight.unbegun is not None:
-                flight.task.remove_done_callback(flight.unbegun)
-                flight.unbegun = None
             await self._attempts(flight, begun)
             if flight.pieces > 1:
                 self._destination.arrived(flight)

@@ -8,12 +8,14 @@ import sys
 import types
 from collections import deque
 from collections.abc import Awaitable, Coroutine
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .backoff import Backoff
 from .errors import AiouffdError, ClosedError, SourceTimeoutError, UsageError
 from .fault import Fault, Handler
 from .stepping import Eagerness, resume
+from .tasks import begin
 from .usercode import ends_the_program, is_ours, tell_loop
 
 if TYPE_CHECKING:
@@ -103,13 +105,11 @@ class HandlerSink:
         if begun is None and len(self._tasks) >= self._region.pager.max_in_flight:
             self._waiting.append(fault)
             return
-        coroutine = self._serve(fault, begun)
-        loop = asyncio.get_running_loop()
         if _EAGER:
             try:
                 task: asyncio.Task[None] = asyncio.Task(
-                    coroutine,
-                    loop=loop,
+                    self._serve(fault, begun),
+                    loop=asyncio.get_running_loop(),
                     eager_start=True,  # type: ignore[call-arg]
                 )
             except (KeyboardInterrupt, SystemExit) as error:
@@ -119,7 +119,7 @@ class HandlerSink:
             if task.done():
                 return
         else:
-            task = loop.create_task(coroutine)
+            task = begin(partial(self._serve, fault, begun), partial(self._lost, fault, begun))
         self._tasks[task] = fault.block
         task.add_done_callback(self._finished)
 
@@ -127,6 +127,13 @@ class HandlerSink:
         self._tasks.pop(task, None)
         if self._waiting and not self._closed:
             self._start(self._waiting.popleft(), None)
+
+    def _lost(self, fault: Fault, begun: Awaitable[None] | None) -> None:
+        """Cancelled before its first step: the toucher asks again."""
+        if isinstance(begun, Coroutine):
+            begun.close()
+        if not self._closed and not self._region._closed:
+            self._region.end(fault.block, 1)
 
     async def _call(self, fault: Fault) -> None:
         coroutine = self._handle(fault)

@@ -15,9 +15,11 @@ import asyncio
 import logging
 import sys
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from .errors import UsageError
+from .tasks import begin, begin_surely
 
 __all__ = ["Once", "abandon", "cancelled_from_outside", "thrown_away"]
 
@@ -126,7 +128,7 @@ class Once(Generic[T]):
 
     def _start(self, operation: Callable[[], Coroutine[Any, Any, T]]) -> asyncio.Task[T]:
         self._began = self._told = False
-        task = asyncio.get_running_loop().create_task(self._run(operation), name=self._what)
+        task = begin(partial(self._run, operation), name=self._what)
         self._task = task
         return task
 
@@ -188,7 +190,7 @@ class Once(Generic[T]):
         def ended(task: asyncio.Task[T]) -> None:
             if not _failed(task) and undo is not None and self._task is task:
                 self._task = None
-                self._undoing = task.get_loop().create_task(undo(), name=f"undo {self._what}")
+                begin_surely(undo, self._undoes, loop=task.get_loop(), name=f"undo {self._what}")
 
         self._given_up = task
         task.cancel()
@@ -201,6 +203,9 @@ class Once(Generic[T]):
             else:
                 task.add_done_callback(ended)
         await self._undone()
+
+    def _undoes(self, task: asyncio.Task[None]) -> None:
+        self._undoing = task
 
     async def _undone(self) -> None:
         """Wait for what ends because nobody wanted it, not to be taken for its victim."""

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .advice import Advice
@@ -30,6 +31,7 @@ from .sources.base import (
     open_source,
 )
 from .tally import Tally
+from .tasks import begin
 from .usercode import describe
 
 if TYPE_CHECKING:
@@ -237,7 +239,7 @@ class BufferSink:
 
     def _begin_rescue(self) -> None:
         clone, self._spare = self._spare or clone_source(self._source), None
-        self._rescue_start = asyncio.get_running_loop().create_task(self._start_rescuer(clone))
+        self._rescue_start = begin(partial(self._start_rescuer, clone), self._no_rescuer)
 
     def late(self, block: int) -> None:
         self.miss(block)  # the fetcher knows what is under way
@@ -252,10 +254,13 @@ class BufferSink:
                     self._rescuer.miss(self._rescue_queue.popleft())
         finally:
             if self._rescuer is None:
-                # The next touch tries again, and so does who waits in this one.
-                self._rescue_start = None
-                while self._rescue_queue and not self._region.closed:
-                    self._region.end(self._rescue_queue.popleft(), 1)
+                self._no_rescuer()
+
+    def _no_rescuer(self) -> None:
+        """The next touch tries again, and so does who waits in this one."""
+        self._rescue_start = None
+        while self._rescue_queue and not self._region.closed:
+            self._region.end(self._rescue_queue.popleft(), 1)
 
     async def _open_clone(self, clone: Source) -> bool:
         """Until it is open. False when that failed for good, of which all who wait were told."""

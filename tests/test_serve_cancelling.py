@@ -156,7 +156,7 @@ async def test_closing_a_server_that_waits_for_its_source(tmp_path: Path) -> Non
             async with asyncio.timeout(10):
                 memory = await server.dialect.memories.get()  # type: ignore[attr-defined]
             server.clients[0].complete_on_close = True
-            server.clients[0]._run(memory.complete())
+            server.clients[0]._run(memory.complete)
             await asyncio.to_thread(gate.wait)
             closing = asyncio.ensure_future(server.aclose())
             await asyncio.sleep(0)

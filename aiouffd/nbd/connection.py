@@ -17,10 +17,12 @@ import termios
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from struct import Struct
 from typing import Any, Protocol, cast
 
 from ..sources.base import Source, check_length, holes_in_source, own_method
+from ..tasks import begin
 from . import wire
 from .exports import CHANGING, Export
 from .fence import Fences
@@ -272,7 +274,7 @@ class Connection(asyncio.BufferedProtocol):
         elif negotiation.wants_tls and self._writing:
             # Else the transport would tell the wrong one that it may write again.
             transport.pause_reading()
-            self._upgrade = self._server.loop.create_task(self._start_tls())
+            self._upgrade = begin(self._start_tls, self._no_tls, loop=self._server.loop)
         elif negotiation.chosen is not None:
             self._negotiation = None
             # Only now, and above TLS if there is any: what waits shall not wait twice.
@@ -310,17 +312,24 @@ class Connection(asyncio.BufferedProtocol):
             )
             if upgraded is None or upgraded.is_closing():  # the client went away meanwhile
                 raise ConnectionResetError
+        except asyncio.CancelledError:
+            self._no_tls()
+            raise
         except Exception as error:
             log.info("NBD: a client's TLS handshake failed: %s", error or type(error).__name__)
-            transport.abort()
-            self._upgrade = None
-            self.connection_lost(None)
+            self._no_tls()
             return
         self._upgrade = None
         self._uses(upgraded)
         negotiation.tls_started()
         early, self._early = bytes(self._early), bytearray()
         self._options(early)
+
+    def _no_tls(self) -> None:
+        assert self._transport is not None
+        self._transport.abort()
+        self._upgrade = None
+        self.connection_lost(None)
 
     # ---- requests ----
 
@@ -429,7 +438,7 @@ class Connection(asyncio.BufferedProtocol):
                 self._send_data(request, offset, data, last=True)
                 self._replied(request)
                 return
-        task = self._server.loop.create_task(self._serve(request))
+        task = begin(partial(self._serve, request), loop=self._server.loop)
         self._tasks[task] = request
         task.add_done_callback(self._done)
 

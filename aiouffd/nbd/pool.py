@@ -18,6 +18,7 @@ from ..backoff import Backoff
 from ..errors import ClosedError, SourceChangedError, SourceError, UnsupportedError, UsageError
 from ..once import Once, cancelled_from_outside
 from ..sources.lifecycle import Life
+from ..tasks import begin
 from ..waiting import retrieve
 from . import wire
 from .client import Connection, connect
@@ -237,9 +238,13 @@ class Pool:
         if more > 0 and self.export.has(wire.FLAG_CAN_MULTI_CONN):
             self._start(grow)
 
-    def _start(self, function: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
+    def _start(
+        self,
+        function: Callable[[], Coroutine[Any, Any, None]],
+        lost: Callable[[], object] | None = None,
+    ) -> asyncio.Task[None]:
         assert self._loop is not None
-        task = self._loop.create_task(function())
+        task = begin(function, lost, loop=self._loop)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         # Its failure reaches the requests; nobody else may be waiting for the task.
@@ -307,14 +312,17 @@ class Pool:
 
     def _connect_again(self) -> asyncio.Task[None]:
         if self._connecting is None:
-            self._connecting = self._start(self._come_back)
+            self._connecting = self._start(self._come_back, self._stay_away)
         return self._connecting
+
+    def _stay_away(self) -> None:
+        self._connecting = None
+        self._fail(ClosedError(f"the source of {self._address} was closed during a request"))
 
     async def _come_back(self) -> None:
         """Connect within the budget, and go on; or fail what waits for it."""
         limit = time.monotonic() + self._reconnect
         backoff = Backoff(PAUSE_FIRST, PAUSE_LONGEST)
-        failure: BaseException
         try:
             while True:
                 try:
@@ -337,12 +345,12 @@ class Pool:
             self._connecting = None
             self._joins(connection)
             self._grow(self._most - 1)
+        except asyncio.CancelledError:
+            self._stay_away()
+            raise
         except BaseException as error:
             self._connecting = None
-            failure = error
-            if isinstance(error, asyncio.CancelledError):
-                failure = ClosedError(f"the source of {self._address} was closed during a request")
-            self._fail(failure)
+            self._fail(error)
             raise
 
     def _fail(self, error: BaseException) -> None:

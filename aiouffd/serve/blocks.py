@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
 from ..errors import ClosedError, SourceError, UsageError
-from ..flights import Flight, FlightCancelledError, Flights
+from ..flights import Flight, Flights
 from ..once import cancelled_from_outside
 from ..policy import Policy
 from ..sources.base import (
@@ -72,7 +72,7 @@ class Wanter(Protocol):
         of it is zeros. Valid until this returns."""
 
     def failed(self, store: BlockStore, block: int, error: BaseException) -> None:
-        """A block could not be had."""
+        """A block could not be had. After FlightCancelledError it can be asked for again."""
 
     def broken(self, error: Exception) -> None:
         """One of the above has raised, which is a bug of ours."""
@@ -307,8 +307,6 @@ class BlockStore:
         """Hand the blocks over, or tell that they cannot be had."""
         wanters, flight.wanters = flight.wanters, {}
         if error is not None:
-            if isinstance(error, FlightCancelledError):
-                error = ClosedError(CLOSED)
             self._tell_failed(wanters, error)
             return
         for block, data in zip(flight.blocks, flight.data, strict=True):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import AiouffdError, ClosedError, PeerError, UsageError
 from ..places import is_trusted
+from ..tasks import begin
 from ..uffd import Userfaultfd
 from ..workingset import WorkingSet
 from .areas import Area, AreaMap
@@ -298,9 +300,9 @@ class Client:
             if why_not is not None:
                 log.warning("%r: nothing is brought ahead: %s", self, why_not)
             else:
-                self._run(memory.prefetch(store, self.prefetch.blocks(store.block_size)))
+                self._run(partial(memory.prefetch, store, self.prefetch.blocks(store.block_size)))
         if memory.background:
-            self._run(memory.complete())
+            self._run(memory.complete)
 
     def start_all(self) -> None:
         """Serve what was adopted with ``start=False``, or stopped by `pause`."""
@@ -310,11 +312,11 @@ class Client:
         for memory in list(self.memories):
             memory.resume()
             if memory.background:
-                self._run(memory.complete())
+                self._run(memory.complete)
         if self.alone:
             self.channel.hang_up()  # so that it notices that the server it knows is gone
         if self._connected and not self._ending:
-            self._run(self._until_eof())
+            self._run(self._until_eof)
 
     def pause(self) -> None:
         """Read and fill nothing until `start_all`."""
@@ -350,8 +352,8 @@ class Client:
         self._paused = True
         self.peer.watch(self._peer_ended)
 
-    def _run(self, coroutine: Any) -> None:
-        task = asyncio.get_running_loop().create_task(coroutine)
+    def _run(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        task = begin(function)
         self._tasks.add(task)
         task.add_done_callback(self._ran)
 
@@ -365,7 +367,7 @@ class Client:
         if not self._connected:
             self._connected = True
             if not self._paused:
-                self._run(self._until_eof())
+                self._run(self._until_eof)
 
     async def _until_eof(self) -> None:
         try:
@@ -413,7 +415,7 @@ class Client:
                     for area in parent.areas
                     if area.store is not None
                 ]
-                self.server.run(refuse(fd, ranges, name))
+                self.server.run(partial(refuse, fd, ranges, name))
                 return
             pages = parent.areas.pages
             self.pages += pages  # already, for there may be more than one at a time

@@ -35,12 +35,14 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AiouffdError, PeerError, SourceChangedError, UsageError
 from ..once import cancelled_from_outside
 from ..places import Unsafe, check_directory
+from ..tasks import begin
 from ..unix_sockets import bind_at, connect_to_own, unlink_own
 from . import states
 from .areas import Area
@@ -292,7 +294,15 @@ class Handover:
             peer.close()
             connection.close()
             return
-        self._task = self._loop.create_task(self._hand_over(Channel(connection, peer)))
+        channel = Channel(connection, peer)
+        self._task = begin(
+            partial(self._hand_over, channel), partial(self._close, channel), loop=self._loop
+        )
+
+    def _close(self, channel: Channel) -> None:
+        channel.close()
+        channel.peer.close()
+        self._task = None
 
     async def _hand_over(self, channel: Channel) -> None:
         server = self._server
@@ -319,9 +329,7 @@ class Handover:
         except (AiouffdError, OSError, TimeoutError) as error:
             log.warning("%r was not taken over: %s", server, error or "it took too long")
         finally:
-            channel.close()
-            channel.peer.close()
-            self._task = None
+            self._close(channel)
             if not handed:
                 server.go_on()
         if handed:

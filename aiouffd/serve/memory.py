@@ -38,6 +38,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .._lib import ffi, lib, pin
 from ..errors import ClosedError
+from ..flights import FlightCancelledError
+from ..tasks import begin
 from ..usercode import tell_loop
 from .areas import INSTALLED, REMOVED, Area, AreaMap
 from .bringing import Bringer
@@ -328,7 +330,8 @@ class Memory:
                 at_once(self._apply(event, a, b, c, faults))
         if self._backlog and self._settling is None and not self._closed:
             self._halt()
-            self._settling = self._loop.create_task(self._settle())
+            self._settling = begin(self._settle, loop=self._loop)
+            self._settling.add_done_callback(self._settled)
 
     def _is_much(self, event: int, a: int, b: int, c: int) -> bool:
         """Whether an event makes more work than is done in one go, with those before it."""
@@ -378,17 +381,23 @@ class Memory:
     async def _settle(self) -> None:
         """Apply the events of the backlog in steps, and then go on. Who waits meanwhile has been
         forgotten, is woken at the end, and asks again."""
+        while not self._closed and self._step():  # noqa: ASYNC110  (nothing is waited for)
+            await asyncio.sleep(0)
+
+    def _settled(self, task: asyncio.Task[None]) -> None:
+        if self._settling is task:
+            self._settling = None
+        if self._closed:
+            return
         try:
-            while not self._closed:
-                if not self._step():
-                    break
-                await asyncio.sleep(0)
+            if task.cancelled():
+                # By somebody who does not know what it is. The process waits for us.
+                self.settle_now()
+            else:
+                task.result()
+            self._go_on()
         except Exception as error:
             self.broken(error)
-        finally:
-            self._settling = None
-        if not self._closed:
-            self._go_on()
 
     def _step(self) -> bool:
         """One step of the backlog; whether there may be another one."""
@@ -553,7 +562,12 @@ class Memory:
         """A block could not be had, for good."""
         waiting = self._wanted.pop((store, block), ())
         self._bringer.heard(store, block)
-        if waiting and not self._closed and not self._off:
+        if not waiting or self._closed or self._off:
+            return
+        if isinstance(error, FlightCancelledError):
+            for page in waiting:
+                lib.au_abi_wake(self.fd, page, self.page_size)
+        else:
             self.lost(store, block, error, waiting)
 
     def lost(

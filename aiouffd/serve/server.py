@@ -11,6 +11,7 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,8 +20,10 @@ from ..errors import ClosedError, PeerError, UsageError
 from ..keywords import path_of, seconds, size_in_bytes
 from ..once import Once, cancelled_from_outside
 from ..places import Unsafe, is_trusted
+from ..tasks import begin, begin_surely
 from ..unix_sockets import Identity, bind_at, identity_of, unlink_own
 from ..usercode import tell_loop
+from ..waiting import retrieve
 from ..workingset import WorkingSet
 from .blocks import BLOCK_SIZE, KEEP, BlockStore, end_all
 from .channel import Channel
@@ -373,9 +376,9 @@ class Server:
         client = Client(self, channel, self._number)
         self.clients.append(client)
         self._silent[client] = None
-        task = self._loop.create_task(self._talk(client))
+        task = begin(partial(self._talk, client), loop=self._loop)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(partial(self._talked, client))
         self._look_later()
 
     def _why_not(self, peer: Peer) -> tuple[str, bool]:
@@ -440,11 +443,14 @@ class Server:
         """A client has handed something over."""
         self._silent.pop(client, None)
 
-    def run(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do something beside everything else; cancelled when the server closes."""
-        task = self._loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def run(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Do something beside everything else; cancelled, once begun, when the server closes."""
+
+        def made(task: asyncio.Task[None]) -> None:
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+        begin_surely(work, made, loop=self._loop)
 
     def pages_of(self, user: int | None = None) -> int:
         """Pages of all clients, or of those of one user."""
@@ -461,17 +467,17 @@ class Server:
             channel.peer.close()
             channel.close()
             return
-        task = self._loop.create_task(self._say_why(channel, refusal(why, later)))
+        say = partial(channel.dismiss, refusal(why, later), REFUSAL)
+        task = begin(say, loop=self._loop)
         self._refusing.add(task)
-        task.add_done_callback(self._refusing.discard)
 
-    @staticmethod
-    async def _say_why(channel: Channel, refusal: bytes) -> None:
-        try:
-            await channel.dismiss(refusal, REFUSAL)
-        finally:
+        def said(task: asyncio.Task[None]) -> None:
+            self._refusing.discard(task)
             channel.peer.close()
             channel.close()
+            retrieve(task)
+
+        task.add_done_callback(said)
 
     async def _talk(self, client: Client) -> None:
         try:
@@ -493,6 +499,12 @@ class Server:
             self._silent.pop(client, None)
             if client.ended.is_set():
                 self.stores.release(client)  # what it got since
+
+    def _talked(self, client: Client, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled() and not (self._closed or client.talked.is_set()):
+            # By somebody who does not know what it is: the process would wait for an answer.
+            self._end(client)
 
     def _tell(self, whom: object, peer: Peer, what: str) -> None:
         """Of processes that come again and again for the same there are a few lines in a while."""

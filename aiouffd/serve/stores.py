@@ -18,6 +18,7 @@ from ..once import Once, cancelled_from_outside
 from ..sources import as_source
 from ..sources.lifecycle import in_any_case
 from ..sources.names import display_name, identity
+from ..tasks import begin_surely
 from .blocks import BlockStore
 
 __all__ = ["Stores"]
@@ -182,9 +183,11 @@ class Stores:
     def _unused(self, entry: _Entry) -> None:
         if not entry.users and entry in self._open and not self.closed:
             self._forget(entry)
-            task = asyncio.get_running_loop().create_task(self._close(entry))
-            self._closing[task] = entry
-            task.add_done_callback(self._closing.pop)
+            begin_surely(partial(self._close, entry), partial(self._closes, entry))
+
+    def _closes(self, entry: _Entry, task: asyncio.Task[None]) -> None:
+        self._closing[task] = entry
+        task.add_done_callback(self._closing.pop)
 
     def _forget(self, entry: _Entry) -> None:
         self._open.discard(entry)
@@ -218,4 +221,9 @@ class Stores:
     async def _close_all(self, entries: list[_Entry]) -> None:
         if entries:
             loop = asyncio.get_running_loop()
-            await asyncio.wait([loop.create_task(self._close(entry)) for entry in entries])
+            tasks = {loop.create_task(self._close(entry)): entry for entry in entries}
+            await asyncio.wait(tasks)
+            for task, entry in tasks.items():
+                if task.cancelled() and entry.store is not None:
+                    # Perhaps before its first step.
+                    await entry.store.aclose()

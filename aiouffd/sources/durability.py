@@ -15,10 +15,12 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Hashable
+from functools import partial
 from typing import Any
 
 from ..errors import AiouffdError, FlushError, SourceError
 from ..ranges import Ranges
+from ..tasks import begin
 from ..waiting import retrieve
 
 __all__ = ["Flusher", "Promises"]
@@ -141,14 +143,17 @@ class Flusher:
         doubt; ClosedError and the like of ``operation`` as they are when nothing is in doubt."""
         task = self._next
         if task is None:
-            loop = asyncio.get_running_loop()
             before = self._running
             if before is None or before.done():
-                task = self._running = loop.create_task(self._run(operation))
+                task = self._running = begin(partial(self._run, operation))
             else:
-                task = self._next = loop.create_task(self._after(before, operation))
+                after = partial(self._after, before, operation)
+                task = self._next = begin(after, self._not_next)
             task.add_done_callback(retrieve)
         await asyncio.shield(task)
+
+    def _not_next(self) -> None:
+        self._next = None
 
     async def _after(
         self, before: asyncio.Task[None], operation: Callable[[], Coroutine[Any, Any, None]]

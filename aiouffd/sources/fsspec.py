@@ -24,6 +24,7 @@ import warnings
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -38,6 +39,7 @@ from ..errors import (
     UsageError,
 )
 from ..extras import install_hint
+from ..tasks import begin
 from ..waiting import retrieve
 from .base import BaseSource, Buffer, SourcePermissionError, check_length, check_range
 from .coalesce import Coalescer
@@ -571,9 +573,12 @@ class _Shared:
 
     async def run(self) -> None:
         if self._next is None:
-            self._next = asyncio.get_running_loop().create_task(self._after(self._running))
+            self._next = begin(partial(self._after, self._running), self._not_next)
             self._next.add_done_callback(retrieve)
         await asyncio.shield(self._next)
+
+    def _not_next(self) -> None:
+        self._next = None
 
     async def _after(self, running: asyncio.Task[None] | None) -> None:
         if running is not None:

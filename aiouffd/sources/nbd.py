@@ -16,6 +16,7 @@ import ssl as ssl_module
 import warnings
 from collections.abc import Hashable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ..errors import SourceError, UnsupportedError, UsageError
@@ -28,6 +29,7 @@ from ..nbd.pool import Pool
 from ..nbd.uri import NbdAddress, parse
 from ..nbd.writes import Content, Writes
 from ..places import user_id
+from ..tasks import begin
 from ..waiting import Done, countdown
 from .base import BaseSource, Buffer, check_range
 from .durability import Flusher
@@ -334,8 +336,8 @@ class NbdSource(BaseSource):
         """Where there are data, in all of the area around ``offset``; asked for once at a time."""
         area = offset // AREA
         asking = self._asking.get(area)
-        if asking is None:
-            asking = asyncio.ensure_future(self._ask(area, offset))
+        if asking is None or asking.done():
+            asking = begin(partial(self._ask, area, offset), partial(self._asking.pop, area, None))
             self._asking[area] = asking
         await asyncio.shield(asking)
 

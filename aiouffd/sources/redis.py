@@ -24,6 +24,7 @@ import asyncio
 import errno
 import importlib
 import warnings
+from functools import partial
 from typing import Any, Literal
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
@@ -38,6 +39,7 @@ from ..errors import (
     UsageError,
 )
 from ..extras import install_hint
+from ..tasks import begin
 from .base import BaseSource, Buffer, SourcePermissionError, check_range
 from .lifecycle import Life, is_failure
 from .names import identity
@@ -376,7 +378,8 @@ class RedisSource(BaseSource):
             while waiting and (not batch or total + waiting[0].length <= _BATCH):
                 total += waiting[0].length
                 batch.append(waiting.pop(0))
-            task = self._loop.create_task(self._bring(batch))
+            closed = ClosedError(f"{self!r} is closed")
+            task = begin(partial(self._bring, batch), partial(self._fail, batch, closed))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         self._fail(waiting, ClosedError(f"{self!r} is closed"))
