@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import struct
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ import aiouffd
 from aiouffd import doctor, region
 from aiouffd._lib import PAGE_SIZE, ffi, lib
 from aiouffd.abi import SINCE, Feature, Mode
-from aiouffd.errors import UnsupportedError, UsageError
+from aiouffd.errors import KernelError, UnsupportedError, UsageError
 from aiouffd.kernel_errors import lacking_error
 from aiouffd.uffd import CreationError, Userfaultfd, address_of, kernel_features
 
@@ -172,3 +173,36 @@ def test_doctor_names_the_kernel_for_what_is_missing() -> None:
             since = SINCE[feature] if feature is not None else "6.7"
             assert since in f"{check_.detail} {check_.remedy}"
             assert check_.status != "problem"
+
+
+# ---- what docs/kernels.md says of the kernel itself ----
+
+
+def kernel_version() -> tuple[int, int]:
+    major, minor = os.uname().release.split(".")[:2]
+    return int(major), int(minor.split("-")[0])
+
+
+def test_others_may_unregister_before_6_17(uffd: Userfaultfd, memory: mmap.mmap) -> None:
+    uffd.register(address_of(memory), len(memory), Mode.MISSING)
+    with Userfaultfd(user_mode_only=None) as other:
+        if kernel_version() >= (6, 17):
+            with pytest.raises(KernelError) as caught:
+                other.unregister(address_of(memory), len(memory))
+            assert caught.value.errno == errno.EINVAL
+            return
+        other.unregister(address_of(memory), len(memory))
+    assert memory[:] == bytes(len(memory))  # and no message
+    assert uffd.read() == []
+
+
+@pytest.mark.skipif(not AVAILABLE & Feature.POISON, reason="poison needs Linux 6.6")
+def test_the_page_map_takes_poison_for_swap(uffd: Userfaultfd, memory: mmap.mmap) -> None:
+    start = address_of(memory)
+    uffd.register(start, len(memory), Mode.MISSING)
+    uffd.poison(start, PAGE_SIZE)
+    with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+        pagemap.seek(start // PAGE_SIZE * 8)
+        poisoned, missing = struct.unpack("=QQ", pagemap.read(16))
+    assert (poisoned >> 63, poisoned >> 62 & 1) == (0, 1)
+    assert missing >> 62 == 0
