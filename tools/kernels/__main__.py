@@ -25,7 +25,7 @@ import vm
 
 CACHE = image.ROOT / "build/kernels"
 #: Tests that depend on the kernel most.
-CORE = ("abi", "old_kernels", "rwp", "probe", "doctor", "uffd", "pager", "page_state", "rescue")
+CORE = ("abi", "old_kernels", "rwp", "probe", "doctor", "uffd", "cgroup", "rescue")
 LIMIT = 3000.0
 
 

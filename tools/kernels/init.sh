@@ -13,6 +13,7 @@ mount -t tmpfs tmpfs /tmp
 mount -t tmpfs tmpfs /run
 chmod 1777 /tmp /dev/shm
 mount -t cgroup2 none /sys/fs/cgroup
+echo +memory >/sys/fs/cgroup/cgroup.subtree_control
 ln -sf /proc/self/fd /dev/fd
 ip link set lo up
 hostname guest
