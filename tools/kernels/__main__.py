@@ -37,7 +37,8 @@ def job(arguments: list[str] | None) -> str:
         "python tools/kernels/smoke.py /out/smoke.json",
     ]
     if arguments is not None:
-        words = ["-p", "no:cacheprovider", "--one-loop", "-m", "not slow", "-q", *arguments]
+        words = ["-p", "no:cacheprovider", "--one-loop", "-m", "not slow", "-v", "--tb=short"]
+        words += arguments
         lines.append(f"python -m pytest --junitxml=/out/tests.xml {shlex.join(words)}")
     return "\n".join(lines) + "\n"
 
