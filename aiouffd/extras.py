@@ -14,6 +14,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "cli": ("rich>=13",),
     "criu": ("protobuf>=4.22",),
     "fsspec": ("fsspec>=2024.6",),
+    "gguf": ("gguf>=0.17", "ml-dtypes>=0.5"),
     "http": ("aiohttp>=3.9",),
     "objects": ("obstore>=0.8",),
     "redis": ("redis>=5.1",),

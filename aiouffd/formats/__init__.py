@@ -2,6 +2,7 @@
 
 ============  ============================  =======================================
 npy, npz      `load_npy`, `load_npz`        NumPy's own (`aiouffd.formats.npy`)
+GGUF          `load_gguf`                   models of ggml (`aiouffd.formats.gguf`)
 safetensors   `aiouffd.safetensors.load`
 ============  ============================  =======================================
 
@@ -10,6 +11,11 @@ is not believed: everything that would lead out of the file, or take more memory
 size explains, is a `FormatError`.
 """
 
+from .gguf import GgufInfo as GgufInfo
+from .gguf import GgufTensors as GgufTensors
+from .gguf import SyncGgufTensors as SyncGgufTensors
+from .gguf import load_gguf as load_gguf
+from .gguf import load_gguf_sync as load_gguf_sync
 from .npy import ArrayInfo as ArrayInfo
 from .npy import Arrays as Arrays
 from .npy import SyncArrays as SyncArrays
@@ -21,7 +27,12 @@ from .npy import load_npz_sync as load_npz_sync
 __all__ = [
     "ArrayInfo",
     "Arrays",
+    "GgufInfo",
+    "GgufTensors",
     "SyncArrays",
+    "SyncGgufTensors",
+    "load_gguf",
+    "load_gguf_sync",
     "load_npy",
     "load_npy_sync",
     "load_npz",
