@@ -172,9 +172,11 @@ def _creation(notes: _Notebook, found: Probe) -> None:
             code = errno.errorcode.get(path.errno, str(path.errno))
             notes.add(name, "note", f"{code}: {path.reason}")
     sysctl = found.unprivileged_sysctl
+    # The same flag is refused before it is looked at who asks.
+    old = any(path.errno == errno.EINVAL for path in found.paths if path.user_mode_only)
     meaning = {
         None: "there is none in this kernel",
-        0: "0: without privileges user mode only",
+        0: "0: nothing without privileges" if old else "0: without privileges user mode only",
         1: "1: everybody may handle all faults",
     }
     notes.add("vm.unprivileged_userfaultfd", "ok", meaning.get(sysctl, str(sysctl)))
@@ -194,8 +196,8 @@ def _creation(notes: _Notebook, found: Probe) -> None:
             " O_DIRECT, KVM. Touches by Python, NumPy and C code work",
             "make the bytes resident before (`await buf.fetch(...)`, `buf.pin(...)`), or, as"
             " root, one of: `sysctl -w vm.unprivileged_userfaultfd=1`;"
-            f" `setfacl -m u:{os.geteuid()}:rw /dev/userfaultfd`;"
-            " grant CAP_SYS_PTRACE to the program",
+            + (f" `setfacl -m u:{os.geteuid()}:rw /dev/userfaultfd`;" if _device(found) else "")
+            + " grant CAP_SYS_PTRACE to the program",
         )
     else:
         notes.add(
@@ -218,9 +220,17 @@ def _creation_remedy(found: Probe, filtered: bool) -> str:
             " default profile forbids it; `--security-opt seccomp=profile.json`), or pass"
             " /dev/userfaultfd in (`--device /dev/userfaultfd`)"
         )
-    return (
-        "as root: `sysctl -w vm.unprivileged_userfaultfd=1`, or permission to open"
-        " /dev/userfaultfd; before Linux 5.11 there is no user mode only"
+    remedy = "as root: `sysctl -w vm.unprivileged_userfaultfd=1`"
+    if _device(found):
+        remedy += ", or permission to open /dev/userfaultfd"
+    return f"{remedy}; before Linux 5.11 there is no user mode only"
+
+
+def _device(found: Probe) -> bool:
+    """There is a /dev/userfaultfd, whoever may open it. Linux 6.1."""
+    return any(
+        path.path == "device" and path.errno not in (errno.ENOENT, errno.ENXIO, errno.ENODEV)
+        for path in found.paths
     )
 
 

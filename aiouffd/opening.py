@@ -146,10 +146,17 @@ def open_descriptor(path: Path | None, user_mode_only: bool) -> tuple[int, Path]
     message = f"no {kind} could be created: " + "; ".join(map(str, attempts))
     denied = next((code for code in codes if code in (errno.EPERM, errno.EACCES)), None)
     if denied is None:
+        hint = "`aiouffd doctor` tells what this system offers"
+        if user_mode_only and codes[0] == errno.EINVAL:
+            # There everything takes privileges.
+            hint = (
+                f"this is Linux {os.uname().release}: as root `sysctl -w"
+                " vm.unprivileged_userfaultfd=1`, run with CAP_SYS_PTRACE, or on a newer kernel"
+            )
         raise CreationError(
             message,
             errno=codes[0],
-            hint="`aiouffd doctor` tells what this system offers",
+            hint=hint,
             attempts=tuple(attempts),
         )
     if user_mode_only:

@@ -194,6 +194,32 @@ def test_a_kernel_without_poison(elsewhere: Any) -> None:
     assert report.works
 
 
+def test_before_user_mode_only_everything_takes_privileges(elsewhere: Any) -> None:
+    def paths(user_mode: int, device: int) -> tuple[CreationPath, ...]:
+        return (
+            CreationPath("syscall", False, errno.EPERM, "no CAP_SYS_PTRACE"),
+            CreationPath("device", False, device, ""),
+            CreationPath("syscall", True, user_mode, "user mode only needs Linux 5.11"),
+            CreationPath("device", True, device, ""),
+        )
+
+    def detail(report: doctor.Report, name: str) -> doctor.Check:
+        (check,) = [check for check in report.checks if check.name == name]
+        return check
+
+    old = elsewhere(paths=paths(errno.EINVAL, errno.ENOENT), unprivileged_sysctl=0)
+    assert "nothing without privileges" in detail(old, "vm.unprivileged_userfaultfd").detail
+    remedy = detail(old, "creating a userfaultfd").remedy
+    assert "5.11" in remedy
+    assert "/dev/userfaultfd" not in remedy  # it came with 6.1
+    newer = elsewhere(paths=paths(errno.EPERM, errno.EACCES), unprivileged_sysctl=0)
+    assert "user mode only" in detail(newer, "vm.unprivileged_userfaultfd").detail
+    limited = elsewhere(paths=paths(0, errno.ENOENT), unprivileged_sysctl=0)
+    assert "setfacl" not in detail(limited, "system calls on lazy memory").remedy
+    limited = elsewhere(paths=paths(0, errno.EACCES), unprivileged_sysctl=0)
+    assert "setfacl" in detail(limited, "system calls on lazy memory").remedy
+
+
 def test_features_of_a_newer_kernel_are_told(elsewhere: Any) -> None:
     report = elsewhere(features=Feature(int(probe().features) | 1 << 41))
     assert hex(1 << 41) in report.as_dict()["probe"]["features"]

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import aiouffd
-from aiouffd import doctor, region
+from aiouffd import doctor, opening, region
 from aiouffd._lib import PAGE_SIZE, ffi, lib
 from aiouffd.abi import SINCE, Feature, Mode
 from aiouffd.errors import KernelError, UnsupportedError, UsageError
@@ -147,6 +147,16 @@ def test_what_no_version_is_known_for_is_named_by_its_number() -> None:
     error = lacking_error("handshake", Feature(1 << 40 | 1 << 14), Feature(0))
     assert "POISON (Linux 6.6), 0x10000000000" in str(error)
     assert lacking_error("poison", Feature.POISON, Feature.POISON | Feature(1 << 40)) is None
+
+
+def test_before_5_11_user_mode_only_says_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    refusals = {"syscall": -errno.EINVAL, "device": -errno.ENOENT}
+    monkeypatch.setattr(opening, "_try_open", lambda path, flags: refusals[path])
+    with pytest.raises(UnsupportedError) as caught:
+        Userfaultfd(user_mode_only=True)
+    assert "user mode only needs Linux 5.11" in str(caught.value)
+    assert "vm.unprivileged_userfaultfd=1" in str(caught.value.hint)
+    assert os.uname().release in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("feature", list(SINCE), ids=lambda feature: str(feature.name))

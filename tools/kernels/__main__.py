@@ -3,8 +3,9 @@
     python tools/kernels [VERSION...] [--smoke] [--write] [PYTEST ARGUMENT...]
 
 Without a version all of `packages.KERNELS`; any other that Debian has goes too. ``--smoke`` leaves
-the tests out, ``--write`` puts the result into docs/kernels.md. What is downloaded and built stays
-in build/kernels. One kernel takes some minutes, for the processor is emulated.
+the tests out, ``--write`` puts the last result of each kernel into docs/kernels.md. What is
+downloaded and built stays in build/kernels. One kernel takes some minutes, for the processor is
+emulated.
 """
 
 from __future__ import annotations
@@ -110,7 +111,9 @@ def main() -> int:
         return 1
     print(table.matrix(results))
     if "--write" in flags:
-        table.write(image.ROOT / "docs/kernels.md", results)
+        kept = [json.loads(path.read_text()) for path in CACHE.glob("run-*/result.json")]
+        kept.sort(key=lambda result: packages.numbers(result["version"]))
+        table.write(image.ROOT / "docs/kernels.md", kept)
     return int(any(table.is_wrong(result) for result in results))
 
 
