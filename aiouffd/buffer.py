@@ -520,6 +520,13 @@ class LazyBuffer(FileHints, ByteSequence):
                 " has closed it or is gone",
                 transient=False,
             )
+        if result == -lib.AU_EHWPOISON:
+            raise SourceError(
+                f"byte {where} is lost, and what was written to its page: the hardware has a"
+                " memory error there",
+                transient=False,
+                hint="`await buf.drop(offset, length, writes_too=True)` has it fetched again",
+            )
         assert self._sink is not None
         cause = self._sink.failures.get(where // self._block_size)
         raise SourceError(

@@ -27,7 +27,8 @@ _INTERRUPTED, _NOBODY_TO_ASK = -errno.EINTR, -errno.EOPNOTSUPP
 def copy(region: Any, offset: int, target: Any, length: int) -> tuple[int, int]:
     """Copy ``length`` bytes at ``offset`` of a native region to ``target``, a cffi ``char *``.
 
-    Returns 0 or a negated errno (EIO: the page has an error, EBADF: the region is closed), and
+    Returns 0 or a negated errno (EIO: the page has an error, EHWPOISON: its memory
+    is broken and could have been written to, EBADF: the region is closed), and
     the offset that it is about. Whatever a signal handler raises comes out, and then nothing is
     written to ``target`` any more.
     """

@@ -435,6 +435,11 @@ class Service:
                 waited,
                 note.tid,
             )
+        elif note.kind == lib.AU_NOTE_RENEWED:
+            log.error(
+                "the hardware has lost the page at %#x (a memory error); it is fetched again",
+                note.address,
+            )
         elif note.kind == lib.AU_NOTE_SELF_TOUCH:
             self._report_self_touch(note.tid)
 

@@ -51,7 +51,8 @@ struct au_attachment *au_attach_open(const char *path, const char *object, uint6
 	attachment->user_mode_only = attachment->memory->user_mode_only;
 	result = au_guard_start();
 	if (!result && attachment->length)
-		result = au_regions_add(attachment->address, attachment->memory->state_->mapped);
+		result = au_regions_add(attachment->address, attachment->memory->state_->mapped,
+					NULL);
 	if (result) {
 		*error = -result;
 		aiouffd_detach(attachment->memory);

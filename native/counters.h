@@ -44,7 +44,8 @@
 	X(pings) \
 	X(rescues) \
 	X(stall_poisons) \
-	X(guarded_faults)
+	X(guarded_faults) \
+	X(renewed_bytes)
 
 enum au_counter {
 #define AU_COUNTER_ENUM(name) AU_COUNT_##name,

@@ -137,6 +137,8 @@ int au_wait_read(struct au_region *region, uint64_t offset, void *destination, u
 				       (const void *)(uintptr_t)(region->start + wait->at),
 				       upto - wait->at, &where);
 		wait->at = result ? where - region->start : upto;
+		if (result && wait->at < region->length && au_region_broken(region, wait->at))
+			result = -EHWPOISON;
 	}
 	return end(region, result, wait);
 }
@@ -167,8 +169,10 @@ int au_wait_find(struct au_region *region, uint64_t offset, uint64_t length, con
 		wait->found = au_guard_find((const void *)(uintptr_t)(region->start + wait->at),
 					    upto - wait->at, needle, needle_length, &where);
 		if (wait->found == -EIO) {
-			result = -EIO;
 			wait->at = where - region->start;
+			result = wait->at < region->length && au_region_broken(region, wait->at) ?
+					 -EHWPOISON :
+					 -EIO;
 			break;
 		}
 		if (wait->found >= 0) {

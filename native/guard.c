@@ -23,6 +23,11 @@ static __thread volatile uint64_t fault_address __attribute__((tls_model("initia
 static __thread volatile uintptr_t chain_frame __attribute__((tls_model("initial-exec")));
 static __thread void *volatile chain_context __attribute__((tls_model("initial-exec")));
 
+/* How often this thread has had the same page renewed in a row. */
+#define RENEWALS 3
+static __thread volatile uint64_t renewed_last __attribute__((tls_model("initial-exec")));
+static __thread volatile uint32_t renewals __attribute__((tls_model("initial-exec")));
+
 static struct sigaction previous;
 static pthread_mutex_t start_lock = PTHREAD_MUTEX_INITIALIZER;
 
@@ -64,11 +69,32 @@ static void chain(int number, siginfo_t *info, void *context)
 	chain_frame = 0;
 }
 
+/* Memory that is there and cannot be had, for the hardware has lost it: have it fetched again if
+ * that can be, and repeat the access.  (Or an error was put right just now.)  Not for ever, should
+ * that not help. */
+static bool renewed(struct au_region *region, uint64_t address, uint64_t offset)
+{
+	if (!au_region_broken(region, offset))
+		return false;
+	renewals = renewed_last == address ? renewals + 1 : 0;
+	renewed_last = address;
+	if (renewals < RENEWALS) {
+		au_region_renew(region, offset);
+		return true;
+	}
+	renewed_last = 0;
+	return false;
+}
+
 static void on_bus_error(int number, siginfo_t *info, void *context)
 {
 	uint64_t address = (uint64_t)(uintptr_t)info->si_addr, offset = 0;
-	bool ours = info->si_code > 0 && au_regions_find(address, &offset);
+	struct au_region *region = NULL;
+	bool ours = info->si_code > 0 && au_regions_find(address, &offset, &region);
 
+	/* Where our own thread has not touched it (BUS_MCEERR_AO), whoever does gets the error. */
+	if (ours && region && (renewed(region, address, offset) || info->si_code == BUS_MCEERR_AO))
+		return;
 	if (ours && way_back) {
 		au_count(AU_COUNT_guarded_faults, 1);
 		fault_address = address;
@@ -79,7 +105,12 @@ static void on_bus_error(int number, siginfo_t *info, void *context)
 		    (pid_t)au_gettid() != getpid())
 			for (;;)
 				pause();
-		say(atomic_load(&au_inherits) ?
+		if (region && au_region_broken(region, offset))
+			say("the hardware has lost this memory, and what was written to it (a memory error); "
+			    "drop it to have it fetched again",
+			    address, offset);
+		else
+			say(atomic_load(&au_inherits) ?
 			    "its source failed, or the process that serves it has closed it or is gone; "
 			    "use buf[...] to get an exception instead" :
 			    "its source failed or it was closed; "

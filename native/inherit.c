@@ -434,7 +434,7 @@ static void accept_all(int server, enum au_inherited how)
 		atomic_store(&region->users, 0);
 		atomic_store(&region->closing, closed);
 		/* Without memory for it, a poisoned page ends a guarded copy by SIGBUS. */
-		au_regions_add(region->start, region->length);
+		au_regions_add(region->start, region->length, region);
 	}
 }
 

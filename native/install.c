@@ -564,6 +564,13 @@ void au_region_map_again(struct au_region *region, uint64_t page)
 							       AU_PAGE_MISSING))
 		/* Removed by somebody, since the message, without an event. */
 		atomic_fetch_sub(&region->present_pages, 1);
+	if (failed == EIO && !au_region_renew(region, page << region->page_shift))
+		/* Broken, and its bytes are lost: an error, for it cannot be mapped. */
+		if (atomic_compare_exchange_strong(&region->states[page], &state, AU_PAGE_MISSING)) {
+			atomic_fetch_sub(&region->present_pages, 1);
+			au_engine_poison_page(region->engine, address_of(region, page),
+					      region->page_size);
+		}
 	/* At the end, or who waits would come to pages that are next before us.  Also who came for
 	 * what was mapped already. */
 	wake_all(region, low, high);

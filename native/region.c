@@ -32,12 +32,15 @@
 
 /* -------------------------------------------------------------- registry */
 
+_Atomic uint64_t au_renewed;
+
 /* Where regions are, for the SIGBUS handler: read without a lock, never freed. */
 #define REGISTRY_CHUNK 128U
 #define REGISTRY_CHUNKS 1024U
 struct range {
 	_Atomic uint64_t start;
 	_Atomic uint64_t length; /* 0: free */
+	_Atomic(struct au_region *) region;
 };
 static struct range first_ranges[REGISTRY_CHUNK];
 static _Atomic(struct range *) ranges[REGISTRY_CHUNKS] = { first_ranges };
@@ -59,7 +62,7 @@ static void hook_fork(void)
 	pthread_atfork(NULL, NULL, unlock_in_child);
 }
 
-int au_regions_add(uint64_t start, uint64_t length)
+int au_regions_add(uint64_t start, uint64_t length, struct au_region *region)
 {
 	static pthread_once_t once = PTHREAD_ONCE_INIT;
 	uint32_t index, high;
@@ -83,6 +86,7 @@ int au_regions_add(uint64_t start, uint64_t length)
 		}
 		atomic_store(&ranges[index / REGISTRY_CHUNK], chunk);
 	}
+	atomic_store(&range_at(index)->region, region);
 	atomic_store(&range_at(index)->start, start);
 	atomic_store(&range_at(index)->length, length);
 	if (index == high)
@@ -117,7 +121,7 @@ bool au_regions_overlap(uint64_t address, uint64_t length)
 	return false;
 }
 
-bool au_regions_find(uint64_t address, uint64_t *offset)
+bool au_regions_find(uint64_t address, uint64_t *offset, struct au_region **region)
 {
 	uint32_t index, high = atomic_load(&range_high);
 
@@ -127,6 +131,7 @@ bool au_regions_find(uint64_t address, uint64_t *offset)
 
 		if (size && address >= start && address < start + size) {
 			*offset = address - start;
+			*region = atomic_load(&range->region);
 			return true;
 		}
 	}
@@ -324,7 +329,7 @@ struct au_region *au_region_create(struct au_engine *engine, uint64_t length, in
 	au_error_prepare();
 	result = map_memory(region);
 	if (!result)
-		result = au_regions_add(region->start, region->length);
+		result = au_regions_add(region->start, region->length, region);
 	if (!result)
 		result = register_memory(region);
 	if (!result)
@@ -516,12 +521,14 @@ static int read_begin(struct au_region *region, uint64_t offset, uint64_t length
 static int read_end(struct au_region *region, uint64_t offset, int result, bool cut, uint64_t sound,
 		    uint64_t *where)
 {
-	if (result)
+	if (result) {
 		*where -= region->start;
-	else if (cut)
+		if (*where < region->length && au_region_broken(region, *where))
+			result = -EHWPOISON;
+	} else if (cut) {
 		*where = offset + sound;
-	if (cut)
 		result = -EIO;
+	}
 	if (result == -EIO && atomic_load(&region->closing))
 		result = -EBADF;
 	atomic_fetch_sub(&region->readers, 1);
@@ -677,6 +684,24 @@ int au_region_drop(struct au_region *region, uint64_t offset, uint64_t length)
 	}
 	au_region_leave(region);
 	return result;
+}
+
+bool au_region_broken(struct au_region *region, uint64_t offset)
+{
+	return !atomic_load(&region->inherited) && !atomic_load(&region->closing) &&
+	       (atomic_load(&region->states[offset >> region->page_shift]) & AU_PAGE_STATE) ==
+		       AU_PAGE_PRESENT;
+}
+
+bool au_region_renew(struct au_region *region, uint64_t offset)
+{
+	offset &= ~(region->page_size - 1);
+	if ((region->options & AU_REGION_WRITABLE) || !au_region_broken(region, offset) ||
+	    au_region_drop(region, offset, region->page_size))
+		return false;
+	au_count(AU_COUNT_renewed_bytes, region->page_size);
+	atomic_store(&au_renewed, region->start + offset);
+	return true;
 }
 
 /* ----------------------------------------------------------------- close */

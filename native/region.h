@@ -13,6 +13,7 @@
 #ifndef AU_REGION_H
 #define AU_REGION_H
 
+#include <errno.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -131,7 +132,8 @@ uint32_t au_region_generation(struct au_region *region, uint64_t block);
  * Whole pages only.  0 or -errno. */
 int au_region_drop(struct au_region *region, uint64_t offset, uint64_t length);
 
-/* Guarded copies out of and searches in the region; they wait for missing pages, and end
+/* With -EHWPOISON when the memory itself is broken, and could have been written to.
+ * Guarded copies out of and searches in the region; they wait for missing pages, and end
  * with -EIO when one is poisoned (offset in *where), -EBADF when the region is closed. */
 int au_region_read(struct au_region *region, uint64_t offset, void *destination, uint64_t length,
 		   uint64_t *where);
@@ -155,13 +157,24 @@ int au_region_close(struct au_region *region, int unmap);
 void au_region_free(struct au_region *region);
 
 /* Have the SIGBUS handler know of lazy memory, and forget it.  For regions this is done. */
-int au_regions_add(uint64_t start, uint64_t length);
+int au_regions_add(uint64_t start, uint64_t length, struct au_region *region);
 void au_regions_remove(uint64_t start);
 
 /* True if [address, address+length) overlaps any region of this process. */
 bool au_regions_overlap(uint64_t address, uint64_t length);
-/* Offset of `address` in the region that holds it; false if none does.  Async-signal-safe. */
-bool au_regions_find(uint64_t address, uint64_t *offset);
+/* Offset of `address` in the region that holds it; false if none does.  *region is NULL for memory
+ * that another process serves.  Async-signal-safe. */
+bool au_regions_find(uint64_t address, uint64_t *offset, struct au_region **region);
+
+#define AU_EHWPOISON EHWPOISON
+/* Whether a page that raised SIGBUS was there, so that neither its source nor a close is the reason:
+ * the hardware has lost it.  Async-signal-safe. */
+bool au_region_broken(struct au_region *region, uint64_t offset);
+/* Drop such a page, if nobody can have written to it: the next touch has it fetched again.  False if
+ * that cannot be.  Async-signal-safe. */
+bool au_region_renew(struct au_region *region, uint64_t offset);
+/* The address of the page that was renewed last. */
+extern _Atomic uint64_t au_renewed;
 
 /* Memory as it was first at `offset`, mapped at `address`, which replaces what is there; it is not
  * registered.  0 or -errno. */

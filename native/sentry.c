@@ -669,6 +669,17 @@ static void watch_main(struct round *round)
 	au_interrupt_say(named ? name : NULL, offset, round->now - since);
 }
 
+/* A signal handler cannot tell, and nobody else may know. */
+static void watch_renewed(void)
+{
+	uint64_t address = atomic_exchange(&au_renewed, 0);
+
+	if (address) {
+		note(AU_NOTE_RENEWED, 0, address, 0);
+		signal_fd(rescue_fd);
+	}
+}
+
 static void *sentry_main(void *ignored)
 {
 	struct epoll_event events[EVENTS];
@@ -719,6 +730,7 @@ static void *sentry_main(void *ignored)
 		watch_main(&round);
 		watch_stalled(&round);
 		watch_regain(&round);
+		watch_renewed();
 		calm = round.acted ? 0 : calm + 1;
 	}
 	return NULL;

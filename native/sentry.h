@@ -37,6 +37,7 @@ enum au_note_kind {
 	AU_NOTE_MASKED = 2,       /* our signal is blocked in a waiting thread */
 	AU_NOTE_LOOP_STUCK = 3,   /* a loop did not answer; the rescue loop serves */
 	AU_NOTE_SELF_TOUCH = 4,   /* the loop's own thread touched */
+	AU_NOTE_RENEWED = 5,      /* memory that the hardware had lost is fetched again */
 };
 struct au_note {
 	uint32_t kind;

@@ -633,7 +633,7 @@ static void raw_page(void)
 	CHECK_EQ(au_abi_register(bench.fd, (uint64_t)(uintptr_t)memory, 4 * PAGE,
 				 AU_REGISTER_MODE_MISSING, &ioctls),
 		 0);
-	CHECK_EQ(au_regions_add((uint64_t)(uintptr_t)memory, 4 * PAGE), 0);
+	CHECK_EQ(au_regions_add((uint64_t)(uintptr_t)memory, 4 * PAGE, NULL), 0);
 	thread = spawn(touches_raw, memory + PAGE);
 	EVENTUALLY(au_slots_live());
 	au_engine_poison_page(bench.engine, (uint64_t)(uintptr_t)memory + PAGE, PAGE);

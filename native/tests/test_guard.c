@@ -196,7 +196,103 @@ static void sent_by_kill(void)
 
 #define TSAN_BLOCKS "a jump out of a handler leaves its signal blocked"
 
+/* What a memory error of the hardware leaves: a page that we know to be there, and SIGBUS.  (The
+ * kernel can make real ones, MADV_HWPOISON, only where it is built to handle them.) */
+static void break_page(uint64_t page)
+{
+	int64_t done;
+
+	CHECK_EQ(madvise(at(bench.region, page * PAGE), PAGE, MADV_DONTNEED), 0);
+	CHECK_EQ(au_abi_poison(bench.fd, bench.region->start + page * PAGE, PAGE, 0, &done), 0);
+}
+
+static void open_breakable(int options)
+{
+	int error;
+
+	bench_open(&bench, (struct setup){ .length = 8 * PAGE, .block = 4 });
+	bench.region->options = (uint32_t)options;
+	install_pattern(bench.region, 0, 8 * PAGE, &error);
+}
+
+static void broken_memory_is_fetched_again(void)
+{
+	uint8_t bytes[8 * PAGE], needle[4];
+	struct loop loop = { 0 };
+	struct au_wait wait = { 0 };
+	uint64_t where = 0, round;
+	int64_t found = 0;
+
+	open_breakable(0);
+	loop_start(&loop, &bench);
+	for (round = 0; round < 5; round++) {
+		break_page(2);
+		CHECK_EQ(au_region_read(bench.region, 0, bytes, 8 * PAGE, &where), 0);
+		CHECK(pattern_holds(bytes, 0, 8 * PAGE));
+		break_page(5);
+		pattern_fill(needle, 5 * PAGE + 40, sizeof needle);
+		CHECK_EQ(au_region_find(bench.region, 5 * PAGE + 1, PAGE, needle, 4, &where, &found),
+			 0);
+		CHECK_EQ(found, 5 * PAGE + 40);
+		break_page(6);
+		CHECK_EQ(au_region_touch(bench.region, 0, 8 * PAGE, &where), 0);
+		break_page(7);
+		while (au_wait_read(bench.region, 0, bytes, 8 * PAGE, &wait) == -EINTR)
+			;
+		CHECK(pattern_holds(bytes, 0, 8 * PAGE));
+		/* By code that knows nothing of it, too. */
+		break_page(1);
+		CHECK_EQ(touch(bench.region, PAGE + 3), pattern(PAGE + 3));
+	}
+	CHECK_EQ(counted(AU_COUNT_renewed_bytes), 25 * PAGE);
+	CHECK_EQ(counted(AU_COUNT_guarded_faults), 0);
+	EVENTUALLY(au_region_present(bench.region) == 8);
+	loop_stop(&loop);
+	bench_close(&bench);
+}
+
+static void lost_writes_are_an_error(void)
+{
+	uint8_t bytes[8 * PAGE], needle[4] = { 0 };
+	struct au_wait wait = { 0 };
+	uint64_t where = 0, round;
+	int64_t found = 0;
+	int error;
+
+	open_breakable(AU_REGION_WRITABLE);
+	*at(bench.region, 2 * PAGE) = 0x55;
+	break_page(2);
+	for (round = 0; round < 3; round++) {
+		CHECK_EQ(au_region_read(bench.region, 0, bytes, 8 * PAGE, &where), -EHWPOISON);
+		CHECK_EQ(where, 2 * PAGE);
+		CHECK_EQ(au_region_touch(bench.region, 0, 8 * PAGE, &where), -EHWPOISON);
+		CHECK_EQ(au_region_find(bench.region, 2 * PAGE, PAGE, needle, 4, &where, &found),
+			 -EHWPOISON);
+		CHECK_EQ(au_wait_read(bench.region, 0, bytes, 8 * PAGE, &wait), -EHWPOISON);
+		CHECK_EQ(wait.at, 2 * PAGE);
+	}
+	CHECK_EQ(counted(AU_COUNT_renewed_bytes), 0);
+	/* Until who has lost them drops it. */
+	CHECK_EQ(au_region_drop(bench.region, 2 * PAGE, PAGE), 0);
+	CHECK_EQ(install_pattern(bench.region, 2 * PAGE, PAGE, &error), PAGE);
+	CHECK_EQ(au_region_read(bench.region, 0, bytes, 8 * PAGE, &where), 0);
+	CHECK(pattern_holds(bytes, 0, 8 * PAGE));
+	bench_close(&bench);
+}
+
+static void lost_writes_are_sigbus(void)
+{
+	open_breakable(AU_REGION_WRITABLE);
+	break_page(2);
+	touch(bench.region, 2 * PAGE);
+}
+
 const struct test guard_tests[] = {
+	{ "guard: memory that the hardware lost is fetched again", broken_memory_is_fetched_again, 0,
+	  TSAN_BLOCKS },
+	{ "guard: and is an error where it could be written to", lost_writes_are_an_error, 0,
+	  TSAN_BLOCKS },
+	{ "guard: SIGBUS for raw touches of that", lost_writes_are_sigbus, SIGBUS, NULL },
 	{ "guard: copies, touches and searches over poison", over_poison, 0, TSAN_BLOCKS },
 	{ "guard: many threads over poison", many_at_once, 0, TSAN_BLOCKS },
 	{ "guard: a raw touch of poison is SIGBUS", raw_touch, SIGBUS, NULL },

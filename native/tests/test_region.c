@@ -74,6 +74,7 @@ static void registry(void)
 	enum { COUNT = 300 };
 	struct bench bench;
 	struct au_region *regions[COUNT];
+	struct au_region *found;
 	uint64_t offset;
 	int index, error;
 
@@ -84,7 +85,7 @@ static void registry(void)
 		CHECK(regions[index]);
 	}
 	for (index = 0; index < COUNT; index++) {
-		CHECK(au_regions_find(regions[index]->start + 17, &offset));
+		CHECK(au_regions_find(regions[index]->start + 17, &offset, &found));
 		CHECK_EQ(offset, 17);
 		CHECK(au_regions_overlap(regions[index]->start - 1, 2));
 	}
@@ -94,9 +95,9 @@ static void registry(void)
 		au_region_free(regions[index]);
 	}
 	for (index = 1; index < COUNT; index += 2) {
-		CHECK(au_regions_find(regions[index]->start + PAGE, &offset));
+		CHECK(au_regions_find(regions[index]->start + PAGE, &offset, &found));
 		au_region_close(regions[index], 1);
-		CHECK(!au_regions_find(regions[index]->start + PAGE, &offset));
+		CHECK(!au_regions_find(regions[index]->start + PAGE, &offset, &found));
 		au_region_free(regions[index]);
 	}
 	CHECK(!au_regions_overlap(0, UINT64_MAX / 2));
