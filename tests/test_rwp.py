@@ -8,14 +8,17 @@ import mmap
 import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from aiouffd import serve
 from aiouffd._lib import PAGE_SIZE
 from aiouffd.abi import FaultFlag, Feature, Ioctl, Mode, PageCategory, PageFault
 from aiouffd.errors import KernelError, UnsupportedError, UsageError
 from aiouffd.uffd import CreationError, Userfaultfd, address_of, kernel_features
-from tests.support import wait_until
+from tests.guests import PlainDialect, guest
+from tests.support import content, wait_until, word
 
 try:
     AVAILABLE = kernel_features()
@@ -197,6 +200,25 @@ def test_accesses_can_be_found_without_messages(shared: bool) -> None:
         )
         assert sum(r.end - r.start for r in cold) == (PAGES - 2) * PAGE_SIZE
         assert uffd.read() == []
+
+
+@pytest.mark.parametrize("mode", ["WP", pytest.param("RWP", marks=has_rwp)])
+async def test_a_client_that_protects_its_pages_does_not_wait(tmp_path: Path, mode: str) -> None:
+    """The server sees the fault, too, and knows nothing better than to let the client go on."""
+    data = content(16 * PAGE_SIZE)
+    features = ["RWP"] if mode == "RWP" else []
+    async with (
+        serve.listen(tmp_path / "s", source=data, dialect=PlainDialect()) as server,
+        guest(tmp_path / "s", 16, modes=[mode], features=features) as one,
+    ):
+        assert await one.ask("word", 3) == word(3 * PAGE_SIZE)
+        await one.ask("protect", 0, 16)
+        before = server.stats.faults
+        await one.ask("write_word", 3, 77)
+        assert server.stats.faults > before
+        await one.ask("protect", 0, 16)
+        assert await one.ask("word", 3) == 77
+        assert await one.ask("word", 12) == word(12 * PAGE_SIZE)
 
 
 @has_rwp

@@ -42,6 +42,7 @@ class Program:
         self.shared = False
         self.touching = 0
         self.page = PAGE
+        self.modes = Mode(0)
         self.uffd: Any = None
         self.connection: Any = None
 
@@ -63,6 +64,8 @@ class Program:
         for name in options.get("features", ["EVENT_REMOVE", "EVENT_UNMAP", "EVENT_REMAP"]):
             features |= Feature[name]
         self.uffd = Userfaultfd(features, user_mode_only=None)
+        for name in options.get("modes", []):
+            self.modes |= Mode[name]
         for first, count in options.get("register", [(0, pages)]):
             self.register(first, count)
         self.offset = options.get("offset", 0)
@@ -70,7 +73,12 @@ class Program:
 
     def register(self, page: int, count: int) -> None:
         mode = Mode.MISSING | Mode.MINOR if self.shared else Mode.MISSING
-        self.uffd.register(self.base + page * self.page, count * self.page, mode)
+        self.uffd.register(self.base + page * self.page, count * self.page, mode | self.modes)
+
+    def protect(self, page: int, count: int) -> None:
+        """From writes, or from any access, by the mode that there is beside MISSING."""
+        call = self.uffd.rwprotect if self.modes & Mode.RWP else self.uffd.writeprotect
+        call(self.base + page * self.page, count * self.page, protect=True)
 
     def hand_over(self, path: str) -> str:
         self.connection = connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

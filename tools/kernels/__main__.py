@@ -36,6 +36,8 @@ def job(arguments: list[str] | None) -> str:
         "sysctl -w vm.nr_hugepages=8 >/dev/null",
         "uname -rv",
         "python tools/kernels/smoke.py /out/smoke.json",
+        "python -m aiouffd doctor >/out/doctor 2>&1",
+        "su -s /bin/sh nobody -c '/python/bin/python -m aiouffd doctor' >/out/doctor.nobody 2>&1",
     ]
     if arguments is not None:
         words = ["-p", "no:cacheprovider", "--one-loop", "-m", "not slow", "-v", "--tb=short"]
