@@ -23,6 +23,7 @@ from ._lib import ffi, lib
 from .advice import HINTS, Hint
 from .arrays import Shape, tensor_over
 from .byte_sequence import ByteSequence, check_bytes
+from .efault import explain
 from .errors import ClosedError, SourceChangedError, SourceError, UnsupportedError, UsageError
 from .fault import Errors, Kind
 from .fetcher import FlightEvent
@@ -383,8 +384,22 @@ class LazyBuffer(FileHints, ByteSequence):
         return await self.aopen()
 
     async def __aexit__(self, *exc_info: object) -> None:
-        """`aclose`: memory that somebody still holds is served on."""
+        """`aclose`: memory that somebody still holds is served on. EFAULT gets a note that says
+        why it may be ours."""
+        self._explain(exc_info[1])
         await self.aclose()
+
+    def _explain(self, error: object) -> None:
+        region = self._region
+        if error is not None and region is not None and not self._closed and not region.closed:
+            explain(
+                error,
+                repr(self._name),
+                user_mode_only=region.pager.user_mode_only,
+                failed=(self._tally.last_error or "?") if region.poisoned_bytes else None,
+                fetch=self._fetch_again,
+                save=self._fetch_again.replace("fetch()", "save(path)"),
+            )
 
     if not TYPE_CHECKING:  # which knows better
 

@@ -126,6 +126,8 @@ class SyncBuffer(FileHints, ByteSequence):
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        """`close`; as `LazyBuffer` does, EFAULT gets a note."""
+        self._buffer._explain(exc_info[1])
         self.close()
 
     if not TYPE_CHECKING:  # which knows better
