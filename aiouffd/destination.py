@@ -37,6 +37,8 @@ async def file_sink(path: str, size: int, *, source: str | None = None) -> Sink:
     Raises OSError, and UsageError for a device that is too small, or the source itself. Waits for
     somebody to read a named pipe.
     """
+    if not path:
+        raise UsageError("the path is empty")
     sink = _sink(path, size, source)
     if sink is None:
         fd = await _open_stream(path)

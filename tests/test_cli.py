@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import os
 import subprocess
@@ -11,6 +13,10 @@ from pathlib import Path
 import pytest
 
 import aiouffd
+from aiouffd import cli
+from aiouffd.cli.common import limits_of
+from aiouffd.nbd import NbdServer
+from aiouffd.serve import Limits, listen
 from tests.support import ROOT, environment
 
 PYTHONPATH = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -124,3 +130,90 @@ def test_copy(path: str, tmp_path: Path) -> None:
     done = run("copy", path, str(tmp_path / "no" / "folder"))
     assert done.returncode == 1
     assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1/x", "s3://bucket/key", "redis://h/0/k"])
+def test_copy_to_what_can_only_be_read(path: str, url: str) -> None:
+    done = run("copy", path, url)
+    assert done.returncode == 2
+    said = done.stderr.decode()
+    if "pip install" not in said:  # the package is there
+        assert f"{url} cannot be written to (a path, a device, file://, nbd://" in said
+
+
+@pytest.mark.parametrize("arguments", [("copy", "PATH", ""), ("copy", "", "x"), ("info", "")])
+def test_empty_paths(path: str, arguments: tuple[str, ...]) -> None:
+    done = run(*(path if each == "PATH" else each for each in arguments))
+    assert done.returncode == 2
+    assert b"the path is empty" in done.stderr
+
+
+def test_an_option_that_is_nonsense() -> None:
+    pytest.importorskip("aiohttp")
+    done = run("info", "-o", "headers=x", "http://127.0.0.1:1/x")
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"aiouffd: -o headers: ")
+
+
+def test_an_option_of_buffers_is_none_of_sources(path: str) -> None:
+    done = run("cat", "-o", "block_size=64K", path)
+    assert done.returncode == 2
+    assert b"block_size belongs to aiouffd.open(), not to the source; it has max_threads" in (
+        done.stderr
+    )
+
+
+def test_info_says_whether_a_file_could_be_written_to(path: str) -> None:
+    assert b"writes   no; writable=True would let you" in run("info", path).stdout
+    assert b"writes   yes" in run("info", "-o", "writable=true", path).stdout
+
+
+def test_info_of_a_working_set(path: str, tmp_path: Path) -> None:
+    saved = tmp_path / "start.ws"
+    aiouffd.WorkingSet([(0, 4096), (65536, 10)], size=len(DATA), source="name").save(saved)
+    done = run("info", str(saved))
+    assert b"this is a working set of name\ncovers   4.01 KiB of 250 KiB\nparts    2" in done.stdout
+    assert json.loads(run("info", "--json", str(saved)).stdout)["working_set"]["source"] == "name"
+    saved.write_bytes(saved.read_bytes()[:-1])
+    assert b"working set of" not in run("info", str(saved)).stdout
+
+
+def test_a_certificate_that_is_not_there_is_named(path: str) -> None:
+    done = run("nbd", path, "--cert", "/nowhere/cert.pem")
+    assert done.returncode == 1
+    assert b"/nowhere/cert.pem" in done.stderr
+
+
+def test_limits_are_those_of_the_servers() -> None:
+    limits = {field.name: field.default for field in dataclasses.fields(Limits)}
+    most = inspect.signature(listen).parameters["max_clients"].default
+    assert {**limits, "max_clients": most} == cli.pager.LIMITS
+    parameters = inspect.signature(NbdServer).parameters
+    for name, value in cli.nbd.LIMITS.items():
+        assert parameters[name].default == value
+
+
+@pytest.mark.parametrize("command", [("nbd",), ("pager", "native", "--socket=x.sock")])
+@pytest.mark.parametrize(
+    ("limit", "said"),
+    [
+        ("none=3", "there is no limit none (there are "),
+        ("max_clients=0", "max_clients is a positive number, not 0"),
+        ("max_clients=1.5", "max_clients is a positive number, not 1.5"),
+        ("max_clients", "'max_clients' is not NAME=NUMBER"),
+        ("max_clients=x", "'max_clients=x' is not NAME=NUMBER"),
+    ],
+)
+def test_limits_that_cannot_be(path: str, command: tuple[str, ...], limit: str, said: str) -> None:
+    done = run(*command, path, "--limit", limit)
+    assert done.returncode == 2
+    assert said in done.stderr.decode()
+
+
+def test_limits_are_heeded(path: str) -> None:
+    parsed = cli._parser().parse_args(["nbd", path, "--limit=memory=64M"])
+    assert limits_of(parsed, cli.nbd.LIMITS) == {"memory": 64 << 20}
+    parsed = cli._parser().parse_args(
+        ["pager", "native", "--socket=s", path, "--limit=pages=1M", "--limit=handshake=0.5"]
+    )
+    assert limits_of(parsed, cli.pager.LIMITS) == {"pages": 1 << 20, "handshake": 0.5}

@@ -8,21 +8,23 @@ import importlib
 import json
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, TextIO, TypeVar
 
-from ..errors import AiouffdError
+from ..errors import AiouffdError, UsageError
 from ..sources import as_source
 from ..sources.base import Source, aclose_source, open_source
 from ..sources.compose import RetrySource
 
 __all__ = [
     "add_cache_argument",
+    "add_limit_argument",
     "add_option_argument",
     "add_source_arguments",
     "console_for",
     "error_text",
     "human",
+    "limits_of",
     "opened",
     "progress",
     "run",
@@ -68,6 +70,46 @@ def option_argument(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def limit_argument(text: str) -> tuple[str, float]:
+    """'pages=1M' -> the pair; a number as `size_argument` reads them, or one of seconds."""
+    name, separator, value = text.partition("=")
+    if separator:
+        try:
+            return name, size_argument(value)
+        except argparse.ArgumentTypeError:
+            with suppress(ValueError):
+                return name, float(value)
+    raise argparse.ArgumentTypeError(f"{text!r} is not NAME=NUMBER")
+
+
+def add_limit_argument(parser: argparse.ArgumentParser, limits: dict[str, float]) -> None:
+    """``--limit NAME=NUMBER``; ``limits`` has the names and what they are by default."""
+    known = ", ".join(f"{name} ({value})" for name, value in limits.items())
+    parser.add_argument(
+        "--limit",
+        type=limit_argument,
+        action="append",
+        default=[],
+        metavar="NAME=NUMBER",
+        help=f"what clients may ask for, may be repeated: {known}",
+    )
+
+
+def limits_of(parsed: argparse.Namespace, limits: dict[str, float]) -> dict[str, Any]:
+    """What was given by ``--limit``, of the types of ``limits``. UsageError for other names."""
+    given: dict[str, Any] = {}
+    for name, value in parsed.limit:
+        if name not in limits:
+            raise UsageError(
+                f"--limit: there is no limit {name}", hint=f"there are {', '.join(limits)}"
+            )
+        kind = type(limits[name])
+        if value <= 0 or kind(value) != value:
+            raise UsageError(f"--limit: {name} is a positive number, not {value:g}")
+        given[name] = kind(value)
+    return given
+
+
 def add_option_argument(parser: argparse.ArgumentParser, what: str = "the source") -> None:
     """``-o NAME=VALUE``: keywords of ``what``."""
     parser.add_argument(
@@ -108,7 +150,13 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
 
 def source_of(parsed: argparse.Namespace, **options: Any) -> Source:
     """The source that the command line names, unopened."""
-    source = as_source(parsed.source, **dict(parsed.option), **options)
+    try:
+        source = as_source(parsed.source, **{**options, **dict(parsed.option)})
+    except AiouffdError:
+        raise
+    except (TypeError, ValueError) as error:
+        names = ", ".join(name for name, _ in parsed.option)
+        raise UsageError(f"-o {names}: {error}" if names else str(error)) from error
     if parsed.cache is None:
         return source
     from ..sources.cache import cached

@@ -17,7 +17,8 @@ from ..errors import UsageError
 from ..sources import as_source
 from ..sources.base import Source
 from ..sources.file import path_of_url
-from ..sources.registry import scheme_of
+from ..sources.names import display_name
+from ..sources.registry import lookup, scheme_of
 from .common import (
     add_source_arguments,
     human,
@@ -102,6 +103,7 @@ def _copy(parsed: argparse.Namespace) -> int:
                     sink = await file_sink(path, length, source=_path(parsed.source))
                     await transfer(source, sink, parsed.offset, length, advance)
                     return length
+                _check_writable(parsed.destination)
                 options = {"writable": True, **dict(parsed.destination_option)}
                 target = as_source(parsed.destination, **options)
                 async with opened(target) as target:
@@ -119,6 +121,18 @@ def _copy(parsed: argparse.Namespace) -> int:
         seconds = max(time.monotonic() - started, 1e-6)
         print(f"{human(length)} in {seconds:.2f} s, {human(length / seconds)}/s", file=sys.stderr)
     return 0
+
+
+def _check_writable(url: str) -> None:
+    """Raise UsageError for URLs of sources that can only be read."""
+    factory = lookup(scheme_of(url) or "").load()
+    owner = getattr(factory, "__self__", factory)
+    # Whoever makes them by a function says so itself.
+    if isinstance(owner, type) and not hasattr(owner, "write"):
+        raise UsageError(
+            f"{display_name(url)} cannot be written to",
+            hint="a path, a device, file://, nbd:// and its relatives can",
+        )
 
 
 def _path(text: str) -> str | None:

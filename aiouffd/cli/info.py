@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 from typing import Any
 
+from ..errors import UsageError
 from ..sources.base import Source, own_method
 from .common import add_source_arguments, human, opened, run, source_of
 
 __all__ = ["add_to"]
+
+#: How working sets begin, and the most bytes that are looked at for one.
+START, MOST = b"aiouffd working set", 64 << 20
 
 
 def add_to(commands: Any) -> None:
@@ -31,12 +36,36 @@ def _info(parsed: argparse.Namespace) -> int:
     print(f"version  {facts['version'] or 'unknown: a change cannot be seen'}")
     print("ranges   yes: it can be read lazily")
     print(f"zeros    {'told: they are not transferred' if facts['holes'] else 'not told'}")
-    print(f"writes   {'yes' if facts['writable'] else 'no'}")
+    print(f"writes   {_writes(facts)}")
+    for name, value in facts.get("working_set", {}).items():
+        print(f"{name:9}{value}" if name != "source" else f"this is a working set of {value}")
     return 0
+
+
+def _writes(facts: dict[str, Any]) -> str:
+    if facts["writable"]:
+        return "yes"
+    return "no; writable=True would let you" if facts["can_be_writable"] else "no"
+
+
+async def _working_set(source: Source) -> dict[str, Any]:
+    """What `aiouffd record` wrote into a file, if it is one of those."""
+    if not len(START) < source.size <= MOST or bytes(await source.read(0, len(START))) != START:
+        return {}
+    from ..workingset import WorkingSet
+
+    try:
+        found = WorkingSet.from_bytes(bytes(await source.read(0, source.size)))
+    except UsageError:
+        return {}
+    facts = {"source": found.source, "covers": f"{human(found.total)} of {human(found.size)}"}
+    facts |= {"parts": str(len(found.ranges)), "of": found.version or "an unknown version"}
+    return {"working_set": facts}
 
 
 async def _facts(source: Source, patience: float) -> dict[str, Any]:
     kind = type(source).__name__
+    can_be_writable = "writable" in inspect.signature(type(source)).parameters
     async with opened(source, patience):
         return {
             "kind": kind,
@@ -45,4 +74,6 @@ async def _facts(source: Source, patience: float) -> dict[str, Any]:
             "ranges": True,
             "holes": own_method(source, "holes") is not None,
             "writable": bool(getattr(source, "writable", False)),
+            "can_be_writable": can_be_writable,
+            **await _working_set(source),
         }

@@ -10,13 +10,29 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from .common import add_source_arguments, human, opened, run, source_of
+from .common import (
+    add_limit_argument,
+    add_source_arguments,
+    human,
+    limits_of,
+    opened,
+    run,
+    source_of,
+)
 
 if TYPE_CHECKING:
     from ..nbd.server import NbdServer
 
 __all__ = ["add_to"]
 
+#: As `NbdServer` has them, which is not light to import; a test compares.
+LIMITS: dict[str, float] = {
+    "max_clients": 64,
+    "max_requests": 64,
+    "memory": 256 << 20,
+    "handshake_timeout": 10.0,
+    "stall_timeout": 60.0,
+}
 #: What ends it.
 STOP = (signal.SIGINT, signal.SIGTERM)
 
@@ -51,6 +67,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drain", type=float, default=10.0, metavar="SECONDS", help="time to finish (default: 10)"
     )
+    add_limit_argument(parser, LIMITS)
 
 
 def _tls(parsed: argparse.Namespace) -> ssl.SSLContext | None:
@@ -58,6 +75,9 @@ def _tls(parsed: argparse.Namespace) -> ssl.SSLContext | None:
         if parsed.key or parsed.client_ca:
             raise UsageError("--key and --client-ca go with --cert")
         return None
+    for path in filter(None, (parsed.cert, parsed.key, parsed.client_ca)):
+        with open(path, "rb"):  # whose error has its name
+            pass
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=parsed.client_ca)
     context.load_cert_chain(parsed.cert, parsed.key)
     if parsed.client_ca:
@@ -98,7 +118,11 @@ async def _main(parsed: argparse.Namespace, tls: ssl.SSLContext | None) -> None:
         for number in STOP:
             loop.add_signal_handler(number, stopped)
         server = NbdServer(
-            {parsed.export: source}, writable=parsed.writable, tls=tls, tls_required=tls is not None
+            {parsed.export: source},
+            writable=parsed.writable,
+            tls=tls,
+            tls_required=tls is not None,
+            **limits_of(parsed, LIMITS),
         )
         try:
             if parsed.socket is not None:

@@ -13,13 +13,34 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from .common import add_cache_argument, add_option_argument, human, run, size_argument
+from .common import (
+    add_cache_argument,
+    add_limit_argument,
+    add_option_argument,
+    human,
+    limits_of,
+    run,
+    size_argument,
+)
 
 if TYPE_CHECKING:
     from ..serve import Client, MemoryStats
     from ..serve.dialects import Dialect
 
 __all__ = ["add_to"]
+
+#: As `aiouffd.serve.Limits` has them, which is not light to import; a test compares.
+LIMITS: dict[str, float] = {
+    "memories": 1024,
+    "areas": 65536,
+    "bytes": 1 << 44,
+    "pages": 1 << 28,
+    "all_pages": 1 << 32,
+    "user_pages": 1 << 31,
+    "user_clients": 512,
+    "handshake": 10.0,
+    "max_clients": 1024,
+}
 
 
 def add_to(commands: Any) -> None:
@@ -153,6 +174,7 @@ def _add_serving(parser: argparse.ArgumentParser) -> None:
         "--record", metavar="FILE", help="save what the first client needs as a working set"
     )
     add_cache_argument(parser)
+    add_limit_argument(parser, LIMITS)
 
 
 def _mode(text: str) -> int:
@@ -250,7 +272,7 @@ def _serve(parsed: argparse.Namespace, dialect: Dialect) -> int:
 
 
 async def _main(parsed: argparse.Namespace, dialect: Dialect) -> None:
-    from ..serve import anybody, listen, same_user
+    from ..serve import Limits, anybody, listen, same_user
     from ..workingset import WorkingSet
 
     prefetch = WorkingSet.load(parsed.prefetch) if parsed.prefetch else None
@@ -263,8 +285,11 @@ async def _main(parsed: argparse.Namespace, dialect: Dialect) -> None:
             first.append(client)
             client.record = True
 
+    limits = limits_of(parsed, LIMITS)
     server = listen(
         parsed.socket,
+        max_clients=limits.pop("max_clients", LIMITS["max_clients"]),
+        limits=Limits(**limits),
         source=_source(parsed),
         dialect=dialect,
         on_client=on_client,
