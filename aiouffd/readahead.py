@@ -17,7 +17,10 @@ much under way, it has to earn, by a length of seven.
 Columns of a table, and tensors among others, are runs that end, and many have the same length.
 Where a run has ended is not seen: behind its last touch, and before the first block that was not
 asked for. Those that have ended tell a new one how far it may go: at once up to where they did
-for certain, and from there on with care. So the place is known better with each.
+for certain, and from there on with care. So the place is known better with each. Where three of
+them began at the same distance the fourth is known by its first touch. Who touches what
+comes behind everything that was asked for, and has not read the last of that, since it
+has not arrived, has not come there by reading: another column begins where the lead over one ended.
 
 Pages that are resident make no faults, so a reader is only seen when it reaches a block
 that is missing or still in flight. That is when the window moves on; and once it has grown,
@@ -29,6 +32,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from collections.abc import Callable
 
 from .advice import Advice
 
@@ -42,6 +46,8 @@ LONGEST_STRIDE = 4096
 STRIDED_WINDOW = 16
 #: After so many touches in a row that no stream foresaw, one that fits may be chance.
 DOUBT = 4
+#: Runs of which less was asked for may be chance, and say nothing of where others begin.
+SHORT = 8
 #: Runs that say how long another one will be: the last ones that ended.
 EXAMPLES = 8
 #: Ends of runs that are known to one in so many blocks are known well enough.
@@ -64,6 +70,7 @@ class _Stream:
         "frontier",
         "guess",
         "last",
+        "regular",
         "seen",
         "start",
         "step",
@@ -79,6 +86,7 @@ class _Stream:
         self.window = 0  # the longest lead that it has had
         self.doubted = False  # it fitted, and has to fit once more
         self.frontier = block + 1  # first block that was not asked for
+        self.regular = False  # began where it was expected
         self.whole = now == 1 and block == 0  # perhaps all of the object will be read
         self.born = self.seen = now  # numbers of its first touch and its last one
 
@@ -93,13 +101,20 @@ class Readahead:
     blocks. The lead over the last touch stays below two windows.
 
     Once the window has grown, plans consist of whole pieces of ``piece`` blocks. ``advice`` is what
-    the program knows: it goes before what was seen.
+    the program knows: it goes before what was seen. ``there`` tells whether a block has arrived.
     """
 
     def __init__(
-        self, blocks: int, window: int, piece: int = 1, advice: Advice | None = None
+        self,
+        blocks: int,
+        window: int,
+        piece: int = 1,
+        advice: Advice | None = None,
+        there: Callable[[int], bool] | None = None,
     ) -> None:
         self._advice = advice or Advice()
+        self._there = there
+        self._several = False  # whether there was a run yet
         self._blocks = blocks
         self._window = window
         self._piece = piece
@@ -123,12 +138,13 @@ class Readahead:
         if stream is None:
             stream = _Stream(block, self._distance(block), self._now)
             self._streams.append(stream)
-            if hint != "sequential":
+            stream.regular = self._is_regular(block)
+            if hint != "sequential" and not stream.regular:
                 self._strangers += 1
                 return []
             stream.step = 1
         self._use(stream)
-        if stream.window or hint == "sequential":
+        if stream.window or stream.regular or hint == "sequential":
             self._strangers = 0
         elif self._strangers > DOUBT and not stream.doubted:
             stream.doubted = True
@@ -193,6 +209,8 @@ class Readahead:
                 # Anywhere in the window: with several threads touches overtake each other.
                 place = self._place(stream, block)
                 if stream.last - stream.window <= place <= stream.frontier:
+                    if self._skips(stream, place):
+                        continue
                     return stream
             elif stream.step:
                 # The steps in between were there already, so nobody told us of them.
@@ -210,6 +228,32 @@ class Readahead:
                     stream.step = stream.guess
                 return stream
         return None
+
+    def _skips(self, stream: _Stream, place: int) -> bool:
+        """Whether somebody has come to the end of what was asked for without having read it: what
+        is before has not arrived. Columns of a length lie where the lead over others ends."""
+        if place < stream.frontier or place == stream.last + 1 or self._there is None:
+            return False
+        return not self._there(self._top - place if stream.back else place - 1)
+
+    def _is_regular(self, block: int) -> bool:
+        """Whether three runs began at a distance, and this is the beginning of the next."""
+        if not self._several:
+            return False
+        starts = [
+            stream.start
+            for stream in self._streams
+            if stream.step == 1 and not stream.back and stream.frontier - stream.start > SHORT
+        ]
+        for start in starts:
+            distance = block - start
+            # Pieces of a column are of the same number of bytes, and not quite of blocks.
+            if distance > 1 and all(
+                any(abs(start - back * distance - other) <= back for other in starts)
+                for back in (1, 2)
+            ):
+                return True
+        return False
 
     def _use(self, stream: _Stream) -> None:
         stream.seen = self._now
@@ -237,6 +281,7 @@ class Readahead:
     def _sequential(
         self, stream: _Stream, place: int, most: int | None = None
     ) -> list[tuple[int, int]]:
+        self._several = True
         stream.last = max(stream.last, place)
         start = max(stream.frontier, stream.last + 1)
         limit = self._limit(stream)
@@ -284,7 +329,8 @@ class Readahead:
             if done < most:
                 near = least + max(2, least // SHARP)
                 further = done + max(2, least // SHARP, done - least)
-                return min(KNOWN * done, min(most, max(near, further)) - done), True
+                lead = min(most, max(near, further)) - done
+                return lead if stream.regular else min(KNOWN * done, lead), True
         if stream.whole:
             return min(WHOLE * done, 2 * self._window), False
         lead = max(min(2 * done, HEAD), done - done // LESS)

@@ -101,7 +101,7 @@ class BufferSink:
         piece = max(1, FLIGHT // region.block_size)
         ahead = None
         if self._window:
-            ahead = Readahead(region.blocks, self._window, piece, self.advice)
+            ahead = Readahead(region.blocks, self._window, piece, self.advice, self._is_there)
         return Fetcher(
             region,
             source,
@@ -113,6 +113,11 @@ class BufferSink:
             flight_blocks=piece,
             trace=self._trace,
         )
+
+    def _is_there(self, block: int) -> bool:
+        region = self._region
+        start = block * region.block_size
+        return region.is_resident(start, min(region.block_size, region.length - start))
 
     def leave_to_children(self, clone: Source) -> None:
         """Serve forked children; with ``clone``, unless their memory is that of the region."""

@@ -64,13 +64,19 @@ class _Flight:
 
 
 class _World:
-    def __init__(self, planner: Any, blocks: int, link: Link, speed: float) -> None:
-        self.planner, self.blocks, self.link = planner, blocks, link
+    def __init__(
+        self,
+        planner: Callable[[Callable[[int], bool]], Any],
+        blocks: int,
+        link: Link,
+        speed: float,
+    ) -> None:
+        self.there: set[int] = set()
+        self.planner, self.blocks, self.link = planner(self.there.__contains__), blocks, link
         self.work = BLOCK / speed
         self.now = 0.0
         self.events: list[tuple[float, int, Callable[[], None]]] = []
         self.numbers = itertools.count()
-        self.there: set[int] = set()
         self.flights: dict[int, _Flight] = {}
         self.running = self.requests = self.waits = 0
         self.later: deque[_Flight] = deque()
@@ -208,10 +214,14 @@ class _World:
 
 
 def play(
-    planner: Any, threads: Iterable[Iterable[Step]], blocks: int, link: Link, speed: float = 4e9
+    planner: Callable[[Callable[[int], bool]], Any],
+    threads: Iterable[Iterable[Step]],
+    blocks: int,
+    link: Link,
+    speed: float = 4e9,
 ) -> Figures:
-    """Have threads touch blocks of an object of ``blocks``, by ``planner``; ``speed`` is what each
-    works through, in bytes a second."""
+    """Have threads touch blocks of an object of ``blocks``. ``planner`` makes one, given what tells
+    whether a block is there; ``speed`` is what each thread works through, in bytes a second."""
     world = _World(planner, blocks, link, speed)
     for steps in threads:
         world.at(0.0, functools.partial(world.thread, iter(steps)))
@@ -249,6 +259,12 @@ def columns(
     return list(touches.values())
 
 
+def in_turn(touches: list[list[int]], length: int) -> list[int]:
+    """One chunk of ``length`` blocks of each column after the other."""
+    starts = range(0, len(touches[0]), length)
+    return [block for at in starts for column in touches for block in column[at : at + length]]
+
+
 def workloads() -> dict[str, tuple[list[list[Step]], int]]:
     """By name: what threads touch, and the blocks of the object."""
     chance = random.Random(7)
@@ -278,15 +294,14 @@ def workloads() -> dict[str, tuple[list[list[Step]], int]]:
         )
         two = columns(length // 2, groups, 10, (2, 7))
         found[f"two of 16 MiB in {groups} chunks, threads"] = two, length * groups * 11
-        one = columns(length // 2, groups, 10, (2, 7))
-        size = length // 2
-        mixed = [
-            block
-            for group in range(groups)
-            for column in one
-            for block in column[group * size : (group + 1) * size]
-        ]
+        mixed = in_turn(columns(length // 2, groups, 10, (2, 7)), length // 2)
         found[f"two of 16 MiB in {groups} chunks, in turn"] = [mixed], length * groups * 11
+    for among, which in ((5, (1, 3)), (10, (2, 4, 7))):
+        touches = in_turn(columns(16, 32, among, which), 16)
+        found[f"{len(which)} of {among} in 32 chunks of 1 MiB, in turn"] = (
+            [touches],
+            512 * among + 2,
+        )
     small = columns(13, 10, 3, (0,))[0]
     found["chunks of 13 and 51 blocks in turn"] = (
         [
@@ -299,6 +314,10 @@ def workloads() -> dict[str, tuple[list[list[Step]], int]]:
         8000,
     )
     found["a scan after columns"] = [[*small, *range(400, 400 + 2048)]], 2448
+    found["random touches after columns"] = (
+        [[*columns(51, 4, 10)[0], *(chance.randrange(16384) for _ in range(400))]],
+        16384,
+    )
     found["random"] = [[chance.randrange(16384) for _ in range(400)]], 16384
     found["random, small object"] = [[chance.randrange(1024) for _ in range(200)]], 1024
     found["random, 4 threads"] = (
