@@ -57,6 +57,7 @@ from .region import Region as Region
 from .sources import Source as Source
 from .sync import open_file as open_file
 from .uffd import Userfaultfd as Userfaultfd
+from .version import VERSION
 from .workingset import Recording as Recording
 from .workingset import WorkingSet as WorkingSet
 
@@ -100,7 +101,7 @@ __all__ = [
     "sync",
 ]
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 if TYPE_CHECKING:
     from . import formats as formats

@@ -34,6 +34,7 @@ from .notebook import html_of
 from .once import Once, cancelled_from_outside
 from .pager import shared_pagers
 from .policy import Policy
+from .recording import observe
 from .region import Region
 from .sink import BufferSink
 from .sources import MemorySource, as_source
@@ -42,7 +43,7 @@ from .sources.names import display_name
 from .sources.pinned import Pinned
 from .sources.registry import scheme_of
 from .tally import Tally
-from .workingset import Recording, WorkingSet, observe
+from .workingset import Recording, WorkingSet
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -314,7 +315,7 @@ class LazyBuffer(FileHints, ByteSequence):
             self._mapping, self._open = mapping, True
             if self._prefetch is not None:
                 self._start_prefetch(self._prefetch)
-            observe(self)
+            observe(self._given, self)
         except BaseException:
             self._mapping, self._open, self._spent = None, False, True
             if mapping is None:

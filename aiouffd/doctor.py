@@ -33,6 +33,7 @@ from .extras import install_hint
 from .opening import single_bits
 from .probe import Probe, probe
 from .sources import FunctionSource
+from .version import VERSION
 
 __all__ = ["Check", "Report", "examine"]
 
@@ -135,7 +136,7 @@ def examine(*, trial: bool = True) -> Report:
         else:
             notes.add("lazy buffer", "problem", "not tried: no userfaultfd can be made")
     return Report(
-        version=importlib.import_module("aiouffd").__version__,
+        version=VERSION,
         probe=found,
         checks=tuple(notes.checks),
         works=not any(check.status == "problem" for check in notes.checks),

@@ -20,23 +20,19 @@ all lengths, and ``crc32`` is that of the pairs before compression.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from heapq import heappop, heappush
 from itertools import islice, pairwise
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from .errors import UsageError
 from .places import replace_file
 from .ranges import Ranges
 
-if TYPE_CHECKING:
-    from .buffer import LazyBuffer
-
-__all__ = ["Recording", "WorkingSet", "record_opens"]
+__all__ = ["Recording", "WorkingSet"]
 
 _MAGIC = b"aiouffd working set 1\n"
 #: Longest header of a file, in bytes; most ranges (a recording of more is kept in larger pieces);
@@ -413,44 +409,3 @@ class Recording:
 def _pieces(blocks: list[int]) -> int:
     """How many ranges they make, in their order."""
     return 1 + sum(other != one + 1 for one, other in pairwise(blocks))
-
-
-_observers: list[Callable[[LazyBuffer], None]] = []
-
-
-def observe(buffer: LazyBuffer) -> None:
-    """A buffer was opened."""
-    for observer in list(_observers):
-        observer(buffer)
-
-
-@contextlib.contextmanager
-def record_opens(source: str) -> Iterator[Callable[[], WorkingSet | None]]:
-    """Record every buffer that this process opens over ``source``, which is the text that
-    `aiouffd.open` is given. The function that it gives returns the union, None if there were none.
-
-    Of buffers over different versions only those count that are of the first one's.
-    """
-    recordings: list[Recording] = []
-
-    def opened(buffer: LazyBuffer) -> None:
-        if str(buffer._given) == source and len(buffer):
-            recordings.append(buffer.record())
-
-    def union() -> WorkingSet | None:
-        found: WorkingSet | None = None
-        for recording in recordings:
-            other = recording.working_set()
-            if found is None:
-                found = other
-            elif not found.is_stale(other.version, other.size):
-                found = found | other
-        return found
-
-    _observers.append(opened)
-    try:
-        yield union
-    finally:
-        _observers.remove(opened)
-        for recording in recordings:
-            recording.stop()

@@ -13,8 +13,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .. import __version__
 from ..errors import AiouffdError, UsageError
+from ..version import VERSION
 from . import copy, doctor, info, nbd, pager, record
 from .common import error_text
 
@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="aiouffd", description="Memory that fills itself: userfaultfd for asyncio."
     )
-    parser.add_argument("--version", action="version", version=f"aiouffd {__version__}")
+    parser.add_argument("--version", action="version", version=f"aiouffd {VERSION}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for module in (doctor, info, copy, nbd, pager, record):
         module.add_to(commands)

@@ -1,0 +1,5 @@
+"""The version of this package, for everybody."""
+
+__all__ = ["VERSION"]
+
+VERSION = "0.1.0"
