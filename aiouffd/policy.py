@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .errors import SourceChangedError, SourceError
+from .errors import SourceChangedError, SourceError, UsageError
 from .fault import Errors
 
 __all__ = ["KERNEL_PATIENCE", "Policy"]
 
 #: Seconds for which errors="soft" takes errors of the kernel for passing ones, deadline or not.
 KERNEL_PATIENCE = 5.0
+#: What a source raises that is used wrongly. Other bugs may depend on what a server has answered.
+_MISUSE = (UsageError, NotImplementedError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,8 @@ class Policy:
         """
         if isinstance(error, SourceChangedError):
             return True  # the bytes that were promised do not exist any more
+        if isinstance(error.__cause__, _MISUSE) and not error.transient:
+            return True  # the program has to be another one
         if self.errors == "hard":
             return False
         if not error.transient or refused >= KERNEL_PATIENCE:

@@ -849,3 +849,25 @@ class TestHandlers:
             assert b"".join(await asyncio.gather(*touches)) == DATA
         assert loop_errors
         loop_errors.clear()
+
+
+@pytest.mark.parametrize(
+    "error", [aiouffd.UsageError("not like this"), NotImplementedError("not at all")]
+)
+async def test_a_source_that_is_used_wrongly_is_an_error_also_when_hard(error: Exception) -> None:
+    asked = 0
+
+    async def read(offset: int, length: int) -> bytes:
+        nonlocal asked
+        asked += 1
+        raise error
+
+    source = aiouffd.sources.FunctionSource(read, size=1 << 20)
+    async with aiouffd.open(source, readahead=0) as buf:
+        with pytest.raises(SourceError) as caught:
+            async with asyncio.timeout(10):
+                await buf.fetch(0, 1)
+        assert caught.value.__cause__ is error
+        with pytest.raises(SourceError):
+            await asyncio.to_thread(lambda: buf[0:1])
+        assert asked == 1
