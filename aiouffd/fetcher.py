@@ -82,6 +82,7 @@ class Fetcher:
         self._give_back = False
         self.block_size, self.length = region.block_size, region.length
         self._mover = Mover(region, source, tally, failures, self._complaints)
+        self._what = type(source).__name__
         self.bring = self._mover.move
         self.flights: Flights[Flight] = Flights(
             self,
@@ -284,7 +285,7 @@ class Fetcher:
 
     def name(self, flight: Flight) -> str:
         """What a flight brings, for the log."""
-        return f"bytes {flight.offset}-{flight.end}"
+        return f"bytes {flight.offset}-{flight.end} of {self._what}"
 
     def _tell_trace(
         self, trace: Callable[[FlightEvent], None], flight: Flight, finished: float

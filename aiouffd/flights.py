@@ -25,6 +25,7 @@ from .backoff import Backoff
 from .errors import AiouffdError, ClosedError, KernelError, SourceError, SourceTimeoutError
 from .once import abandon
 from .policy import Policy
+from .silence import Silence
 from .sources.base import as_source_error
 from .stepping import Eagerness, resume
 from .tally import Tally
@@ -220,6 +221,7 @@ class Flights(Generic[F]):
         self._urgent: list[tuple[float, int, F]] = []  # a heap
         self._later: deque[F] = deque()
         self._number = 0
+        self._silence = Silence(self)
         self.closed = False
 
     # ---------------------------------------------------------------- asking
@@ -282,6 +284,7 @@ class Flights(Generic[F]):
             self._running_background += 1
         self._tally.flights += 1
         flight.started = time.monotonic()
+        self._silence.watch(self._loop)
         offset = flight.offset = flight.first * self._size
         end, length = offset + flight.count * self._size, self._destination.length
         flight.end = end if end < length else length
@@ -387,6 +390,10 @@ class Flights(Generic[F]):
             if of.get(block) is flight:
                 del of[block]
 
+    def describe(self, flight: F) -> str:
+        """What a flight brings, for the log."""
+        return self._destination.name(flight)
+
     # -------------------------------------------------------------- failures
 
     async def _attempts(self, flight: F, begun: Awaitable[None] | None) -> None:
@@ -418,6 +425,7 @@ class Flights(Generic[F]):
                     refused = None
                 elif refused is None or flight.offset > before:
                     refused = time.monotonic()
+            flight.error = error  # so far
             self._tally.last_error = describe(error)
             if not flight.wanted and not destination.still_wanted(flight):
                 # Nobody waits: leave it, who needs it will ask again.
@@ -488,6 +496,7 @@ class Flights(Generic[F]):
     def cancel(self) -> list[asyncio.Task[None]]:
         """Stop: cancels what runs, drops what waits. Returns the tasks to await."""
         self.closed = True
+        self._silence.stop()
         tasks = []
         for flight in set(self.of.values()):
             if not flight.running:
