@@ -17,6 +17,7 @@ class BuildExt(build_ext):
 
 setup(
     cffi_modules=["native/build_ffi.py:ffibuilder"],
+    py_modules=["aiouffd_command"],
     cmdclass={"build_ext": BuildExt},
     # The header for C programs stands where a C programmer looks for it, and is installed inside
     # the package, where aiouffd.include_dir() finds it.

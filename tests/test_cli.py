@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -217,3 +218,44 @@ def test_limits_are_heeded(path: str) -> None:
         ["pager", "native", "--socket=s", path, "--limit=pages=1M", "--limit=handshake=0.5"]
     )
     assert limits_of(parsed, cli.pager.LIMITS) == {"pages": 1 << 20, "handshake": 0.5}
+
+
+INTERRUPTED = """
+import os, signal, sys
+from importlib.abc import MetaPathFinder
+
+class Interrupt(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == MODULE:
+            os.kill(os.getpid(), signal.SIGINT)
+
+MODULE = sys.argv.pop(1)
+sys.meta_path.insert(0, Interrupt())
+from aiouffd_command import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "status"),
+    [
+        ("aiouffd", -signal.SIGINT),
+        ("aiouffd.buffer", -signal.SIGINT),
+        ("aiouffd.cli.doctor", -signal.SIGINT),
+        ("uvloop", 130),  # the command runs
+        ("nothing", 0),
+    ],
+)
+def test_an_impatient_interrupt_shows_no_traceback(path: str, module: str, status: int) -> None:
+    if module == "uvloop":
+        pytest.importorskip("uvloop")
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, module, "info", path],
+        cwd=ROOT,
+        env=environment(PYTHONPATH=PYTHONPATH),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (status, b"")

@@ -11,6 +11,8 @@ import pytest
 
 from tests.support import ROOT, environment
 
+#: What it is built from, besides folders.
+NAMES = ["setup.py", "aiouffd_command.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"]
 IMPORT = "import aiouffd; print(aiouffd.__file__)"
 
 
@@ -34,7 +36,14 @@ def sources(tmp_path: Path) -> Path:
         folder / "aiouffd",
         ignore=shutil.ignore_patterns("*.so", "_native.c", "__pycache__"),
     )
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+    for name in (
+        "setup.py",
+        "aiouffd_command.py",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "MANIFEST.in",
+    ):
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "include", folder / "include")
     shutil.copytree(

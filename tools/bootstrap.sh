@@ -181,7 +181,7 @@ in_place() {
     packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     [ "$(cat "$packages/aiouffd.pth" 2>/dev/null)" = "$PWD" ] && return 0
     pwd >"$packages/aiouffd.pth"
-    printf '#!%s\nimport sys\nfrom aiouffd.cli import main\nsys.exit(main())\n' \
+    printf '#!%s\nimport sys\nfrom aiouffd_command import main\nsys.exit(main())\n' \
         "$PWD/$venv/bin/python" >"$venv/bin/aiouffd"
     chmod +x "$venv/bin/aiouffd"
 }
