@@ -24,9 +24,8 @@ the interpreter exits         what it would get anyway. The interpreter waits fo
 the process forks             goes on waiting, in the parent
 ============================  ======================================================================
 
-*Error* means SIGBUS for a touch in user mode (SIGSEGV after the memory is gone, and before Linux
-6.6), EFAULT from a system call, and an exception from ``memory[a:b]`` and `Attachment.fetch`. Never
-zeros.
+*Error* means SIGBUS for a touch in user mode (SIGSEGV after the memory is gone), EFAULT from a
+system call, and an exception from ``memory[a:b]`` and `Attachment.fetch`. Never zeros.
 """
 
 from __future__ import annotations

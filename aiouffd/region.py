@@ -56,6 +56,7 @@ _HINTS = {
     errno.ESTALE: "the page was removed after the fault; the toucher asks again if it still waits",
     errno.EINVAL: "whole pages inside the region, from memory that is not lazy itself",
     errno.ENOMEM: "out of memory; for huge pages see vm.nr_hugepages",
+    errno.ENOSPC: "too many errors amid other pages, for a kernel before Linux 6.6; they wait",
     errno.ENOENT: "the memory was unmapped or unregistered behind the region",
 }
 

@@ -90,7 +90,9 @@ extern "C" {
 
 /* What happens when no server came back in `lost_ms`. */
 enum aiouffd_on_lost {
-	AIOUFFD_POISON = 0, /* threads that touch missing pages get SIGBUS (Linux 6.6) or SIGSEGV */
+	/* Threads that touch missing pages get SIGBUS; before Linux 6.6, in memory that aiouffd_hand_over
+	 * was given, SIGSEGV. */
+	AIOUFFD_POISON = 0,
 	AIOUFFD_ABORT = 1,  /* abort() */
 };
 
@@ -169,8 +171,8 @@ AIOUFFD_API int aiouffd_discard(struct aiouffd *memory, void *address, uint64_t 
 AIOUFFD_API int aiouffd_connected(const struct aiouffd *memory);
 AIOUFFD_API uint64_t aiouffd_resumed(const struct aiouffd *memory);
 
-/* Let the server go, and keep the memory: what is there stays, a touch of the rest is a SIGBUS (before
- * Linux 6.6, SIGSEGV).  Until aiouffd_detach. */
+/* Let the server go, and keep the memory: what is there stays, a touch of the rest is an error, as with
+ * AIOUFFD_POISON.  Until aiouffd_detach. */
 AIOUFFD_API int aiouffd_refuse(struct aiouffd *memory);
 
 /* The end.  Memory that attach has mapped is unmapped; memory of the program's own stays, with what is
@@ -247,12 +249,16 @@ struct aiouffd_message_ {
 #define AIOUFFD_QUERY_ 1
 #define AIOUFFD_ATTACH_ 2
 #define AIOUFFD_ANSWER_ 3
+#define AIOUFFD_ERROR_ 4
 #define AIOUFFD_WIRE_BACKGROUND_ (UINT32_C(1) << 16)
+#define AIOUFFD_WIRE_ERRORS_ (UINT32_C(1) << 17)
 #define AIOUFFD_HEADER_SIZE_ 16
 #define AIOUFFD_QUERY_SIZE_ 24
 #define AIOUFFD_ATTACH_SIZE_ 80
 #define AIOUFFD_AREA_SIZE_ 32
 #define AIOUFFD_ANSWER_SIZE_ 72
+#define AIOUFFD_ERROR_SIZE_ 40
+#define AIOUFFD_RECORD_MAX_ 1048576
 #define AIOUFFD_ANSWER_MAX_ 1024
 #define AIOUFFD_NAME_MAX_ 1024
 #define AIOUFFD_AREAS_MAX_ 4096
@@ -270,6 +276,7 @@ struct aiouffd_message_ {
 #define AIOUFFD_REMOVED_ 1u
 #define AIOUFFD_GONE_ 4u
 #define AIOUFFD_MOVED_ 16u
+#define AIOUFFD_FAILED_ 32u
 
 /* ----------------------------------------------------------------------- our state */
 
@@ -288,6 +295,15 @@ struct aiouffd_state_ {
 	int ours;     /* the mapping was made by attach */
 	int lingers;  /* a server may still hold the descriptor: the addresses must not be used again */
 	int can_poison;
+	/* Before Linux 6.6: what makes errors of pages of ours. */
+	int empty;          /* a file */
+	int pages[2];       /* a pipe: addresses */
+	pthread_t mapper;
+	int mapping;        /* there is a mapper; the keeper's */
+	uint32_t mapped_up; /* no more of them */
+	/* What the server says after its answer. */
+	uint8_t heard[40];
+	uint32_t heard_size, heard_skip;
 	uint64_t page_size;
 	uint64_t mapped; /* bytes, if ours */
 
@@ -420,7 +436,9 @@ static inline int aiouffd_build_record_(struct aiouffd_state_ *s)
 	if (!at)
 		return -ENOMEM;
 	aiouffd_put_header_(at, AIOUFFD_ATTACH_, s->record_length,
-			    s->options.flags & AIOUFFD_BACKGROUND ? AIOUFFD_WIRE_BACKGROUND_ : 0,
+			    AIOUFFD_WIRE_ERRORS_ | (s->options.flags & AIOUFFD_BACKGROUND ?
+							    AIOUFFD_WIRE_BACKGROUND_ :
+							    0),
 			    AIOUFFD_ATTACH_SIZE_);
 	aiouffd_put32_(at + 20, name);
 	aiouffd_put32_(at + 24, s->count);
@@ -829,6 +847,87 @@ static inline int aiouffd_was_moved_(const struct aiouffd_state_ *s)
 
 /* -------------------------------------------------------- answering without a server */
 
+/* Before Linux 6.6 the kernel makes no errors.  There an error page is a private mapping of an empty file,
+ * where the mapping is ours.  To replace a mapping is an event, and waits until it was read, by the
+ * server or by the keeper; so a thread of its own does it. */
+static inline void *aiouffd_map_errors_(void *argument)
+{
+	struct aiouffd_state_ *s = (struct aiouffd_state_ *)argument;
+	uint64_t page, left;
+	uint8_t *states;
+	void *place;
+
+	while (read(s->pages[0], &page, sizeof page) == (ssize_t)sizeof page && page) {
+		states = aiouffd_states_at_(s, page, &left);
+		place = (void *)(uintptr_t)page;
+		if (states && !(__atomic_fetch_or(states, AIOUFFD_FAILED_, __ATOMIC_SEQ_CST) &
+				(AIOUFFD_FAILED_ | AIOUFFD_GONE_))) {
+			/* An offset that goes with the address: neighbours become one mapping. */
+			if (mmap(place, s->page_size, PROT_READ | PROT_WRITE,
+				 MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, s->empty,
+				 (off_t)page) != MAP_FAILED)
+				madvise(place, s->page_size, MADV_DONTFORK);
+			else
+				mprotect(place, s->page_size, PROT_NONE);
+		}
+		aiouffd_wake_(s, page, s->page_size);
+	}
+	return NULL;
+}
+
+/* True once there is one. */
+static inline int aiouffd_start_mapper_(struct aiouffd_state_ *s)
+{
+	if (s->mapping || __atomic_load_n(&s->mapped_up, __ATOMIC_SEQ_CST))
+		return s->mapping;
+	if (s->empty < 0)
+		s->empty = (int)syscall(SYS_memfd_create, "aiouffd: error page", 1u);
+	if (s->empty < 0)
+		return 0;
+	if (s->pages[0] < 0) {
+		if (pipe(s->pages)) {
+			s->pages[0] = s->pages[1] = -1;
+			return 0;
+		}
+		fcntl(s->pages[0], F_SETFD, FD_CLOEXEC);
+		fcntl(s->pages[1], F_SETFD, FD_CLOEXEC);
+		fcntl(s->pages[1], F_SETFL, O_NONBLOCK);
+	}
+	/* Every signal is blocked, for they are in the keeper. */
+	s->mapping = pthread_create(&s->mapper, NULL, aiouffd_map_errors_, s) == 0;
+	return s->mapping;
+}
+
+/* An error for who waits for this page; the keeper's. */
+static inline void aiouffd_make_error_(struct aiouffd_state_ *s, uint64_t page)
+{
+	uint64_t left;
+	uint8_t *states = aiouffd_states_at_(s, page, &left);
+
+	if (states && s->ours && aiouffd_start_mapper_(s) &&
+	    !__atomic_load_n(&s->mapped_up, __ATOMIC_SEQ_CST)) {
+		/* If there is no room now, who waits asks again. */
+		if (write(s->pages[1], &page, sizeof page) == (ssize_t)sizeof page)
+			return;
+	} else if (!states || !(__atomic_load_n(states, __ATOMIC_SEQ_CST) & AIOUFFD_GONE_)) {
+		mprotect((void *)(uintptr_t)page, s->page_size, PROT_NONE);
+	}
+	aiouffd_wake_(s, page, s->page_size);
+}
+
+/* Before the keeper stops, which reads the events. */
+static inline void aiouffd_stop_mapper_(struct aiouffd_state_ *s)
+{
+	uint64_t no_page = 0;
+
+	__atomic_store_n(&s->mapped_up, 1, __ATOMIC_SEQ_CST);
+	if (!s->mapping)
+		return;
+	while (write(s->pages[1], &no_page, sizeof no_page) < 0 && (errno == EAGAIN || errno == EINTR))
+		aiouffd_wait_(-1, 0, -1, aiouffd_until_(1));
+	pthread_join(s->mapper, NULL);
+}
+
 /* 0, or -EAGAIN where an event is in the way: unread, or read, but the thread that has caused it has not
  * run since. */
 static inline int aiouffd_refuse_page_(struct aiouffd_state_ *s, uint64_t page)
@@ -846,10 +945,13 @@ static inline int aiouffd_refuse_page_(struct aiouffd_state_ *s, uint64_t page)
 	    (__atomic_load_n(states, __ATOMIC_SEQ_CST) & (AIOUFFD_REMOVED_ | AIOUFFD_GONE_)) ==
 		    AIOUFFD_REMOVED_)
 		result = aiouffd_ioctl_(s->uffd, AIOUFFD_IOC_ZEROPAGE_, &fill);
-	else if (s->can_poison)
-		result = aiouffd_ioctl_(s->uffd, AIOUFFD_IOC_POISON_, &fill);
-	else
-		result = mprotect((void *)(uintptr_t)page, s->page_size, PROT_NONE) ? -errno : 0;
+	else {
+		result = s->can_poison ? aiouffd_ioctl_(s->uffd, AIOUFFD_IOC_POISON_, &fill) : -EINVAL;
+		if (result == -EINVAL || result == -ENOTTY) {
+			aiouffd_make_error_(s, page);
+			return 0;
+		}
+	}
 	if (result == -EAGAIN)
 		return result;
 	/* Where nothing could be done it asks again. */
@@ -1032,17 +1134,56 @@ static inline void aiouffd_part_(struct aiouffd_state_ *s, int ms)
 	__atomic_store_n(&s->connected, 0, __ATOMIC_SEQ_CST);
 }
 
+/* So many more bytes of what a server says after its answer: pages that it cannot have, and cannot make
+ * errors itself.  False: this is no server of ours. */
+static inline int aiouffd_hear_(struct aiouffd_state_ *s, uint32_t size)
+{
+	const uint8_t *record = s->heard;
+	uint64_t start, length, left;
+	uint32_t whole;
+
+	if (s->heard_skip) {
+		s->heard_skip -= size;
+		return 1;
+	}
+	s->heard_size += size;
+	if (s->heard_size < AIOUFFD_ERROR_SIZE_)
+		return 1;
+	s->heard_size = 0;
+	whole = aiouffd_get32_(record + 8);
+	if (aiouffd_get32_(record) != AIOUFFD_MAGIC_ ||
+	    aiouffd_get32_(record + 4) != (AIOUFFD_VERSION_ | AIOUFFD_ERROR_ << 16) ||
+	    whole < AIOUFFD_ERROR_SIZE_ || whole > AIOUFFD_RECORD_MAX_)
+		return 0;
+	s->heard_skip = whole - AIOUFFD_ERROR_SIZE_;
+	start = aiouffd_get64_(record + 24);
+	length = aiouffd_get64_(record + 32);
+	for (; length && !(start % s->page_size); start += s->page_size) {
+		if (!aiouffd_states_at_(s, start, &left))
+			return 0;
+		aiouffd_make_error_(s, start);
+		length -= length < s->page_size ? length : s->page_size;
+	}
+	return 1;
+}
+
 /* Until the server is gone (0), or a command comes (-ECANCELED). */
 static inline int aiouffd_watch_(struct aiouffd_state_ *s)
 {
-	uint8_t byte;
+	uint32_t want;
 	ssize_t got;
 
+	s->heard_size = s->heard_skip = 0;
 	for (;;) {
 		if (aiouffd_ordered_(s))
 			return -ECANCELED;
-		got = recv(s->sock, &byte, 1, MSG_DONTWAIT);
-		/* A server that has something to say after its answer is none. */
+		want = AIOUFFD_ERROR_SIZE_ - s->heard_size;
+		if (s->heard_skip)
+			want = s->heard_skip < sizeof s->heard ? s->heard_skip : sizeof s->heard;
+		got = recv(s->sock, s->heard + s->heard_size, want, MSG_DONTWAIT);
+		if (got > 0 && aiouffd_hear_(s, (uint32_t)got))
+			continue;
+		/* A server that has something else to say after its answer is none. */
 		if (got >= 0 || (errno != EAGAIN && errno != EINTR))
 			return 0;
 		aiouffd_wait_(s->sock, POLLIN, s->poke, 0);
@@ -1262,6 +1403,32 @@ static inline int aiouffd_end_areas_(struct aiouffd_state_ *s)
 	return ended;
 }
 
+/* Mappings that are errors, in the place of memory of ours. */
+static inline void aiouffd_end_errors_(struct aiouffd_state_ *s)
+{
+	const uint8_t gone = AIOUFFD_FAILED_ | AIOUFFD_GONE_;
+	uint64_t at = 0;
+
+	if (!s->states || !s->mapping || s->lingers)
+		return;
+	for (; (at = aiouffd_next_with_(s, at, s->states_length, AIOUFFD_FAILED_)) < s->states_length;
+	     at++)
+		if ((__atomic_load_n(&s->states[at], __ATOMIC_SEQ_CST) & gone) == gone)
+			munmap((uint8_t *)s->areas[0].address + at * s->page_size, s->page_size);
+}
+
+static inline void aiouffd_close_errors_(struct aiouffd_state_ *s)
+{
+	int index;
+
+	for (index = 0; index < 2; index++)
+		if (s->pages[index] >= 0)
+			close(s->pages[index]);
+	if (s->empty >= 0)
+		close(s->empty);
+	s->empty = s->pages[0] = s->pages[1] = -1;
+}
+
 static inline void aiouffd_free_(struct aiouffd_state_ *s)
 {
 	if (s->uffd >= 0)
@@ -1272,6 +1439,7 @@ static inline void aiouffd_free_(struct aiouffd_state_ *s)
 		close(s->states_fd);
 	if (s->poke >= 0)
 		close(s->poke);
+	aiouffd_close_errors_(s);
 	free(s->record);
 	free(s->areas);
 	free((void *)(uintptr_t)s->options.object);
@@ -1285,6 +1453,7 @@ static inline void aiouffd_drop_(struct aiouffd_state_ *s)
 
 	if (s->keeping) {
 		aiouffd_start_refusing_(s);
+		aiouffd_stop_mapper_(s);
 		/* What was moved lives on, and must not become zeros: the keeper stays, and answers
 		 * with errors until the program ends. */
 		ended = !aiouffd_was_moved_(s);
@@ -1298,6 +1467,7 @@ static inline void aiouffd_drop_(struct aiouffd_state_ *s)
 	if (s->uffd >= 0) {
 		if (!aiouffd_end_areas_(s))
 			ended = 0;
+		aiouffd_end_errors_(s);
 		if (!s->started) {
 			aiouffd_refuse_some_(s); /* let go who waits in madvise or mremap */
 			if (s->states && aiouffd_was_moved_(s))
@@ -1346,7 +1516,7 @@ static inline struct aiouffd_state_ *aiouffd_new_state_(const char *path,
 		*result = aiouffd_fail_(-ENOMEM, "no memory");
 		return NULL;
 	}
-	s->uffd = s->states_fd = s->poke = s->sock = -1;
+	s->uffd = s->states_fd = s->poke = s->sock = s->empty = s->pages[0] = s->pages[1] = -1;
 	if (options)
 		s->options = *options;
 	s->options.object = NULL;
@@ -1736,6 +1906,7 @@ AIOUFFD_API void aiouffd_forked(struct aiouffd *memory)
 	if (s->poke >= 0)
 		close(s->poke);
 	s->sock = s->uffd = s->states_fd = s->poke = -1;
+	aiouffd_close_errors_(s);
 }
 
 #ifdef __cplusplus

@@ -15,6 +15,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -581,13 +582,56 @@ def test_aborting(peer: Callable[..., PagerProcess]) -> None:
     assert "the program is aborted" in outcome.stderr
 
 
-def test_a_page_that_cannot_be_had(peer: Callable[..., PagerProcess]) -> None:
-    server = peer("poison")
+@pytest.mark.parametrize("way", ["poison", "tell"])
+def test_a_page_that_cannot_be_had(peer: Callable[..., PagerProcess], way: str) -> None:
+    server = peer(way)
     with aiouffd.attach(server.path) as memory:
         with pytest.raises(SourceError, match=f"byte {3 * PAGE_SIZE} "):
             memory.fetch(3 * PAGE_SIZE, 100)
         with pytest.raises(SourceError):
             memory[0]
+        with pytest.raises(SourceError):
+            memory[3 * PAGE_SIZE]
+        assert memory.connected
+        maps = Path("/proc/self/maps").read_text()
+        assert maps.count("aiouffd: error page") >= (2 if way == "tell" else 0)
+    assert "aiouffd: error page" not in Path("/proc/self/maps").read_text()
+
+
+def test_errors_of_a_server_before_6_6(tmp_path: Path) -> None:
+    """The kernel makes no errors: the client is told, and makes them itself."""
+    path = str(tmp_path / "socket")
+    command = [sys.executable, "tools/run_before_6_6.py", sys.executable, "-c", _FAILING, path]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as server:
+        try:
+            assert server.stdout is not None
+            assert server.stdout.readline() == b"ready\n"
+            with aiouffd.attach(path) as memory:
+                for offset in (0, PAGE_SIZE * 5, PAGE_SIZE * 5 + 7):
+                    with pytest.raises(SourceError):
+                        memory[offset]
+                with pytest.raises(SourceError):
+                    memory[0 : 8 * PAGE_SIZE]
+        finally:
+            server.kill()
+
+
+_FAILING = """
+import asyncio, sys
+import aiouffd
+from aiouffd import serve
+from aiouffd.sources import FunctionSource
+
+async def read(offset, length):
+    raise aiouffd.SourceError("it is gone", transient=False)
+
+async def main():
+    async with serve.listen(sys.argv[1], source=FunctionSource(read, 1 << 20), deadline=0.2):
+        print("ready", flush=True)
+        await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
 
 
 # ------------------------------------------------------------------------------- close

@@ -162,6 +162,15 @@ def test_what_is_unknown_is_passed_over() -> None:
     long = attach_record(areas, name=b"x") + b"behind"
     long = long[:8] + struct.pack("<I", len(long)) + long[12:]
     assert decode(long).name == "x"
+    assert not decode(record).errors
+    assert decode(attach_record(areas, name=b"x", flags=native.ERRORS)).errors
+
+
+def test_an_error() -> None:
+    """As docs/serve-protocol.md has it."""
+    assert native.error_in(0x123000, 0x1000) == bytes.fromhex(
+        "61756664 0100 0400 28000000 00000000 28000000 000000000030120000000000 0010000000000000"
+    )
 
 
 GOOD = (0x1000, 0x1000, 0, 4096, 0)

@@ -120,6 +120,15 @@ class Channel:
                 raise PeerError(f"{self.peer!r} hung up") from error
             view, ancillary = view[sent:], []
 
+    def send_now(self, data: bytes) -> bool:
+        """Send a few bytes, whole or not at all: False if that cannot be now, or ever."""
+        if self._closed:
+            return False
+        try:
+            return self._socket.send(data, socket.MSG_NOSIGNAL) == len(data)
+        except OSError:
+            return False
+
     async def dismiss(self, last: bytes, patience: float) -> None:
         """Say a last word to a peer that is turned away, and hear what it still says, without
         looking at it, until it hangs up; ``patience`` seconds at most. Raises nothing."""

@@ -48,6 +48,7 @@ from . import states
 from .areas import Area
 from .channel import Channel
 from .client import Client
+from .dialects.native import teller
 from .peer import Peer, same_user
 
 if TYPE_CHECKING:
@@ -162,6 +163,7 @@ async def _describe(client: Client, pages: int) -> tuple[dict[str, Any], list[in
                 "uncovered": memory.uncovered,
                 "background": memory.background,
                 "sole": memory.sole,
+                "errors": memory.tell_error is not None,
                 "areas": areas,
             }
         )
@@ -227,6 +229,8 @@ async def _restore(server: Server, item: dict[str, Any], fds: list[int]) -> Clie
                 start=False,
             )
             adopted.sole = bool(memory["sole"])
+            if memory.get("errors"):
+                adopted.tell_error = teller(client.channel)
         return client
     except BaseException as error:
         _close_all(left)

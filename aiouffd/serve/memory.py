@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .._lib import ffi, lib, pin
 from ..errors import ClosedError
 from ..flights import FlightCancelledError
+from ..results import unpack
 from ..tasks import begin
 from ..usercode import tell_loop
 from .areas import INSTALLED, REMOVED, Area, AreaMap
@@ -132,6 +133,9 @@ class Memory:
         #: The process has no copy of the descriptor, as forked children have none: with ours the
         #: last one goes, and what is missing would read as zeros. So it becomes errors before.
         self.sole = False
+        #: Has the process itself make an error of a page (address, bytes), for kernels before Linux
+        #: 6.6. False if it cannot be told now. None: nobody there would understand.
+        self.tell_error: Callable[[int, int], bool] | None = None
         #: Pages that its client was charged for it.
         self.charged = 0
         #: While somebody records: (store, block) in the order of their first need.
@@ -637,7 +641,10 @@ class Memory:
 
     def poison(self, page: int, size: int, why: str = "it is in no registered area") -> None:
         """Make an error of a page that a thread waits for; later, if that cannot be now."""
-        if self._filler.put(_POISON, page, ffi.NULL, size, size, urgent=True):
+        if self.tell_error is not None and not self._closed and self._left_to_it(page, size):
+            self.stats.poisoned_pages += 1
+            log.error("%r: poisoning page %#x: %s", self, page, why)
+        elif self._filler.put(_POISON, page, ffi.NULL, size, size, urgent=True):
             self.stats.poisoned_pages += 1
             log.error("%r: poisoning page %#x: %s", self, page, why)
             lib.au_abi_wake(self.fd, page, size)
@@ -647,6 +654,15 @@ class Memory:
                 oldest = next(iter(self._owed))
                 del self._owed[oldest]
                 lib.au_abi_wake(self.fd, oldest, size)
+
+    def _left_to_it(self, page: int, size: int) -> bool:
+        """Whether it is an error now, or will be: by the process, where the kernel makes none."""
+        assert self.tell_error is not None
+        result = self.put_errors(page, size, size)
+        if result >= 0:
+            lib.au_abi_wake(self.fd, page, size)
+            return True
+        return unpack(result)[1] in (errno.EINVAL, errno.ENOTTY) and self.tell_error(page, size)
 
     def put_errors(self, start: int, length: int, page_size: int) -> int:
         """See `ending.Ending.put_errors`."""

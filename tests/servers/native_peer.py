@@ -6,8 +6,8 @@ Written after docs/serve-protocol.md, with threads and plain system calls: what 
 were written apart agree on is the protocol. Serves the numbers from 1 on, as words of 8 bytes (the
 tests' `content`), SIZE bytes of them, under the names "" and "numbers". Prints ``ready`` once it
 listens. Modes: ``mute`` never reads of a fault, ``swallow`` reads and does nothing, ``poison``
-answers all with errors, ``silent`` does not answer questions, ``tag=TEXT`` is the version,
-``serve`` is as without.
+answers all with errors, ``tell`` has the client make these, ``silent`` does not answer questions,
+``tag=TEXT`` is the version, ``serve`` is as without.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ import threading
 from dataclasses import dataclass
 
 MAGIC = 0x64667561
-QUERY, ATTACH, ANSWER = 1, 2, 3
+QUERY, ATTACH, ANSWER, ERROR = 1, 2, 3, 4
+ERRORS = 1 << 17
 OK, BAD, NOT_FOUND, CHANGED = 0, 1, 2, 3
 HEADER = struct.Struct("<IHHII")
 ATTACH_FIXED = struct.Struct("<4I8xI4x32s")
@@ -65,6 +66,7 @@ class Served:
         self.fds: list[int] = []
         self.areas: list[Area] = []
         self.states: mmap.mmap | None = None
+        self.understands_errors = False
 
     # -------------------------------------------------------------------- records
 
@@ -89,7 +91,7 @@ class Served:
     def talk(self) -> None:
         """Until the client has handed something over."""
         while not self.areas:
-            magic, _version, kind, length, _flags = HEADER.unpack(self.receive(HEADER.size))
+            magic, _version, kind, length, flags = HEADER.unpack(self.receive(HEADER.size))
             if magic != MAGIC or kind not in (QUERY, ATTACH):
                 raise Rude
             record = bytes(HEADER.size) + self.receive(length - HEADER.size)
@@ -116,6 +118,7 @@ class Served:
                 states += area.length // area.page
                 self.areas.append(area)
             self.states = mmap.mmap(self.fds[1], states)
+            self.understands_errors = bool(flags & ERRORS)
             self.answer(OK)
 
     # --------------------------------------------------------------------- faults
@@ -180,6 +183,13 @@ class Served:
             for address in range(low, high, area.page):
                 self.states[area.states + (address - area.start) // area.page] |= bit
 
+    def tell(self, page: int, size: int) -> bool:
+        """Have the client make an error. With a field more than there is today."""
+        assert self.understands_errors
+        raw = struct.pack("<I4xQQ8x", 48, page, size)
+        self.connection.sendall(HEADER.pack(MAGIC, 1, ERROR, 16 + len(raw), 0) + raw)
+        return True
+
     def resolve(self, address: int) -> bool:
         """False if it has to be tried again."""
         area = self.area_of(address)
@@ -190,6 +200,10 @@ class Served:
         state = self.states[area.states + (page - area.start) // area.page]
         if "poison" in self.modes:
             code, _ = self.ioctl(UFFDIO_POISON, page, area.page, 0, 0)
+            if code == errno.EINVAL:
+                return self.tell(page, area.page)
+        elif "tell" in self.modes:
+            return self.tell(page, area.page)
         elif state & (REMOVED | INSTALLED) or area.flags & 1:
             # What was there and is not any more has been removed.
             if area.page == mmap.PAGESIZE:

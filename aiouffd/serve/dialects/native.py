@@ -34,8 +34,20 @@ if TYPE_CHECKING:
     from ..blocks import BlockStore
     from ..channel import Channel
     from ..client import Client
+    from ..memory import Memory
 
-__all__ = ["Attach", "Decoder", "Handed", "NativeDialect", "Query", "Refusal", "answer", "tag_of"]
+__all__ = [
+    "Attach",
+    "Decoder",
+    "Handed",
+    "NativeDialect",
+    "Query",
+    "Refusal",
+    "answer",
+    "error_in",
+    "tag_of",
+    "teller",
+]
 
 log = logging.getLogger("aiouffd")
 
@@ -44,6 +56,7 @@ VERSION: Final = 1
 QUERY: Final = 1
 ATTACH: Final = 2
 ANSWER: Final = 3
+ERROR: Final = 4
 
 #: Statuses of an answer.
 OK: Final = 0
@@ -58,6 +71,8 @@ UNAVAILABLE: Final = 6
 OPTIONAL: Final = 0xFFFF0000
 #: Of a record: bring everything, behind what is touched.
 BACKGROUND: Final = 1 << 16
+#: Of a record: the client makes errors of pages itself, if the kernel cannot.
+ERRORS: Final = 1 << 17
 #: Of an area: there is no object, it reads as zeros.
 ZEROS: Final = 1
 
@@ -72,6 +87,8 @@ ATTACH_FIXED: Final = Struct("<IIII8xI4x32s")
 AREA: Final = Struct("<QQQII")
 #: Where the text begins, status, size of the object, its version, length of the text, 4 bytes.
 ANSWER_FIXED: Final = Struct("<IIQ32sI4x")
+#: Where a record of another kind would go on; 4 bytes; address, length.
+ERROR_FIXED: Final = Struct("<I4xQQ")
 
 RECORD_MAX: Final = 1 << 20
 AREAS_MAX: Final = 4096
@@ -123,6 +140,8 @@ class Attach:
     resumed: int
     #: Of the version that the object must have; `NO_TAG` if any will do.
     tag: bytes
+    #: It can be told of pages that are errors.
+    errors: bool = False
 
     @property
     def page_size(self) -> int:
@@ -219,7 +238,8 @@ def _attach(record: bytes) -> Attach:
     areas = tuple(_area(AREA.unpack_from(record, start + at * size)) for at in range(count))
     if any(area.page_size != areas[0].page_size for area in areas):
         raise Refusal(UNSUPPORTED, "areas with different page sizes")
-    return Attach(_name(record, end, name_length), areas, bool(flags & BACKGROUND), resumed, tag)
+    name = _name(record, end, name_length)
+    return Attach(name, areas, bool(flags & BACKGROUND), resumed, tag, bool(flags & ERRORS))
 
 
 def _area(fields: tuple[int, ...]) -> Handed:
@@ -245,6 +265,17 @@ def answer(status: int, *, size: int = 0, tag: bytes = NO_TAG, text: str = "") -
         + ANSWER_FIXED.pack(fixed, status, size, tag, len(raw))
         + raw
     )
+
+
+def error_in(address: int, length: int) -> bytes:
+    """The record that has a client make errors of pages."""
+    fixed = HEADER.size + ERROR_FIXED.size
+    return HEADER.pack(MAGIC, VERSION, ERROR, fixed, 0) + ERROR_FIXED.pack(fixed, address, length)
+
+
+def teller(channel: Channel) -> Callable[[int, int], bool]:
+    """What has a client make an error of a page: see `Memory.tell_error`."""
+    return lambda page, size: channel.send_now(error_in(page, size))
 
 
 def tag_of(version: str | None) -> bytes:
@@ -354,8 +385,11 @@ class NativeDialect:
                     continue
                 if store is None and not all(area.zeros for area in record.areas):
                     raise Refusal(NOT_FOUND, _UNKNOWN)
-                await _adopt(client, record, store, fds)
+                memory = await _adopt(client, record, store, fds)
                 await _send(client, OK, store)
+                if record.errors:
+                    # Not before the answer, which the client waits for.
+                    memory.tell_error = teller(client.channel)
                 client.reconnects = True
                 client.keep_while_connected()
                 return
@@ -427,7 +461,9 @@ async def _send(client: Client, status: int, store: BlockStore | None, text: str
     await client.channel.send(answer(status, size=size, tag=tag, text=text))
 
 
-async def _adopt(client: Client, record: Attach, store: BlockStore | None, fds: list[int]) -> None:
+async def _adopt(
+    client: Client, record: Attach, store: BlockStore | None, fds: list[int]
+) -> Memory:
     if len(fds) != 2:
         raise Refusal(BAD_RECORD, f"{len(fds)} descriptors came, not a userfaultfd and a memfd")
     tag = NO_TAG if store is None else tag_of(store.version)
@@ -461,7 +497,7 @@ async def _adopt(client: Client, record: Attach, store: BlockStore | None, fds: 
         client.source = store
     uffd = fds.pop(0)
     try:
-        await client.adopt_in_steps(
+        return await client.adopt_in_steps(
             uffd, areas, page_size=record.page_size, background=record.background
         )
     except Refusal:
