@@ -5,10 +5,12 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 # make test ARGS="-k sync": arguments for pytest; make bench ARGS=...: for the benchmarks.
 ARGS ?=
+# make test WITH=--newest: options of tools/run_tests.py.
+WITH ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-python test-unprivileged test-old-kernel test-c kernels bench lint \
-	asan clean distclean
+.PHONY: help setup demo test test-python test-unprivileged test-old-kernel test-c kernels newest \
+	bench lint asan clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || \
@@ -23,7 +25,7 @@ demo: ## a model's weights over HTTP, used before they are there
 
 test: ## all tests: each Python, also without privileges and as on an old kernel, and the C tests with sanitizers
 	@tools/bootstrap.sh test
-	@$(PY) tools/run_tests.py -- $(ARGS)
+	@$(PY) tools/run_tests.py $(WITH) -- $(ARGS)
 
 test-python: ## pytest on each Python
 	@tools/bootstrap.sh test
@@ -45,6 +47,9 @@ kernels: ## boot other kernels under QEMU and try what works on each; ARGS="6.1 
 	@ONLY_DEFAULT=1 KERNELS=1 tools/bootstrap.sh test
 	@$(PY) tools/kernels $(ARGS)
 
+newest: ## quick tests on the newest Pythons, beside the newest servers and tools (root, Debian)
+	@tools/newest.sh
+
 asan: ## the C tests under AddressSanitizer and ThreadSanitizer
 	$(MAKE) -C native/tests asan tsan
 
@@ -61,8 +66,8 @@ lint: ## ruff and mypy
 clean: ## remove what was built; the virtual environments stay
 	rm -rf build dist *.egg-info aiouffd/_native*.so aiouffd/_native.c
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*' -not -path './.newest/*' -prune -exec rm -rf {} +
 	@[ ! -e native/tests/Makefile ] || $(MAKE) --no-print-directory -C native/tests clean
 
 distclean: clean ## clean, and remove the virtual environments
-	rm -rf .venv .venv-*
+	rm -rf --one-file-system .venv .venv-* .newest

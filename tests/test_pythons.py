@@ -3,7 +3,9 @@ with the reason."""
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -92,6 +94,40 @@ def test_a_missing_module_says_how_to_get_it() -> None:
     ended = python("import sys; sys.modules['aiouffd._native'] = None; import aiouffd")
     assert ended.returncode == 1
     assert "python setup.py build_ext --inplace" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("lacks", "said"),
+    [("id", "it takes root"), ("unshare", "unshare is not allowed")],
+)
+def test_the_newest_are_left_out_where_they_cannot_be_had(
+    tmp_path: Path, lacks: str, said: str
+) -> None:
+    programs = {"id": "echo 0", "unshare": "true"}
+    programs[lacks] = {"id": "echo 1000", "unshare": "false"}[lacks]
+    for name, code in programs.items():
+        program = tmp_path / name
+        program.write_text(f"#!/bin/sh\n{code}\n")
+        program.chmod(0o755)
+    if not Path("/etc/debian_version").exists() or not shutil.which("apt-get"):
+        pytest.skip("this is no Debian machine")
+    ended = subprocess.run(
+        ["tools/newest.sh"],
+        cwd=ROOT,
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    assert ended.stdout.splitlines() == [
+        f"newest: left out: {said}",
+        "1 skipped",
+        "0 passed, 0 failed",
+    ]
+    code = "import run_tests, sys; print(run_tests.newest_job().read(0, sys.argv[1]))"
+    read = python(f"import sys; sys.path.insert(0, 'tools'); {code}", ended.stdout)
+    assert read.stdout.startswith("the newest Pythons and peers: 0 passed, 0 failed, 1 skipped")
 
 
 FORKS = """

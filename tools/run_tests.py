@@ -1,12 +1,13 @@
 """Runs all tests on every Python that has a virtual environment here, and the C tests.
 
-    python3 tools/run_tests.py [--only python|unprivileged|before-6.6|c] [--slow]
+    python3 tools/run_tests.py [--only python|unprivileged|before-6.6|c] [--newest] [--slow]
         [-- PYTEST_ARGUMENT...]
 
 The default Python runs all of them, on both loops. The others, and the user without rights, run
 each test on one of the two loops, half of them on either, and leave out what is marked slow; with
 ``--slow`` they run everything too. One lane more runs what is about errors and ends as if the
-kernel were older than Linux 6.6 (run_before_6_6.py).
+kernel were older than Linux 6.6 (run_before_6_6.py). ``--newest`` adds the newest Pythons and
+peers, where they can be had (newest.sh).
 
 The last line is ``N passed, N failed``; the exit status tells whether anything failed. Standard
 library only, because it runs outside the environments that it tests.
@@ -253,21 +254,30 @@ def before_6_6_job(python: Path, arguments: list[str], folder: Path) -> Job:
     return pytest_job(f"pytest in {name}, as before Linux 6.6", start, report, arguments)
 
 
-def c_job(targets: tuple[str, ...]) -> Job:
-    """Targets of native/tests, which may say ``N passed, N failed`` themselves."""
-    name = f"native/tests {' '.join(targets)}"
-    command = [*MAKE, *targets]
+def counting_job(name: str, command: list[str], again: list[str]) -> Job:
+    """A command that may say ``N passed, N failed`` itself; its end is one test otherwise."""
 
     def read(status: int, text: str) -> Result:
         counts = [(int(passed), int(failed)) for passed, failed in COUNTS.findall(text)]
         return Result(
             name,
-            sum(passed for passed, _ in counts) or int(status == 0),
+            sum(passed for passed, _ in counts) if counts else int(status == 0),
             sum(failed for _, failed in counts),
             sum(int(skipped) for skipped in SKIPPED.findall(text)),
         )
 
-    return Job(name, command, read, lambda: command)
+    return Job(name, command, read, lambda: again)
+
+
+def c_job(targets: tuple[str, ...]) -> Job:
+    """Targets of native/tests."""
+    command = [*MAKE, *targets]
+    return counting_job(f"native/tests {' '.join(targets)}", command, command)
+
+
+def newest_job() -> Job:
+    command = ["tools/newest.sh"]
+    return counting_job("the newest Pythons and peers", command, [*command, "--again"])
 
 
 def compile_all(python: Path) -> None:
@@ -306,13 +316,15 @@ def run_lanes(jobs: list[Job]) -> dict[str, Result]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="run all tests")
     parser.add_argument("--only", choices=("python", "unprivileged", "before-6.6", "c"))
+    parser.add_argument("--newest", action="store_true", help="also what tools/newest.sh tests")
     parser.add_argument("--slow", action="store_true", help="slow tests on every Python")
     parser.add_argument("arguments", nargs="*", help="for pytest, after --")
     options = parser.parse_args()
     root = os.geteuid() == 0
     with tempfile.TemporaryDirectory(prefix="aiouffd-tests-") as temporary:
         folder = Path(temporary)
-        jobs = []
+        # The first minutes of that are downloads.
+        jobs = [newest_job()] if options.newest else []
         pythons = environments()
         for python in pythons:
             compile_all(python)
