@@ -40,11 +40,14 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
     """`asyncio.run`, on uvloop's loop if it is installed: it receives and sends faster."""
     factory: Callable[[], asyncio.AbstractEventLoop] | None
     try:
-        factory = importlib.import_module("uvloop").new_event_loop
-    except ImportError:
-        factory = None
-    with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(coroutine)
+        try:
+            factory = importlib.import_module("uvloop").new_event_loop
+        except ImportError:
+            factory = None
+        with asyncio.Runner(loop_factory=factory) as runner:
+            return runner.run(coroutine)
+    finally:
+        coroutine.close()  # if it was interrupted before it began
 
 
 # ---- arguments ----
