@@ -120,9 +120,9 @@ def test_without_privileges() -> None:
     found = json.loads(done.stdout)
     here = statuses(found)
     assert found["works"] is True
-    assert here["userfaultfd(2), user mode only"] == "ok"
     if found["kernel_mode_faults"]:
         return  # everybody may, on this system
+    assert here["userfaultfd(2), user mode only"] == "ok"
     assert here["system calls on lazy memory"] == "warning"
     assert here["system call (os.write) on missing bytes"] == "note"
     assert here["system call on fetched bytes"] == "ok"
