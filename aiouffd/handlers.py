@@ -17,6 +17,7 @@ from .fault import Fault, Handler
 from .stepping import Eagerness, resume
 from .tasks import begin
 from .usercode import ends_the_program, is_ours, tell_loop
+from .waiting import call_soon_at
 
 if TYPE_CHECKING:
     from .region import Region
@@ -219,7 +220,7 @@ class HandlerSink:
             if loop is asyncio._get_running_loop():
                 task.cancel()
             else:
-                loop.call_soon_threadsafe(task.cancel)
+                call_soon_at(loop, task.cancel)
 
 
 class UnresolvedError(UsageError):

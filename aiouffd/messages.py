@@ -38,6 +38,7 @@ from aiouffd.abi import Event, FaultFlag, Fork, Message, PageFault, Remap, Remov
 from aiouffd.descriptor import Descriptor
 from aiouffd.errors import ClosedError, KernelError, UsageError
 from aiouffd.kernel_errors import kernel_error
+from aiouffd.waiting import call_soon_at
 
 __all__ = ["EngineEnd", "Messages"]
 
@@ -157,7 +158,9 @@ class Messages:
                 self._detach(old)
             else:
                 self._loop = None
-                old.call_soon_threadsafe(self._hand_over, old)
+                if not call_soon_at(old, self._hand_over, old):
+                    self._waiters.clear()
+                    self._detached()
         descriptor = self._descriptor
         with descriptor.lock:  # together, so that close() sees the loop as soon as it counts
             if descriptor.closed:

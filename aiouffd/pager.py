@@ -28,6 +28,7 @@ from .region import Region
 from .rescue import service
 from .uffd import Userfaultfd
 from .usercode import tell_loop
+from .waiting import call_soon_at
 
 __all__ = ["Pager"]
 
@@ -376,10 +377,11 @@ class Pager:
 
     def who_waits(self, region: Region) -> list[tuple[str, int]]:
         """Names of the threads that wait for a page of ``region`` now, and its offset in bytes."""
-        if self._engine is None:
+        engine = self._engine  # which may be gone at the next look
+        if engine is None:
             return []
         pages, tids = ffi.new("uint64_t[256]"), ffi.new("uint32_t[256]")
-        count = lib.au_engine_blocked(self._engine, pages, tids, 256)
+        count = lib.au_engine_blocked(engine, pages, tids, 256)
         names = {thread.native_id: thread.name for thread in threading.enumerate()}
         return [
             (names.get(tids[i], str(tids[i])), pages[i] - region.address)
@@ -398,7 +400,7 @@ class Pager:
         if engine is None or self._ended:
             return []
         if self._loop.is_closed():
-            self._move()
+            self._move(engine)
         if self._rescue_entries is None:
             self._rescue_entries = ffi.new("struct au_entry[]", _BATCH)
             self._rescue_pages = ffi.new("uint64_t[]", 1024)
@@ -440,21 +442,24 @@ class Pager:
         self._leave_to_loop(region, block)
         return False
 
-    def _move(self) -> None:
+    def _move(self, engine: Any) -> None:
         """On the rescue loop: its own is closed, so this one watches the descriptor from now on.
         Otherwise each fault would have to wait for the patience to pass."""
         self._loop = asyncio.get_running_loop()
         self._thread, self._native_thread = threading.get_ident(), threading.get_native_id()
         self._orphan, self._reading, self._paused = True, False, None
-        lib.au_engine_set_loop(self._engine, self._native_thread)
+        lib.au_engine_set_loop(engine, self._native_thread)
         self._native_only()
-        self._loop.add_reader(self._engine.notify_fd, self._on_readable)
+        self._loop.add_reader(engine.notify_fd, self._on_readable)
+        if self._ended:
+            # By another thread, which has taken leave of the loop that was closed.
+            self._leave_loop(engine.notify_fd)
 
     def _leave_to_loop(self, region: Region, block: int) -> None:
         """Only the pager's loop can serve this: tell it, and set the toucher a deadline."""
         came = threading.Event()
-        if not self._orphan and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._late_miss, region, block, came)
+        if not self._orphan:
+            call_soon_at(self._loop, self._late_miss, region, block, came)
         asyncio.get_running_loop().call_later(
             self.rescue_deadline, self._rescue_expired, region, block, came
         )

@@ -41,6 +41,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ._lib import ffi, in_main_interpreter, lib
 from .backoff import Backoff
 from .errors import BlockingTouchWarning, UnsupportedError, UsageError
+from .waiting import call_soon_at
 
 if TYPE_CHECKING:
     from .pager import Pager
@@ -457,12 +458,10 @@ class Service:
                 "the event loop's own thread touched a page that is not resident, which stalls the "
                 "loop; use `await buf.fetch(...)`, `buf.pin(...)` or a worker thread\n" + text
             )
-            if pager._loop.is_closed():
+            # On the loop it concerns, so that a filter that makes it an error reaches that loop's
+            # exception handler.
+            if not call_soon_at(pager._loop, _warn, message, place):
                 _warn(message, place)
-            else:
-                # On the loop it concerns, so that a filter that makes it an error reaches
-                # that loop's exception handler.
-                pager._loop.call_soon_threadsafe(_warn, message, place)
             return
 
 

@@ -33,6 +33,7 @@ from .staging import HUGE, SMALL, Stages
 from .tally import Tally
 from .unwatched import Unwatched
 from .usercode import Complaints
+from .waiting import call_soon_at
 
 __all__ = ["Mover"]
 
@@ -73,7 +74,7 @@ class Begun:
     def __call__(self, error: BaseException | None) -> None:
         mover = self._mover
         if get_ident() != mover._thread:
-            mover._loop.call_soon_threadsafe(self, error)
+            call_soon_at(mover._loop, self, error)
         elif self._over:
             # Twice, or after it was cancelled: the flight is somebody else's by now.
             mover._complaints.make(

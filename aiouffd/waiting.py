@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
 
-__all__ = ["Done", "countdown", "in_thread", "retrieve"]
+__all__ = ["Done", "call_soon_at", "countdown", "in_thread", "retrieve"]
 
 T = TypeVar("T")
 
@@ -33,6 +33,18 @@ def countdown(count: int) -> tuple[asyncio.Future[None], Done]:
             future.set_result(None)
 
     return future, done
+
+
+def call_soon_at(
+    loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *args: Any
+) -> bool:
+    """``loop.call_soon_threadsafe``, from any thread. False if the loop is closed, which it may
+    become between a look and the call: so there is no look before."""
+    try:
+        loop.call_soon_threadsafe(callback, *args)
+    except RuntimeError:
+        return False
+    return True
 
 
 def retrieve(task: asyncio.Future[Any]) -> None:

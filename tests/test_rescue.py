@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 import aiouffd
 from aiouffd._lib import PAGE_SIZE
+from aiouffd.rescue import service
 from tests.support import content, wait_until
 
 SIZE = 16 * PAGE_SIZE
@@ -122,3 +124,112 @@ async def test_a_pager_that_could_not_be_opened_can_be(
             pager.open()
     async with pager:
         assert pager.map(SIZE).length == SIZE
+
+
+# ------------------------------------------- what other threads take away meanwhile
+
+
+class Closing:
+    """A loop that another thread closes between a look at it and the call."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loop, name)
+
+    def is_closed(self) -> bool:
+        return False
+
+    def call_soon_threadsafe(self, *_: Any) -> None:
+        raise RuntimeError("Event loop is closed")
+
+
+async def test_a_loop_that_is_closed_while_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with aiouffd.Pager() as pager:
+        region = pager.map(SIZE)
+
+        async def leave() -> None:
+            pager._leave_to_loop(region, 0)
+
+        async def report() -> None:
+            with pytest.warns(aiouffd.BlockingTouchWarning):
+                service._report_self_touch(pager._native_thread)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pager, "_loop", Closing(pager._loop))
+            patch.setattr(pager, "rescue_deadline", 60)
+            patch.setattr(pager, "_rescue_stack", [("a file", 1, "a function")], raising=False)
+            patch.setattr(service, "_reported", set())
+            await service.run(leave())
+            await service.run(report())
+
+
+@pytest.mark.parametrize("looks", [1, 2])
+@pytest.mark.parametrize("what", ["who_waits", "_rescue", "_on_readable", "look_after"])
+async def test_a_pager_that_ends_between_two_looks(
+    what: str, looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the thread of another loop, say, or by the collector."""
+    async with aiouffd.Pager() as pager:
+        region = pager.map(SIZE)
+        engine = pager._engine
+        left = [engine] * looks
+
+        def look(_: aiouffd.Pager) -> Any:
+            return left.pop() if left else None
+
+        calls: dict[str, Callable[[], object]] = {
+            "who_waits": lambda: pager.who_waits(region),
+            "_rescue": pager._rescue,
+            "_on_readable": pager._on_readable,
+            "look_after": lambda: service._look_after(pager),
+        }
+
+        async def call() -> None:
+            with monkeypatch.context() as patch:
+                patch.setattr(aiouffd.Pager, "_engine", property(look), raising=False)
+                calls[what]()
+
+        if what in ("_rescue", "look_after"):
+            await service.run(call())
+        else:
+            await call()
+        assert pager._engine is engine
+
+
+def test_a_pager_that_ends_while_it_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loop was closed, and the rescue loop begins to watch what has just come to its end."""
+    loop = asyncio.new_event_loop()
+
+    async def main() -> aiouffd.Pager:
+        pager = aiouffd.Pager().open()
+        region = pager.map(SIZE)
+        held.append(region.view)
+        await pager.aclose()
+        return pager
+
+    held: list[Any] = []
+    pager = loop.run_until_complete(main())
+    loop.close()
+    watched: list[int] = []
+
+    async def move() -> None:
+        running = asyncio.get_running_loop()
+        native_only = pager._native_only
+
+        def ended() -> None:
+            native_only()
+            pager._ended = True
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pager, "_native_only", ended)
+            pager._move(pager._engine)
+            notify = pager._engine.notify_fd
+            watched.append(running.remove_reader(notify))
+            pager._ended = False
+
+    service.block_on(move())
+    assert watched == [False]
+    held.clear()
+    pager.close(force=True)
