@@ -35,3 +35,20 @@ from .peer import same_user as same_user
 from .server import Server as Server
 from .server import listen as listen
 from .stats import MemoryStats as MemoryStats
+
+__all__ = [
+    "Area",
+    "AreaMap",
+    "BlockStore",
+    "Channel",
+    "Client",
+    "Dialect",
+    "Limits",
+    "Memory",
+    "MemoryStats",
+    "Peer",
+    "Server",
+    "anybody",
+    "listen",
+    "same_user",
+]

@@ -25,3 +25,17 @@ from .page_server import PageServerSource as PageServerSource
 from .page_server_core import PageServerError as PageServerError
 from .server import CriuServer as CriuServer
 from .server import serve_images as serve_images
+
+__all__ = [
+    "CriuDialect",
+    "CriuServer",
+    "Dump",
+    "ImageError",
+    "ImageSet",
+    "PageServer",
+    "PageServerError",
+    "PageServerSource",
+    "TaskImage",
+    "load",
+    "serve_images",
+]
