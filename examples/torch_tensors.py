@@ -2,10 +2,11 @@
 
     python examples/torch_tensors.py
 
-`torch.frombuffer` makes a tensor over memory without touching it. torch has no tensors that are
-read-only, and warns about memory that is; so the buffer is opened with `writable=True`. What the
-program writes stays in its memory. `aiouffd.safetensors` finds the tensors in the file; the
-safetensors library, which reads it from the disk as a whole, tells whether they are right.
+`aiouffd.safetensors` gives tensors over the buffer's memory, by name, and touches none of them.
+That is a state dict: a model on "meta" is made of it without fetching anything. torch has no
+tensors that are read-only, so the buffer is opened with `writable=True`; what the program writes
+stays in its memory. The safetensors library, which reads the file from the disk as a whole, tells
+whether the tensors are right.
 
 Needs torch, NumPy, aiohttp and safetensors.
 """
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import math
 import sys
 import tempfile
 from pathlib import Path
@@ -35,8 +35,6 @@ except ImportError as error:
 LAYERS = 12
 SIDE = 768
 WORDS = 8192
-#: The types of the format that torch has under another name; this example needs two.
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 
 
 def make(path: Path) -> None:
@@ -46,14 +44,6 @@ def make(path: Path) -> None:
         tensors[f"layers.{number}.weight"] = torch.randn(SIDE, SIDE).bfloat16()
         tensors[f"layers.{number}.scale"] = torch.randn(SIDE)
     save_file(tensors, path)
-
-
-def tensor_over(memory: memoryview, info: aiouffd.safetensors.TensorInfo) -> torch.Tensor:
-    """Shares the memory, and touches nothing."""
-    dtype, count = DTYPES[info.dtype], math.prod(info.shape)
-    if not count:  # which frombuffer refuses
-        return torch.empty(info.shape, dtype=dtype)
-    return torch.frombuffer(memory, dtype=dtype, count=count, offset=info.offset).view(info.shape)
 
 
 def check(name: str, found: torch.Tensor, known: torch.Tensor) -> None:
@@ -70,8 +60,8 @@ async def main() -> None:
         make(path)
         known = load_file(path)
         async with served(path) as url, aiouffd.open(url, writable=True) as buffer:
-            tensors = await aiouffd.safetensors.load(buffer)
-            lazy = {name: tensor_over(buffer.view, info) for name, info in tensors.info.items()}
+            tensors = await aiouffd.safetensors.load(buffer, framework="torch")
+            lazy = dict(tensors)
             print(f"{url}: {len(lazy)} tensors")
             print(f"all of them, with {buffer.stats.fetched_bytes:,} of {len(buffer):,} bytes")
 
@@ -84,8 +74,9 @@ async def main() -> None:
             await tensors.fetch("layers.6.weight", "layers.6.scale")
             for name in ("layers.6.weight", "layers.6.scale"):
                 check(name, lazy[name], known[name])
-            product = vectors @ lazy["layers.6.weight"].T
-            print(f"  a product: {list(product.shape)}")
+            layer = torch.nn.Linear(SIDE, SIDE, bias=False, device="meta")
+            layer.load_state_dict({"weight": lazy["layers.6.weight"]}, assign=True)
+            print(f"  through a layer: {list(layer(vectors).shape)}")
             print(f"{buffer.stats.fetched_bytes:,} of {len(buffer):,} bytes fetched")
 
 
