@@ -16,7 +16,8 @@ from tests.support import ROOT
 
 PROGRAM = '#include "aiouffd_client.h"\nint main(void) { return aiouffd_error() == NULL; }\n'
 #: What a checkout has and no distribution: what git does not track.
-BUILT = (".git", ".venv*", "build", "dist", "*.egg-info", "*.so", "__pycache__", ".*_cache")
+BUILT = (".git", ".venv*", ".newest", "build", "dist", "*.egg-info", "*.so", "__pycache__")
+BUILT += (".*_cache",)
 
 
 def run(*command: object, cwd: Path | None = None) -> str:

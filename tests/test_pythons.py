@@ -90,12 +90,6 @@ def test_what_counts_on_the_gil_is_marked_and_listed() -> None:
     assert set(re.findall(r"`([a-z_/]+\.[a-z]+)`", listed)) == marked
 
 
-def test_a_missing_module_says_how_to_get_it() -> None:
-    ended = python("import sys; sys.modules['aiouffd._native'] = None; import aiouffd")
-    assert ended.returncode == 1
-    assert "python setup.py build_ext --inplace" in ended.stderr
-
-
 @pytest.mark.parametrize(
     ("lacks", "said"),
     [("id", "it takes root"), ("unshare", "unshare is not allowed")],
