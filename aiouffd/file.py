@@ -7,6 +7,7 @@ at once, and for no more than that, unless it goes on where another one ended.
 
 from __future__ import annotations
 
+import errno
 import io
 import operator
 import threading
@@ -28,6 +29,8 @@ _OF_FILES = frozenset(
     ("seek", "tell", "seekable", "readable", "readline", "readlines", "readall", "fileno")
 )
 _HINT = "buf.file() gives a file"
+#: The last position that a file can have.
+_LAST = (1 << 63) - 1
 
 
 class BufferFile(io.RawIOBase):
@@ -99,6 +102,15 @@ class BufferFile(io.RawIOBase):
         """Raises io.UnsupportedOperation."""
         raise io.UnsupportedOperation("write: files over lazy buffers are read-only")
 
+    def fileno(self) -> NoReturn:
+        """Raises io.UnsupportedOperation: nothing in the kernel has these bytes under a number."""
+        self._check_open()
+        raise io.UnsupportedOperation(
+            "fileno: a lazy buffer has no descriptor. Instead of mmap or np.memmap, use the"
+            " buffer's memory (buf.view, buf.array); instead of np.fromfile,"
+            " np.frombuffer(file.read(n)); for what needs a path, buf.save(path)"
+        )
+
     def _check_open(self) -> None:
         if self.closed:
             raise ValueError("I/O operation on closed file")
@@ -107,7 +119,8 @@ class BufferFile(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
         """Move to ``offset`` from the start, the position or the end; returns where that is.
-        Past the end there is nothing to read. ValueError before the start."""
+        Past the end there is nothing to read. OSError (EINVAL) before the start, as of `open`:
+        zipfile finds by that what is too small for an archive."""
         self._check_open()
         offset = operator.index(offset)
         with self._lock:
@@ -120,7 +133,9 @@ class BufferFile(io.RawIOBase):
             else:
                 raise ValueError(f"whence is 0, 1 or 2, not {whence!r}")
             if target < 0:
-                raise ValueError(f"position {target} is before the start")
+                raise OSError(errno.EINVAL, f"position {target} is before the start")
+            if target > _LAST:
+                raise OverflowError(f"position {target} is more than a file can have")
             self._at = target
         return target
 
@@ -177,6 +192,7 @@ class BufferFile(io.RawIOBase):
         """``size`` bytes from ``offset`` on, fewer only at the end, as `os.pread`: the position is
         neither used nor changed."""
         self._check_open()
+        size, offset = operator.index(size), operator.index(offset)
         if size < 0 or offset < 0:
             raise UsageError(f"{size} bytes at {offset}: neither may be negative")
         return self._copy(offset, max(0, min(size, self._size - offset)))
