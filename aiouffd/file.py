@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from ._lib import ffi
 from .errors import ClosedError, UsageError
+from .exporter import Exporter
 
 if TYPE_CHECKING:
     from .buffer import LazyBuffer
@@ -306,8 +307,12 @@ class FileHints:
             )
 
 
-class Reading(Coroutine[Any, Any, bytes]):
-    """What ``buf.read()`` returns: to be awaited, and an error for whoever takes it for bytes."""
+class Reading(Exporter, Coroutine[Any, Any, bytes]):
+    """What ``buf.read()`` returns: to be awaited, and an error for whoever takes it for bytes.
+
+    It exports no memory, but whoever asks for some (``io.BytesIO(buf.read())``, as Pillow does) is
+    told why.
+    """
 
     __slots__ = ("__weakref__", "_coroutine")
 
@@ -332,6 +337,9 @@ class Reading(Coroutine[Any, Any, bytes]):
             "`await buf.read(offset, length)` gives bytes, buf.read() alone does not (buf.file() is"
             " a file, whose read(size) returns them)"
         )
+
+    def _export(self) -> NoReturn:
+        self._not_bytes()
 
     def __bool__(self) -> bool:
         return True  # asyncio asks whether a task has a coroutine
