@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import bz2
+import gzip
+import http.client
 import io
 import itertools
+import json
+import lzma
+import mmap
 import pickle
 import random
+import shutil
+import tarfile
 import threading
+import wave
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,22 +81,38 @@ class TestFile:
                     continue
             position = (0, model.tell(), SIZE)[arguments[1] if len(arguments) > 1 else 0]
             if position + arguments[0] < 0:  # BytesIO is more generous
-                with pytest.raises(ValueError, match="before the start"):
+                with pytest.raises(OSError, match="before the start"):
                     file.seek(*arguments)
                 continue
             assert file.seek(*arguments) == model.seek(*arguments)
             assert file.tell() == model.tell()
 
     def test_what_is_no_position(self, file: aiouffd.BufferFile) -> None:
-        for arguments in ((-1,), (-1, 1), (-SIZE - 1, 2), (0, 7)):
-            with pytest.raises(ValueError, match=r"before|whence"):
+        for arguments in ((-1,), (-1, 1), (-SIZE - 1, 2)):
+            with pytest.raises(OSError, match="before the start"):
                 file.seek(*arguments)
+        with pytest.raises(ValueError, match="whence"):
+            file.seek(0, 7)
+        with pytest.raises(OverflowError):
+            file.seek(1 << 63)
+        for numbers in ((1.5, 0), (1, 1.5)):
+            with pytest.raises(TypeError, match="integer"):
+                file.pread(*numbers)  # type: ignore[arg-type]
         with pytest.raises(TypeError):
             file.seek(1.5)  # type: ignore[arg-type]
         for size, offset in ((-1, 0), (1, -1)):
             with pytest.raises(UsageError):
                 file.pread(size, offset)
         assert file.tell() == 0
+
+    def test_what_needs_a_descriptor(self, file: aiouffd.BufferFile) -> None:
+        for call in (
+            lambda: mmap.mmap(file.fileno(), 0),
+            lambda: np.fromfile(file),  # type: ignore[call-overload]
+            lambda: np.memmap(file, mode="r"),  # type: ignore[call-overload]
+        ):
+            with pytest.raises(io.UnsupportedOperation, match=r"buf\.view.*buf\.save"):
+                call()
 
     def test_pread_leaves_the_position(self, file: aiouffd.BufferFile, data: bytes) -> None:
         file.seek(7)
@@ -307,9 +332,113 @@ class TestWhatIsFetched:
             assert source.bytes_read <= 4 << 20
             assert archive.testzip() is None
 
+    def test_a_tar_archive(self, tmp_path: Path) -> None:
+        noise = random.Random(6).randbytes(1 << 20)
+        with tarfile.open(tmp_path / "a.tar", "w") as archive:
+            for number in range(32):
+                member = tarfile.TarInfo(f"member{number}")
+                member.size = len(noise)
+                archive.addfile(member, io.BytesIO(noise))
+        source = PlainSource((tmp_path / "a.tar").read_bytes())
+        with aiouffd.open_file(source) as file, tarfile.open(fileobj=file) as archive:
+            assert len(archive.getnames()) == 32  # a header before each member
+            found = archive.extractfile("member20")
+            assert found is not None
+            assert found.read() == noise
+        assert source.bytes_read <= (4 << 20) + 33 * BLOCK
+
+    def test_what_readers_above_it_fetch(self) -> None:
+        """One block of what they are asked for, whatever the size of their own buffer."""
+        lines = b"".join(b"%099d\n" % number for number in range(100_000))
+        source = PlainSource(lines)
+        with aiouffd.open_file(source) as file:
+            reader = io.BufferedReader(file)
+            assert reader.readline() == lines[:100]
+            assert source.bytes_read == BLOCK
+            reader.seek(-100, io.SEEK_END)
+            assert io.TextIOWrapper(reader).readlines() == [f"{99_999:099d}\n"]
+            assert source.bytes_read <= 2 * BLOCK
+
 
 class TestLibraries:
     """They take the file as any other."""
+
+    @pytest.mark.parametrize("data", [b"", b"abc", bytes(30)])
+    def test_what_is_no_archive(self, data: bytes) -> None:
+        """zipfile knows it by the OSError of a position before the start."""
+        with aiouffd.open_file(data) as file:
+            assert not zipfile.is_zipfile(file)
+            with pytest.raises(zipfile.BadZipFile):
+                zipfile.ZipFile(file)
+            file.seek(0)
+            with pytest.raises(tarfile.ReadError):
+                tarfile.open(fileobj=file)  # noqa: SIM115
+
+    def test_the_standard_library(self, data: bytes) -> None:
+        known = {"numbers": list(range(50_000)), "text": "t" * 100_000}
+        with aiouffd.open_file(PlainSource(pickle.dumps(known, 5))) as file:
+            assert pickle.load(file) == known
+        with aiouffd.open_file(PlainSource(json.dumps(known).encode())) as file:
+            assert json.load(file) == known
+        for packer in (gzip, bz2, lzma):
+            with (
+                aiouffd.open_file(PlainSource(packer.compress(data))) as file,
+                packer.open(file) as unpacked,
+            ):
+                assert unpacked.read() == data
+        with aiouffd.open_file(PlainSource(data)) as file:
+            shutil.copyfileobj(file, copied := io.BytesIO())
+            assert copied.getvalue() == data
+
+    async def test_an_upload(self, data: bytes) -> None:
+        """aiohttp and http.client send it in pieces that they read."""
+        aiohttp = pytest.importorskip("aiohttp")
+        web = pytest.importorskip("aiohttp.web")
+
+        async def take(request: Any) -> Any:
+            return web.Response(body=b"same" if await request.read() == data else b"other")
+
+        def send(file: aiouffd.BufferFile) -> bytes:
+            connection = http.client.HTTPConnection(*address)
+            connection.request("PUT", "/", file, {"Content-Length": str(file.size)})
+            with connection.getresponse() as response:
+                answer = response.read()
+            connection.close()
+            return answer
+
+        application = web.Application()
+        application.router.add_route("PUT", "/", take)
+        async with aiouffd.open(PlainSource(data)) as buf:
+            runner = web.AppRunner(application)
+            await runner.setup()
+            site = web.TCPSite(runner, "127.0.0.1", 0)
+            await site.start()
+            address = runner.addresses[0]
+            with buf.file() as file:
+                assert await asyncio.to_thread(send, file) == b"same"
+            async with aiohttp.ClientSession() as session:
+                url = f"http://{address[0]}:{address[1]}/"
+                async with session.put(url, data=buf.file()) as response:
+                    assert await response.read() == b"same"
+            await runner.cleanup()
+
+    def test_soundfile(self, tmp_path: Path) -> None:
+        soundfile = pytest.importorskip("soundfile")
+        samples = np.random.default_rng(11).random(1_000_000) - 0.5
+        soundfile.write(tmp_path / "t.wav", samples, 48_000, subtype="DOUBLE")
+        source = PlainSource((tmp_path / "t.wav").read_bytes())
+        with aiouffd.open_file(source) as file, soundfile.SoundFile(file) as sound:
+            sound.seek(800_000)
+            assert np.array_equal(sound.read(1000), samples[800_000:][:1000])
+        assert source.bytes_read <= 4 * BLOCK
+
+    def test_torch(self, tmp_path: Path) -> None:
+        torch = pytest.importorskip("torch")
+        tensors = {"a": torch.arange(100_000), "b": torch.ones(7)}
+        torch.save(tensors, tmp_path / "t.pt")
+        with aiouffd.open_file(tmp_path / "t.pt") as file:
+            found = torch.load(file, mmap=False, weights_only=True)
+            assert all(torch.equal(found[name], tensors[name]) for name in tensors)
 
     def test_numpy(self, tmp_path: Path) -> None:
         array = np.arange(300_000.0).reshape(300, 1000)
@@ -420,6 +549,41 @@ class TestABufferIsNoFile:
                 buf.seek(0)  # type: ignore[attr-defined]
             assert not hasattr(buf, "something")
             assert buf.stats.fetched_bytes == 0
+
+    @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+    @pytest.mark.parametrize(
+        "take",
+        [
+            zipfile.ZipFile,
+            zipfile.is_zipfile,
+            lambda buf: tarfile.TarFile(fileobj=buf),
+            wave.Wave_read,
+            lambda buf: io.BufferedReader(buf),
+            lambda buf: io.TextIOWrapper(buf),
+            lambda buf: shutil.copyfileobj(buf, io.BytesIO()),
+            lambda buf: io.BytesIO(buf.read()),  # Pillow, after asking for `seek`
+            lambda buf: bytes(buf.read(5)),
+            lambda buf: pytest.importorskip("pyarrow.parquet").read_table(buf),
+        ],
+    )
+    async def test_what_libraries_do_with_a_lazy_buffer(self, take: Any) -> None:
+        source = PlainSource(bytes(4 * BLOCK))
+        async with aiouffd.open(source) as buf:
+            with pytest.raises((AttributeError, TypeError), match=r"buf\.file\(\)"):
+                take(buf)
+        assert not source.reads
+
+    # Those look at what they get themselves: an error at once, though in words of their own.
+    @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+    @pytest.mark.parametrize(
+        "take", [json.load, pickle.load, lambda buf: gzip.GzipFile(fileobj=buf).read()]
+    )
+    async def test_who_words_the_error_itself(self, take: Any) -> None:
+        source = PlainSource(bytes(4 * BLOCK))
+        async with aiouffd.open(source) as buf:
+            with pytest.raises(TypeError, match=r"Reading|readline"):
+                take(buf)
+        assert not source.reads
 
     async def test_reading_is_a_coroutine_all_the_same(self, data: bytes) -> None:
         async with aiouffd.open(PlainSource(data)) as buf:
