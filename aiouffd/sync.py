@@ -20,7 +20,7 @@ from .buffer import open as _open
 from .byte_sequence import ByteSequence
 from .errors import ClosedError, UsageError
 from .file import BufferFile, FileHints
-from .keywords import one_source
+from .keywords import one_source, path_of
 from .rescue import service
 from .workingset import Recording, WorkingSet
 
@@ -246,7 +246,7 @@ class SyncBuffer(FileHints, ByteSequence):
 
     def save(self, path: str | os.PathLike[str], offset: int = 0, length: int | None = None) -> int:
         """See `LazyBuffer.save`; blocks."""
-        return self._run(self._buffer.save(os.path.abspath(path), offset, length))
+        return self._run(self._buffer.save(path_of("path", path), offset, length))
 
     def drop(self, offset: int = 0, length: int | None = None, *, writes_too: bool = False) -> int:
         """See `LazyBuffer.drop`; blocks."""

@@ -183,3 +183,14 @@ class TestDrop:
             stop.set()
             await asyncio.gather(*readers)
         assert not wrong
+
+
+def test_an_empty_path_is_no_folder() -> None:
+    with aiouffd.sync.open(b"abc") as buf, pytest.raises(aiouffd.UsageError, match="is a path"):
+        buf.save("")
+
+
+async def test_an_empty_path_is_no_folder_async() -> None:
+    async with aiouffd.open(b"abc") as buf:
+        with pytest.raises(aiouffd.UsageError, match="the path is empty"):
+            await buf.save("")
