@@ -1667,12 +1667,21 @@ static inline int aiouffd_attach_once_(struct aiouffd_state_ *s, struct aiouffd 
 	s->areas = (struct aiouffd_area *)calloc(1, sizeof *s->areas);
 	if (!s->areas)
 		return aiouffd_fail_(-ENOMEM, "no memory");
-	address = mmap(NULL, s->mapped, protection, flags, -1, 0);
+	address = mmap(NULL, s->mapped, PROT_NONE, flags, -1, 0);
 	if (address == MAP_FAILED) {
 		s->mapped = 0;
 		return aiouffd_fail_(-errno, "the memory cannot be mapped");
 	}
 	s->ours = 1;
+	/* After mlockall(MCL_FUTURE) it would come filled, with zeros that pass for bytes. */
+	munlock(address, s->mapped);
+	if (mprotect(address, s->mapped, protection)) {
+		result = -errno;
+		munmap(address, s->mapped);
+		s->mapped = 0;
+		s->ours = 0;
+		return aiouffd_fail_(result, "the memory cannot be mapped");
+	}
 	s->count = 1;
 	s->areas[0].address = address;
 	s->areas[0].length = s->mapped;

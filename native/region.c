@@ -153,6 +153,23 @@ static uint64_t round_up(uint64_t value, uint64_t step)
 	return (value + step - 1) & ~(step - 1);
 }
 
+/* Memory with nothing in it.  After mlockall(MCL_FUTURE) a new mapping comes filled, with zeros that would
+ * pass for bytes: so nothing may be touched in it until it is not locked. */
+static void *map_empty(void *address, uint64_t length, int protection, int flags, int fd,
+		       uint64_t offset)
+{
+	void *memory = mmap(address, length, PROT_NONE, flags, fd, (off_t)offset);
+
+	if (memory == MAP_FAILED)
+		return memory;
+	munlock(memory, length);
+	if (mprotect(memory, length, protection)) {
+		munmap(memory, length);
+		return MAP_FAILED;
+	}
+	return memory;
+}
+
 /* Private memory of at least one huge page starts at a huge page and is open to them, so
  * that whole ones can be moved in; a touch then leaves no page table behind, into
  * which only small pages could be moved.  Moving needs writable memory on both sides,
@@ -160,8 +177,8 @@ static uint64_t round_up(uint64_t value, uint64_t step)
 static void *map_for_huge(uint64_t length)
 {
 	uint64_t huge = 1ULL << HUGE_SHIFT, start, skip, tail;
-	uint8_t *memory = mmap(NULL, length + huge, PROT_READ | PROT_WRITE,
-			       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	uint8_t *memory = map_empty(NULL, length + huge, PROT_READ | PROT_WRITE,
+				    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 
 	if (memory == MAP_FAILED)
 		return MAP_FAILED;
@@ -232,8 +249,8 @@ static int map_memory(struct au_region *region)
 	if (open_to_huge(region))
 		memory = map_for_huge(region->length);
 	else
-		memory = mmap(NULL, region->length, protection_of(region), flags_of(region),
-			      region->memfd, 0);
+		memory = map_empty(NULL, region->length, protection_of(region), flags_of(region),
+				   region->memfd, 0);
 	if (memory == MAP_FAILED)
 		return -errno;
 	region->start = (uint64_t)(uintptr_t)memory;
@@ -249,8 +266,8 @@ int au_region_map_anew(const struct au_region *region, void *address, uint64_t o
 
 	if (shared && (fstat(region->memfd, &status) || status.st_ino != region->inode))
 		return -EBADF;
-	if (mmap(address, length, protection_of(region), flags_of(region) | MAP_FIXED,
-		 region->memfd, shared ? (off_t)offset : 0) == MAP_FAILED)
+	if (map_empty(address, length, protection_of(region), flags_of(region) | MAP_FIXED,
+		      region->memfd, shared ? offset : 0) == MAP_FAILED)
 		return -errno;
 	return advise(region, address, length);
 }

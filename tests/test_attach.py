@@ -598,6 +598,18 @@ def test_a_page_that_cannot_be_had(peer: Callable[..., PagerProcess], way: str) 
     assert "aiouffd: error page" not in Path("/proc/self/maps").read_text()
 
 
+@pytest.mark.needs_root
+def test_a_process_that_locks_its_memory(peer: Callable[..., PagerProcess]) -> None:
+    """New mappings come filled with zeros then."""
+    server = peer()
+    code = "import ctypes, sys, aiouffd; assert not ctypes.CDLL(None).mlockall(2)\n"
+    code += "with aiouffd.attach(sys.argv[1]) as memory: print(memory[0:16].hex())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, server.path], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == (b"\1" + bytes(7) + b"\2" + bytes(7)).hex(), done.stderr
+
+
 def test_errors_of_a_server_before_6_6(tmp_path: Path) -> None:
     """The kernel makes no errors: the client is told, and makes them itself."""
     path = str(tmp_path / "socket")

@@ -476,6 +476,33 @@ static void without_the_event(void)
 	bench_close(&bench);
 }
 
+/* After mlockall(MCL_FUTURE) a mapping comes filled with zeros. */
+static void locked(int kind)
+{
+	uint64_t items[8], page;
+	int errors;
+
+	open_kind(kind, 8);
+	CHECK(au_pagemap_read(bench.region->start, items, 8));
+	for (page = 0; page < 8; page++)
+		CHECK_EQ(items[page] & (AU_PAGEMAP_PRESENT | AU_PAGEMAP_SWAPPED), 0);
+	fail_pages_well(2, 3);
+	CHECK_EQ(heal_pages(3, 1), 0);
+	CHECK_EQ(heal_pages(0, 8), 0);
+	CHECK(pattern_holds(at(bench.region, 0), 0, 8 * bench.region->page_size));
+	mappings(&errors);
+	CHECK_EQ(errors, 0);
+	bench_close(&bench);
+}
+
+static void locked_memory(void)
+{
+	if (mlockall(MCL_FUTURE))
+		test_skip("memory may not be locked");
+	locked(AU_KIND_ANONYMOUS);
+	locked(AU_KIND_MEMFD);
+}
+
 #define RACE_PAGES 32
 static _Atomic int stop, wrong;
 static _Atomic uint64_t sound, failed;
@@ -664,6 +691,8 @@ const struct test error_page_tests[] = {
 	{ "error page: a failed healing leaves the error", a_failed_healing_leaves_the_error, 0,
 	  TSAN_JUMP },
 	{ "error page: no healing where a move unregisters", without_the_event, 0, NULL },
+	{ "error page: in a process that locks its memory", locked_memory, 0,
+	  "threads cannot have their stacks" },
 	{ "error page: errors, healings and drops against readers", race_anonymous, 0, NULL },
 	{ "error page: the same in shared memory", race_memfd, 0, NULL },
 	{ "error page: the same beyond the bound", race_bounded, 0, NULL },
