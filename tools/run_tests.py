@@ -56,7 +56,7 @@ INDEPENDENT = (
     "web_servers",
 )
 #: Tests of what is otherwise on a kernel that cannot poison: errors, ends, closing, forks.
-BEFORE_6_6 = ("attach", "ending", "failure", "fork_serve", "pager")
+BEFORE_6_6 = ("attach", "ending", "failure", "fork_serve")
 #: Packages that short processes of the tests import; to compile all would take minutes.
 IMPORTED = (
     "_pytest",
