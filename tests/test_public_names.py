@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import pkgutil
 import re
@@ -56,6 +57,30 @@ def test_documents_use_names_that_exist(document: Path) -> None:
                         pytest.fail(f"{document.name}: there is no {name}")
                     break  # an extra is not installed
             found = getattr(found, part)
+
+
+def _logged() -> dict[str, str]:
+    """The longest piece of each text of a warning or an error in the log that is not filled in."""
+    pieces = {}
+    for path in sorted((ROOT / "aiouffd").rglob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text())):
+            match call:
+                case ast.Call(
+                    func=ast.Attribute(
+                        value=ast.Name(id="log"), attr="warning" | "error" | "exception"
+                    ),
+                    args=[ast.Constant(value=str(text)), *_],
+                ):
+                    parts = re.split(r"%[-#.\d]*[a-z]", text)
+                    if len(longest := max(parts, key=len).strip(" :(;,")) > 8:
+                        pieces[longest] = path.name
+    return pieces
+
+
+def test_each_line_of_the_log_is_explained() -> None:
+    known = re.findall(r"`([^`]+)`", (ROOT / "docs" / "messages.md").read_text())
+    for text, where in _logged().items():
+        assert any(each.strip(" :") in text or text in each for each in known), f"{where}: {text}"
 
 
 def test_a_typed_program() -> None:
