@@ -514,6 +514,10 @@ class LazyBuffer(FileHints, ByteSequence):
     def _fill(self, region: Region, offset: int, target: Any, length: int) -> None:
         """Copy to ``target``, a cffi ``char *``, waiting for what is missing. Any thread."""
         asked, end = offset, offset + length
+        if offset // self._block_size == (end - 1) // self._block_size:
+            # Any touch asks for that much, and small reads are many.
+            self._guarded(region, offset, target, length)
+            return
         with self._reading(offset, length) as ask:
             for start in range(offset, end, READ_STEP):
                 while asked < min(end, start + 2 * READ_STEP):
