@@ -55,6 +55,7 @@ GROUPS = (
     Group("http", "http", "cold scan and first byte over HTTP"),
     Group("fuse", "fuse", "cold scan against a FUSE file system in Python"),
     Group("objects", "objects", "an object store: scan and amplification, against obstore, fsspec"),
+    Group("files", "files", "files over what is resident, against open()"),
     Group("cache", "cache", "a second open through the disk cache, against the local file"),
     Group("workingset", "workingset", "a recorded working set at 5 ms, against the same touches"),
     Group("nbd", "nbd", "NBD both ways, against nbdkit, nbdcopy and nbdfuse"),
