@@ -1,4 +1,4 @@
-"""(m) Files over lazy buffers that are resident, against `open` of the same bytes in page cache."""
+"""Files over lazy buffers that are resident, against `open` of the same bytes in page cache."""
 
 from __future__ import annotations
 
