@@ -121,7 +121,8 @@ def open(
         ``"soft"`` gives up after ``deadline`` or an error that is not transient: SIGBUS for raw
         touches, `SourceError` from the methods.
     :param deadline: seconds for ``errors="soft"``, from the touch on. Without one, errors that may
-        pass (a server that cannot be reached) are retried for ever, as with ``"hard"``.
+        pass (a server that cannot be reached) are retried for ever, as with ``"hard"``; the log
+        says after 10 seconds that somebody waits.
     :param strict: a touch from the event loop's own thread ends the process with a traceback
         instead of a `BlockingTouchWarning`.
     :param writable: allow the program to write. What it writes stays in this memory.

@@ -9,7 +9,8 @@ What a blocked thread gets (``errors`` and ``deadline`` are those of `aiouffd.op
 - soft, and the deadline has passed or the failure is not transient: SIGBUS for raw
   touches, SourceError from the calls of the buffer; a later fetch heals the page;
 - soft, and the kernel cannot take the bytes: the same, after a while, also without a deadline;
-- the source has changed: the same at once, also if hard, because waiting cannot help;
+- the source has changed, or says that it is used wrongly (UsageError, NotImplementedError): the
+  same at once, also if hard, because waiting cannot help;
 - the flight is cancelled: it is woken and faults again, which makes a new flight;
 - the region closes: see `Region.close`.
 """
