@@ -85,18 +85,18 @@ make_root() {
     from=$(mirror) || true # not all of these files are there
     [ -n "$from" ] || skip "the lists of apt name no mirror of Debian"
     [ "$(df --output=avail -k "$here" | tail -n 1)" -gt 3000000 ] || skip "it takes 3 GB of disk"
-    command -v debootstrap >/dev/null || quietly 300 env DEBIAN_FRONTEND=noninteractive sh -c \
+    command -v debootstrap >/dev/null || quietly 180 env DEBIAN_FRONTEND=noninteractive sh -c \
         'apt-get update -qq; apt-get install -y -qq --no-install-recommends debootstrap' ||
         skip "debootstrap cannot be installed: $(why)"
     echo "== newest: a root of Debian sid, from $from"
     rm -rf --one-file-system "$sid"
     # In a namespace as well: it mounts.
-    quietly 400 unshare --mount --propagation private --pid --fork --kill-child --mount-proc \
+    quietly 240 unshare --mount --propagation private --pid --fork --kill-child --mount-proc \
         debootstrap --variant=minbase --include=ca-certificates sid "$sid" "$from" ||
         skip "debootstrap of sid failed: $(why)"
     prepare "$sid"
     # shellcheck disable=SC2086
-    quietly 600 bash -c "$(declare -f inside); sid=$sid; inside \"\$@\"" bash \
+    quietly 360 bash -c "$(declare -f inside); sid=$sid; inside \"\$@\"" bash \
         'apt-get update -qq; apt-get install -y -qq "$@"; apt-get clean' bash $PACKAGES ||
         skip "packages of sid cannot be installed: $(why)"
     echo "$PACKAGES" >"$here/made"
@@ -113,7 +113,7 @@ copy_sources() {
 
 environment() {
     # uv, which takes seconds, and resolves what pip does not on a Python this new.
-    quietly 400 bash -c "$(declare -f inside); sid=$sid; inside \"\$@\"" bash '
+    quietly 240 bash -c "$(declare -f inside); sid=$sid; inside \"\$@\"" bash '
         cd /src
         [ -x /uv/bin/uv ] || { python3.14 -m venv /uv && /uv/bin/python -m pip install -q uv; }
         python3.14 tools/requirements.py test >/wanted
@@ -198,7 +198,7 @@ main() {
         echo "== newest: pytest on $python"
         # shellcheck disable=SC2016
         inside 'cd /src; python=$1; shift
-            exec timeout -k 10 1200 "/venv-$python/bin/python" -m pytest -q -m "not slow" --one-loop \
+            exec timeout -k 10 600 "/venv-$python/bin/python" -m pytest -q -m "not slow" --one-loop \
                 -o "cache_dir=/reports/cache-$python" --junitxml="/reports/$python.xml" "$@"' \
             bash "$python" $again $files && status=0 || status=$?
         # 5: none of them had failed.
