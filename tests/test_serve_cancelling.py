@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 
 import aiouffd
-from aiouffd import serve
-from aiouffd.errors import AiouffdError, ClosedError
+from aiouffd import Mode, Userfaultfd, serve
+from aiouffd.errors import AiouffdError, ClosedError, KernelError
+from aiouffd.serve import ending
 from aiouffd.serve.blocks import BlockStore
 from aiouffd.serve.criu import CriuServer
 from aiouffd.serve.stores import Stores
 from aiouffd.sources import FunctionSource
+from aiouffd.uffd import address_of
 from tests.cancelling import BY_CALLER, EVERY_WAY, Cut, Way, cancel_everywhere
 from tests.criu import images as written
 from tests.guests import AREA, COUNT, PlainDialect
@@ -454,3 +456,25 @@ async def test_closing_ends_who_waits_for_a_server(tmp_path: Path, how: str) -> 
             await opening
     with pytest.raises(ClosedError):
         await memory.aopen()
+
+
+async def test_a_refusal_that_is_cancelled_leaves_no_zeros() -> None:
+    """The descriptor is the last one, and what is missing when it closes reads as zeros."""
+    length = 4 * ending.PIECE * PAGE
+    memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    start = address_of(memory)
+    with Userfaultfd(user_mode_only=None) as uffd:
+        uffd.register(start, length, Mode.MISSING)
+        copy = os.dup(uffd.fileno())
+        refusal = asyncio.create_task(ending.refuse(copy, [(start, length, PAGE)], "a child"))
+        await asyncio.sleep(0)  # so that the first piece is made
+        await asyncio.sleep(0)
+        refusal.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await refusal
+        with pytest.raises(OSError, match="Bad file"):
+            os.fstat(copy)
+        for page in range(0, length, ending.PIECE * PAGE // 2):
+            with pytest.raises(KernelError, match="exist"):  # as an error is there
+                uffd.zeropage(start + page, PAGE)
+    memory.close()

@@ -33,6 +33,8 @@ _POISON: int = lib.AU_OP_POISON
 GIVE_UP, GIVE_UP_NOW = 2.0, 0.01
 
 
+#: Seconds for which one that is cancelled goes on without giving the loop its turn.
+AT_ONCE = 1.0
 #: Pages that become errors in one call, which takes some 0.2 ms.
 PIECE = 4096
 
@@ -147,35 +149,52 @@ def _pieces(memory: Ending, area: Area, at: int, end: int) -> Iterator[tuple[int
 
 async def refuse(fd: int, ranges: Sequence[tuple[int, int, int]], name: str) -> None:
     """Errors in all ``ranges`` (first address, length, page size) of a process that is not served,
-    where nothing is there yet, and close its descriptor ``fd``, of which it has no copy. In
-    steps."""
-    loop = asyncio.get_running_loop()
+    where nothing is there yet, and close its descriptor ``fd``, of which it has no copy. In steps;
+    one that is cancelled makes the rest of them at once, for up to a second."""
+    steps = _refusing(fd, ranges, name)
+    try:
+        for pause in steps:
+            await asyncio.sleep(pause)
+    finally:
+        # The last copy of the descriptor closes: what is missing then reads as zeros.
+        _finish(steps, name)
+        os.close(fd)
+
+
+def _finish(steps: Iterator[float], name: str) -> None:
+    limit = time.monotonic() + AT_ONCE
+    for pause in steps:
+        if time.monotonic() > limit:
+            _complain(name)
+            return
+        time.sleep(pause)
+
+
+def _refusing(fd: int, ranges: Sequence[tuple[int, int, int]], name: str) -> Iterator[float]:
+    """Makes the errors, piece by piece; gives the seconds to wait between two of them."""
     messages, absent = ffi.new("struct au_uffd_msg[]", 16), ffi.new("uint64_t *")
     heard = ffi.new(
         "struct au_foreign_heard *", {"patience": PATIENCE, "messages": messages, "room": 16}
     )
-    limit = loop.time() + GIVE_UP
-    try:
-        for start, length, size in ranges:
-            at, end = start, start + length
-            while at < end:
-                piece = min(PIECE * size, end - at)
-                result = lib.au_foreign_fill(
-                    fd, _POISON, at, ffi.NULL, piece, size, ffi.NULL, absent, heard
-                )
-                for message in messages[0 : heard.count]:
-                    if message.event == lib.AU_EVENT_FORK:
-                        os.close(message.arg.fork.ufd)
-                heard.count = 0
-                done, code = unpack(result)
-                at += done
-                if done:
-                    limit = loop.time() + GIVE_UP
-                elif code != errno.EAGAIN:
-                    return  # its process has ended, most likely
-                if loop.time() > limit:
-                    _complain(name)
-                    return
-                await asyncio.sleep(0 if done else AGAIN_FIRST)
-    finally:
-        os.close(fd)
+    limit = time.monotonic() + GIVE_UP
+    for start, length, size in ranges:
+        at, end = start, start + length
+        while at < end:
+            piece = min(PIECE * size, end - at)
+            result = lib.au_foreign_fill(
+                fd, _POISON, at, ffi.NULL, piece, size, ffi.NULL, absent, heard
+            )
+            for message in messages[0 : heard.count]:
+                if message.event == lib.AU_EVENT_FORK:
+                    os.close(message.arg.fork.ufd)
+            heard.count = 0
+            done, code = unpack(result)
+            at += done
+            if done:
+                limit = time.monotonic() + GIVE_UP
+            elif code != errno.EAGAIN:
+                return  # its process has ended, most likely
+            if time.monotonic() > limit:
+                _complain(name)
+                return
+            yield 0 if done else AGAIN_FIRST
