@@ -7,6 +7,7 @@ import contextlib
 import errno
 import mmap
 import os
+import random
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -871,3 +872,45 @@ async def test_a_source_that_is_used_wrongly_is_an_error_also_when_hard(error: E
         with pytest.raises(SourceError):
             await asyncio.to_thread(lambda: buf[0:1])
         assert asked == 1
+
+
+async def test_errors_come_and_go_under_readers() -> None:
+    """Whoever reads gets the bytes or an error, and never zeros, while the source fails at times,
+    pages are dropped and errors heal, up to a close by force."""
+    data = random.Random(5).randbytes(64 * PAGE_SIZE).replace(b"\0", b"\1")
+    broken = False
+
+    async def read(offset: int, length: int) -> bytes:
+        if broken:
+            raise SourceError("not now", transient=False)
+        return data[offset : offset + length]
+
+    source = aiouffd.sources.FunctionSource(read, len(data))
+    settings: dict[str, Any] = {"block_size": PAGE_SIZE, "readahead": 0, "errors": "soft"}
+    buffer = await aiouffd.open(source, **settings)
+    seen = {"bytes": 0, "errors": 0}
+
+    def reader(seed: int) -> None:
+        choose = random.Random(seed)
+        while True:
+            at = choose.randrange(len(data) - 100)
+            try:
+                found = buffer[at : at + 100]
+            except ClosedError:
+                return
+            except SourceError:
+                seen["errors"] += 1
+            else:
+                assert found == data[at : at + 100]
+                seen["bytes"] += 1
+
+    readers = [asyncio.create_task(asyncio.to_thread(reader, seed)) for seed in range(4)]
+    choose = random.Random(9)
+    for step in range(120):
+        broken = step % 3 == 2
+        with contextlib.suppress(SourceError):
+            await buffer.fetch(choose.randrange(32) * PAGE_SIZE, 32 * PAGE_SIZE)
+        await buffer.drop(choose.randrange(48) * PAGE_SIZE, 16 * PAGE_SIZE)
+    await buffer.aclose(force=True)
+    await asyncio.gather(*readers)
+    assert min(seen.values()) > 0
