@@ -795,6 +795,28 @@ static void seal_run(struct au_region *region, uint64_t from, uint64_t to)
 	}
 }
 
+/* So many pages are not noted one by one: that would make memory of their states. */
+#define SEAL_AT_ONCE 65536
+
+/* Where nobody installs any more: a long run that is missing, up to *end.  False: there is none. */
+static bool seal_at_once(struct au_region *region, uint64_t from, uint64_t *end)
+{
+	uint64_t to = from, start = region->start + (from << region->page_shift), length;
+
+	while (to < region->pages &&
+	       (atomic_load(&region->states[to]) & AU_PAGE_STATE) == AU_PAGE_MISSING)
+		to++;
+	length = (to - from) << region->page_shift;
+	if (to - from < SEAL_AT_ONCE ||
+	    au_error_map(start, length, region->options & (AU_REGION_FORK | AU_REGION_SERVE)))
+		return false;
+	au_count(AU_COUNT_poisoned_bytes, length);
+	au_slots_end(region->engine, start, start + length);
+	au_abi_wake(region->engine->fd, start, length);
+	*end = to;
+	return true;
+}
+
 static void seal_missing(struct au_region *region, bool only_wanted)
 {
 	uint32_t shift = region->block_shift - region->page_shift;
@@ -805,6 +827,8 @@ static void seal_missing(struct au_region *region, bool only_wanted)
 			page = ((page >> shift) + 1) << shift;
 			continue;
 		}
+		if (!only_wanted && seal_at_once(region, page, &page))
+			continue;
 		if (!take_page(region, page)) {
 			page++;
 			continue;
