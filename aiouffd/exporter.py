@@ -26,5 +26,7 @@ elif not in_main_interpreter():
     class Exporter:
         """Nothing can be opened here; see rescue.py."""
 
+        __slots__ = ()  # as the class of C, so that subclasses may have theirs
+
 elif lib.au_python_exporter(__name__.encode()):
     raise ImportError("the class of exported memory could not be made")
