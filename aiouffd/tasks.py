@@ -41,6 +41,8 @@ def begin(
         if not made:
             await asyncio.sleep(0)
         began = True
+        # Which would cost a turn of the loop at the end.
+        task.remove_done_callback(ended)
         return await function()
 
     def ended(_task: asyncio.Task[T]) -> None:
