@@ -1,35 +1,19 @@
 """aiouffd: memory that fills itself.
 
-Layers, each importing only from those below it::
-
-    cli, doctor               the command line
-    attach                    memory of ours that another process fills
-    safetensors, formats      what a file holds, as arrays over a lazy buffer
-    serve                     faults of other processes
-    sync, buffer              lazy buffers: what most people use
-    file, arrays, saving      a lazy buffer as a file, as arrays, in a file
-    copying, destination      whole objects, and what they become
-    fetcher, transfer         from a source to the pages of a region; looking ahead
-    flights, policy           the fetch engine: single flight, retries, deadlines
-    workingset                which parts were needed, in which order
-    sources, nbd              where bytes come from, and serving them by NBD
-    guarded                   copies and searches that signals interrupt
-    pager, region, rescue     the fault-serving framework and its second loop
-    places, unix_sockets      who decides what a path means, and who listens there
-    uffd, abi, probe          the kernel ABI, typed
-    _native                   the C core (native/)
+This is the front door: names that programs use. The layers behind it are folders, of which
+CONTRIBUTING.md has the map.
 """
 
 from typing import TYPE_CHECKING, Any
 
 from . import sync as sync
-from .abi import Feature as Feature
-from .abi import Mode as Mode
 from .attach import Attachment as Attachment
 from .attach import attach as attach
-from .buffer import BufferStats as BufferStats
-from .buffer import LazyBuffer as LazyBuffer
-from .buffer import open as open
+from .buffers.buffer import BufferStats as BufferStats
+from .buffers.buffer import LazyBuffer as LazyBuffer
+from .buffers.buffer import open as open
+from .buffers.file import BufferFile as BufferFile
+from .buffers.sync import open_file as open_file
 from .errors import AiouffdError as AiouffdError
 from .errors import BlockingTouchWarning as BlockingTouchWarning
 from .errors import ClosedError as ClosedError
@@ -47,19 +31,19 @@ from .errors import StalledError as StalledError
 from .errors import UnsupportedError as UnsupportedError
 from .errors import UnversionedSourceWarning as UnversionedSourceWarning
 from .errors import UsageError as UsageError
-from .fault import Fault as Fault
-from .fetcher import FlightEvent as FlightEvent
-from .file import BufferFile as BufferFile
+from .fetch.fetcher import FlightEvent as FlightEvent
+from .fetch.workingset import Recording as Recording
+from .fetch.workingset import WorkingSet as WorkingSet
 from .headers import include_dir as include_dir
-from .pager import Pager as Pager
-from .probe import probe as probe
-from .region import Region as Region
+from .kernel.abi import Feature as Feature
+from .kernel.abi import Mode as Mode
+from .kernel.probe import probe as probe
+from .kernel.uffd import Userfaultfd as Userfaultfd
+from .regions.fault import Fault as Fault
+from .regions.pager import Pager as Pager
+from .regions.region import Region as Region
 from .sources import Source as Source
-from .sync import open_file as open_file
-from .uffd import Userfaultfd as Userfaultfd
 from .version import VERSION
-from .workingset import Recording as Recording
-from .workingset import WorkingSet as WorkingSet
 
 __all__ = [
     "AiouffdError",

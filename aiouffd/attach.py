@@ -42,13 +42,13 @@ import weakref
 from collections.abc import Callable, Generator
 from typing import Any, Literal, TypeVar
 
-from . import guarded
-from ._lib import ffi, lib
-from .byte_sequence import ByteSequence
+from .buffers.byte_sequence import ByteSequence
 from .errors import ClosedError, PeerError, SourceError, UnsupportedError, UsageError
-from .once import Once, cancelled_from_outside
-from .places import user_id
-from .waiting import in_thread
+from .kernel.lib import ffi, lib
+from .regions import guarded
+from .util.once import Once, cancelled_from_outside
+from .util.places import user_id
+from .util.waiting import in_thread
 
 __all__ = ["Attachment", "attach"]
 

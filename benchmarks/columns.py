@@ -13,7 +13,7 @@ import io
 from typing import Any
 
 import aiouffd
-from aiouffd.buffer import READAHEAD
+from aiouffd.buffers.buffer import READAHEAD
 
 from .common import Report, in_thread, warm_memory
 from .scan import MIB, lazy_scan

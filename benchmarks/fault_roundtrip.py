@@ -66,7 +66,7 @@ class Bare:
     async def __call__(self) -> float:
         import mmap
 
-        from aiouffd._lib import ffi, lib
+        from aiouffd.kernel.lib import ffi, lib
 
         memory = mmap.mmap(-1, PAGES * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         address = int(ffi.cast("uintptr_t", ffi.from_buffer(memory)))

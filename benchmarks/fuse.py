@@ -11,7 +11,7 @@ import mmap
 import time
 from collections.abc import Callable
 
-from aiouffd._lib import ffi
+from aiouffd.kernel.lib import ffi
 
 from .baseline.tcp import TcpServer, expected
 from .baseline.uffd import PAGE, touch_all

@@ -1,9 +1,9 @@
 """A model of a reader, a link and the readahead between them, in virtual time.
 
 Nothing is fetched and nobody waits: the same touches give the same figures on any machine, however
-busy, so that two versions of `aiouffd.readahead` can be compared to the block and the round trip.
-The rules of the fetcher are repeated here in a few lines: one flight for a block, flights that end
-where pieces do, touched ones before the rest.
+busy, so that two versions of `aiouffd.fetch.readahead` can be compared to the block and the round
+trip. The rules of the fetcher are repeated here in a few lines: one flight for a block, flights
+that end where pieces do, touched ones before the rest.
 """
 
 from __future__ import annotations

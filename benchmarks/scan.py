@@ -9,7 +9,7 @@ import struct
 import time
 
 import aiouffd
-from aiouffd.buffer import READAHEAD
+from aiouffd.buffers.buffer import READAHEAD
 from aiouffd.sources.base import BaseSource
 
 from .baseline.tcp import TcpServer, eager_receive, raw_receive

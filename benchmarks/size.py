@@ -16,8 +16,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import aiouffd
-from aiouffd._lib import ffi
-from aiouffd.buffer import BLOCK_SIZE
+from aiouffd.buffers.buffer import BLOCK_SIZE
+from aiouffd.kernel.lib import ffi
 from aiouffd.sources import FunctionSource
 
 from .baseline.uffd import PAGE, touch, touch_all

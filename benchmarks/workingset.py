@@ -18,7 +18,7 @@ from typing import Any
 import numpy
 
 import aiouffd
-from aiouffd.workingset import WorkingSet
+from aiouffd.fetch.workingset import WorkingSet
 
 from .baseline.uffd import PAGE
 from .common import Report, in_thread

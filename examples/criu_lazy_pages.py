@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from aiouffd import Feature, Mode, UnsupportedError, Userfaultfd
-from aiouffd.probe import probe
+from aiouffd.kernel.probe import probe
 from aiouffd.serve.criu import CriuServer
 from aiouffd.serve.criu.messages import message_class
 from aiouffd.uffd import address_of

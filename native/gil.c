@@ -218,7 +218,7 @@ static PyType_Slot exporter_slots[] = {
 };
 
 static PyType_Spec exporter_spec = {
-	.name = "aiouffd.exporter.Exporter",
+	.name = "aiouffd.regions.exporter.Exporter",
 	.basicsize = sizeof(PyObject),
 	.flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
 	.slots = exporter_slots,

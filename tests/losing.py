@@ -10,7 +10,7 @@ from typing import Any
 
 
 def name_of(coroutine: Coroutine[Any, Any, Any]) -> str:
-    """The qualified name of a coroutine, or of what `aiouffd.tasks.begin` runs in it."""
+    """The qualified name of a coroutine, or of what `aiouffd.util.tasks.begin` runs in it."""
     frame = getattr(coroutine, "cr_frame", None)
     function: Any = None if frame is None else frame.f_locals.get("function")
     while isinstance(function, functools.partial):

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from aiouffd import Fault
-from aiouffd._lib import PAGE_SIZE, ffi, lib
+from aiouffd.kernel.lib import PAGE_SIZE, ffi, lib
 
 ROOT = Path(__file__).resolve().parent.parent
 WORD = 8

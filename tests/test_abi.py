@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from aiouffd import abi, messages
-from aiouffd._lib import PAGE_SIZE, ffi, lib
+from aiouffd.kernel import abi, messages
+from aiouffd.kernel.lib import PAGE_SIZE, ffi, lib
 
 NATIVE = Path(__file__).resolve().parent.parent / "native"
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import aiouffd
 from aiouffd import SourceError, UnsupportedError, UsageError
-from aiouffd.byte_sequence import ByteSequence
+from aiouffd.buffers.byte_sequence import ByteSequence
 from tests.faulty import FailingSource, PlainSource, final
 from tests.support import Counters, content, environment
 
@@ -135,7 +135,7 @@ class TestByCopying:
 
     @pytest.fixture(autouse=True)
     def _small_steps(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("aiouffd.byte_sequence.STEP", 10)
+        monkeypatch.setattr("aiouffd.buffers.byte_sequence.STEP", 10)
 
     @given(
         data=st.binary(max_size=50),

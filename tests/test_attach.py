@@ -27,7 +27,7 @@ import pytest
 
 import aiouffd
 from aiouffd import SourceError, UsageError
-from aiouffd._lib import PAGE_SIZE
+from aiouffd.kernel.lib import PAGE_SIZE
 from tests.faulty import HUGE, huge_pages
 from tests.scenarios import attaching
 from tests.scenarios.attaching import keeper, waits

@@ -24,9 +24,9 @@ import uvloop
 
 import aiouffd
 from aiouffd import ClosedError, SourceChangedError, UsageError
-from aiouffd._lib import PAGE_SIZE
-from aiouffd.fetcher import MAX_FLIGHTS
-from aiouffd.readahead import STREAMS, Readahead
+from aiouffd.fetch.fetcher import MAX_FLIGHTS
+from aiouffd.fetch.readahead import STREAMS, Readahead
+from aiouffd.kernel.lib import PAGE_SIZE
 from tests.faulty import (
     HUGE,
     FullSource,

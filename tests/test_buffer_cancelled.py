@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import aiouffd
-from aiouffd import exports
-from aiouffd.rescue import service
+from aiouffd.regions import exports
+from aiouffd.regions.rescue import service
 from aiouffd.sources.base import BaseSource, Buffer
 from aiouffd.sources.cache import CachedSource
 from tests.cancelling import BY_CALLER, EVERY_WAY, Cut, Way, cancel_everywhere

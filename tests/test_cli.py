@@ -240,7 +240,7 @@ sys.exit(main())
     ("module", "status"),
     [
         ("aiouffd", -signal.SIGINT),
-        ("aiouffd.buffer", -signal.SIGINT),
+        ("aiouffd.buffers.buffer", -signal.SIGINT),
         ("aiouffd.cli.doctor", -signal.SIGINT),
         ("uvloop", 130),  # the command runs
         ("nothing", 0),

@@ -16,13 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import aiouffd
-from aiouffd.errors import (
-    ClosedError,
-    ShortReadError,
-    SourceChangedError,
-    SourceError,
-    UsageError,
-)
+from aiouffd.errors import ClosedError, ShortReadError, SourceChangedError, SourceError, UsageError
 from aiouffd.sources.base import (
     BaseSource,
     aclose_source,

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from aiouffd import destination
 from aiouffd.cli import main
 from aiouffd.errors import UsageError
 from aiouffd.nbd import NbdServer
+from aiouffd.sources import destination
 from aiouffd.sources.file import FileSource, path_of_url
 from aiouffd.sources.memory import MemorySource
 from tests.nbd_peers import opened, until

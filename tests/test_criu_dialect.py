@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from aiouffd.errors import ClosedError, PeerError, SourceChangedError, SourceError, UsageError
-from aiouffd.probe import probe
+from aiouffd.kernel.probe import probe
 from aiouffd.serve.criu import CriuServer, ImageError, serve_images
 from aiouffd.sources import FunctionSource
 from tests.criu import images as written

@@ -27,13 +27,7 @@ import aiouffd
 from aiouffd.errors import ClosedError, SourceChangedError, SourceError, UsageError
 from aiouffd.sources import BaseSource, FileSource, MemorySource, cache
 from aiouffd.sources.cache import CachedSource, cached, clear, evict, layout, segment, usage
-from aiouffd.sources.compose import (
-    ChecksumSource,
-    ConcatSource,
-    Manifest,
-    RetrySource,
-    SliceSource,
-)
+from aiouffd.sources.compose import ChecksumSource, ConcatSource, Manifest, RetrySource, SliceSource
 from aiouffd.sources.compose.checksum import digest_function
 from aiouffd.sources.names import display_name
 from tests.faulty import FullSource, PlainSource, transient

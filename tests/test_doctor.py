@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from aiouffd import cli, doctor
-from aiouffd.abi import Feature
-from aiouffd.probe import CreationPath, Probe, probe
+from aiouffd import cli
+from aiouffd.cli import examine as doctor
+from aiouffd.kernel.abi import Feature
+from aiouffd.kernel.probe import CreationPath, Probe, probe
 from tests.support import ROOT, environment
 
 PYTHONPATH = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -25,7 +26,8 @@ PYTHONPATH = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH
 # files. The change makes a process "not dumpable", which execve, or this prctl, undoes.
 AS_NOBODY = """
 import ctypes, os, sys
-from aiouffd import cli, doctor
+from aiouffd import cli
+from aiouffd.cli import examine as doctor
 doctor.examine(trial=False)
 dumpable, *arguments = sys.argv[1:]
 os.setgroups([])
@@ -98,7 +100,7 @@ def test_wrong_usage() -> None:
 def test_it_leaves_no_child_and_no_descriptor() -> None:
     code = (
         "import os\n"
-        "from aiouffd import doctor\n"
+        "from aiouffd.cli import examine as doctor\n"
         "doctor.examine()\n"
         "before = os.listdir('/proc/self/fd')\n"
         "assert doctor.examine().works\n"

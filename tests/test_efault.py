@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import aiouffd
-from aiouffd.efault import explain
+from aiouffd.buffers.efault import explain
 from aiouffd.sources import FunctionSource
 
 SIZE = 8 << 20

@@ -15,8 +15,8 @@ import pytest
 
 import aiouffd
 from aiouffd.errors import ClosedError, UsageError
-from aiouffd.pager import shared_pagers
-from aiouffd.rescue import service
+from aiouffd.regions.pager import shared_pagers
+from aiouffd.regions.rescue import service
 from tests.faulty import FullSource, PlainSource
 from tests.scenarios import ending as scenarios
 from tests.support import Counters, Gate, content, result_of, run, start, wait_until

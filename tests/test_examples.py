@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from aiouffd.probe import probe
+from aiouffd.kernel.probe import probe
 from tests.support import ROOT, Outcome, environment
 
 #: What they show is tested elsewhere on every Python: they run on the default one.

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from aiouffd import rescue
+from aiouffd.regions import rescue
 from tests.scenarios import exit as scenarios
 from tests.support import Outcome, Process, compile_helper, compiler, run, start
 

@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 
 import aiouffd
-from aiouffd import ClosedError, SourceChangedError, SourceError, backoff
-from aiouffd import fetcher as fetcher_module
-from aiouffd import flights as flights_module
-from aiouffd import handlers as handlers_module
-from aiouffd._lib import PAGE_SIZE
+from aiouffd import ClosedError, SourceChangedError, SourceError
 from aiouffd.errors import SourceTimeoutError
+from aiouffd.fetch import fetcher as fetcher_module
+from aiouffd.fetch import flights as flights_module
+from aiouffd.kernel.lib import PAGE_SIZE
+from aiouffd.regions import handlers as handlers_module
+from aiouffd.util import backoff
 from tests.faulty import FailingSource, FullSource, PlainSource, final, transient
 from tests.scenarios import buffers
 from tests.servers.http import Entry, Fault, RangeServer

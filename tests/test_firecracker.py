@@ -32,10 +32,10 @@ from hypothesis import strategies as st
 
 from aiouffd import Feature, Mode, UsageError, Userfaultfd, serve
 from aiouffd.errors import PeerError
+from aiouffd.kernel.uffd import address_of
 from aiouffd.serve import Limits, Server
 from aiouffd.serve.dialects.firecracker import FirecrackerDialect, GuestRegion, Handshake
 from aiouffd.sources import FunctionSource
-from aiouffd.uffd import address_of
 from tests.faulty import huge_pages
 from tests.support import ROOT, Gate, content, environment, wait_until
 

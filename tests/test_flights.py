@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 
 import aiouffd
-from aiouffd import flights as flights_module
-from aiouffd.backoff import LONGEST_OBEYED, Backoff
 from aiouffd.errors import ClosedError, SourceChangedError, SourceError, SourceTimeoutError
-from aiouffd.flights import Flight, FlightCancelledError, Flights
-from aiouffd.policy import Policy
-from aiouffd.serve.blocks import BlockStore
-from aiouffd.serve.reactor import Share
+from aiouffd.fetch import flights as flights_module
+from aiouffd.fetch.flights import Flight, FlightCancelledError, Flights
+from aiouffd.fetch.policy import Policy
+from aiouffd.fetch.tally import Tally
+from aiouffd.foreign.blocks import BlockStore
+from aiouffd.foreign.reactor import Share
 from aiouffd.sources import FunctionSource
-from aiouffd.tally import Tally
-from aiouffd.usercode import Complaints
+from aiouffd.util.backoff import LONGEST_OBEYED, Backoff
+from aiouffd.util.usercode import Complaints
 from tests.nbd_peers import until
 
 PAGE = 4096

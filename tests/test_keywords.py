@@ -12,8 +12,8 @@ import pytest
 
 import aiouffd
 from aiouffd import UsageError
-from aiouffd.keywords import SETTINGS, meant, size_in_bytes
 from aiouffd.sources import MemorySource
+from aiouffd.util.keywords import SETTINGS, meant, size_in_bytes
 
 
 @pytest.mark.parametrize(

@@ -21,14 +21,14 @@ import aiouffd
 from aiouffd import serve
 from aiouffd.errors import AiouffdError
 from aiouffd.nbd import NbdServer
-from aiouffd.once import Once
-from aiouffd.rescue import service
+from aiouffd.nbd.source import NbdSource
+from aiouffd.regions.rescue import service
 from aiouffd.serve.handover import HELLO
 from aiouffd.sources.durability import Flusher, Promises
 from aiouffd.sources.function import FunctionSource
 from aiouffd.sources.memory import MemorySource
-from aiouffd.sources.nbd import NbdSource
-from aiouffd.tasks import begin, begin_surely
+from aiouffd.util.once import Once
+from aiouffd.util.tasks import begin, begin_surely
 from tests.guests import PlainDialect, guest
 from tests.losing import losing
 from tests.nbd_peers import opened, until
@@ -271,7 +271,7 @@ async def test_a_block_of_a_served_client_on_its_way(tmp_path: Path) -> None:
 async def test_events_that_are_applied_in_steps(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aiouffd.serve.memory.WORK_MAX", 8)
+    monkeypatch.setattr("aiouffd.foreign.memory.WORK_MAX", 8)
     async with serving(tmp_path / "s") as (_, dialect), guest(tmp_path / "s", PAGES) as one:
         assert await one.ask("read", 0, PAGES)
         memory = await dialect.memories.get()

@@ -17,7 +17,7 @@ import pytest
 
 import aiouffd
 from aiouffd import SourceError
-from aiouffd._lib import PAGE_SIZE
+from aiouffd.kernel.lib import PAGE_SIZE
 from aiouffd.sources.function import FunctionSource
 from tests.support import Counters, Gate, content, wait_until
 

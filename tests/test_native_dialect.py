@@ -26,9 +26,11 @@ from hypothesis import strategies as st
 
 import aiouffd
 from aiouffd import Feature, Mode, SourceError, Userfaultfd, serve
-from aiouffd._lib import PAGE_SIZE
+from aiouffd.foreign.areas import GONE, INSTALLED, MOVED, REMOVED
+from aiouffd.foreign.steps import at_once
+from aiouffd.kernel.lib import PAGE_SIZE
+from aiouffd.kernel.uffd import address_of
 from aiouffd.serve import Area, AreaMap, Server
-from aiouffd.serve.areas import GONE, INSTALLED, MOVED, REMOVED
 from aiouffd.serve.dialects import native
 from aiouffd.serve.dialects.native import (
     Attach,
@@ -41,9 +43,7 @@ from aiouffd.serve.dialects.native import (
     mapped_runs,
     tag_of,
 )
-from aiouffd.serve.steps import at_once
 from aiouffd.sources import FunctionSource
-from aiouffd.uffd import address_of
 from tests.support import content, wait_until, word
 
 PAGES = 16

@@ -16,8 +16,8 @@ import trustme
 
 from aiouffd.errors import SourceError
 from aiouffd.nbd import wire
+from aiouffd.nbd.source import NbdSource
 from aiouffd.nbd.wire import NbdProtocolError
-from aiouffd.sources.nbd import NbdSource
 from tests.nbd_peers import DATA, opened, until
 from tests.servers import nbd
 

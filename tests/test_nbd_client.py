@@ -22,11 +22,11 @@ from aiouffd.errors import AiouffdError, ClosedError, SourceChangedError, Source
 from aiouffd.nbd import client, wire
 from aiouffd.nbd.client_core import Export, Handshake, Replies, Request
 from aiouffd.nbd.extents import ZeroMap
+from aiouffd.nbd.source import NbdSource
 from aiouffd.nbd.uri import NbdAddress, parse
 from aiouffd.nbd.wire import NbdProtocolError
-from aiouffd.ranges import Ranges
 from aiouffd.sources.base import SourcePermissionError
-from aiouffd.sources.nbd import NbdSource
+from aiouffd.util.ranges import Ranges
 from tests.scenarios import torture
 from tests.servers import nbd
 from tests.support import result_of, wait_until

@@ -17,10 +17,10 @@ import trustme
 
 from aiouffd.errors import AiouffdError, ClosedError, SourceError
 from aiouffd.nbd import NbdServer, pool, wire
+from aiouffd.nbd.source import NbdSource
 from aiouffd.sources.base import Buffer
 from aiouffd.sources.file import FileSource
 from aiouffd.sources.memory import MemorySource
-from aiouffd.sources.nbd import NbdSource
 from tests.cancelling import BY_CALLER, EVERY_WAY, Cut, Way, cancel_everywhere
 from tests.nbd_peers import Peer, Slow, opened, until
 from tests.test_nbd_bad_servers import Server, speaking

@@ -16,12 +16,12 @@ from aiouffd.nbd import NbdServer, wire
 from aiouffd.nbd.client_core import Request
 from aiouffd.nbd.fence import CONNECTION, ENDED, Fences
 from aiouffd.nbd.order import Order
+from aiouffd.nbd.source import NbdSource
 from aiouffd.nbd.writes import Writes
 from aiouffd.sources.base import BaseSource, Buffer
 from aiouffd.sources.compose import RetrySource
 from aiouffd.sources.file import FileSource
 from aiouffd.sources.memory import MemorySource
-from aiouffd.sources.nbd import NbdSource
 from tests.nbd_peers import Peer, opened, run, until
 from tests.servers import nbd
 from tests.test_nbd_bad_servers import GREETING, Server, Talk, speaking

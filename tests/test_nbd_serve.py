@@ -20,9 +20,9 @@ import pytest
 import aiouffd
 from aiouffd.errors import FlushError, SourceError
 from aiouffd.nbd import NbdServer, wire
+from aiouffd.nbd.source import NbdSource
 from aiouffd.nbd.uri import parse
 from aiouffd.sources.memory import MemorySource
-from aiouffd.sources.nbd import NbdSource
 from tests.nbd_peers import Peer, opened, run, serve, serving, until
 from tests.servers.nbd import need
 from tests.support import ROOT, content, environment, wait_until

@@ -28,12 +28,12 @@ from aiouffd.errors import (
 )
 from aiouffd.nbd import NbdServer, server_core, wire
 from aiouffd.nbd.server_core import Negotiation, Offer
+from aiouffd.nbd.source import NbdSource
 from aiouffd.nbd.wire import NbdProtocolError
 from aiouffd.sources.base import Buffer
 from aiouffd.sources.compose import RetrySource, SliceSource
 from aiouffd.sources.file import FileSource
 from aiouffd.sources.memory import MemorySource
-from aiouffd.sources.nbd import NbdSource
 from tests.nbd_peers import DATA, GREETING_REST, SIZE, Peer, Slow, run, serve, until
 from tests.scenarios import torture
 from tests.servers.nbd import need

@@ -16,12 +16,14 @@ from typing import Any
 import pytest
 
 import aiouffd
-from aiouffd import doctor, opening, region
-from aiouffd._lib import PAGE_SIZE, ffi, lib
-from aiouffd.abi import SINCE, Feature, Mode
+from aiouffd.cli import examine as doctor
 from aiouffd.errors import KernelError, UnsupportedError, UsageError
-from aiouffd.kernel_errors import lacking_error
-from aiouffd.uffd import CreationError, Userfaultfd, address_of, kernel_features
+from aiouffd.kernel import opening
+from aiouffd.kernel.abi import SINCE, Feature, Mode
+from aiouffd.kernel.errnos import lacking_error
+from aiouffd.kernel.lib import PAGE_SIZE, ffi, lib
+from aiouffd.kernel.uffd import CreationError, Userfaultfd, address_of, kernel_features
+from aiouffd.regions import region
 
 try:
     AVAILABLE = kernel_features()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from aiouffd.errors import UsageError
-from aiouffd.once import Once, cancelled_from_outside
+from aiouffd.util.once import Once, cancelled_from_outside
 
 
 class Steps:

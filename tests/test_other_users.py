@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 import aiouffd
-from aiouffd import serve, unix_sockets
+from aiouffd import serve
 from aiouffd.errors import SourceError, UsageError
+from aiouffd.fetch.workingset import WorkingSet
 from aiouffd.nbd import NbdServer
-from aiouffd.places import Unsafe, check_directory, replace_file, user_id
+from aiouffd.nbd.source import NbdSource
 from aiouffd.serve import handover
 from aiouffd.serve.channel import Channel
 from aiouffd.serve.criu import CriuServer
@@ -24,8 +25,8 @@ from aiouffd.serve.dialects.native import REFUSED
 from aiouffd.serve.handover import HELLO
 from aiouffd.sources.cache import layout
 from aiouffd.sources.memory import MemorySource
-from aiouffd.sources.nbd import NbdSource
-from aiouffd.workingset import WorkingSet
+from aiouffd.util import unix_sockets
+from aiouffd.util.places import Unsafe, check_directory, replace_file, user_id
 from tests.criu import images as written
 from tests.guests import PlainDialect, guest
 from tests.other_user import NOBODY, as_nobody, listening, shared_folder

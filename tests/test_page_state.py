@@ -28,7 +28,7 @@ from hypothesis.stateful import (
 
 import aiouffd
 from aiouffd import ClosedError, KernelError, UsageError
-from aiouffd._lib import PAGE_SIZE, lib
+from aiouffd.kernel.lib import PAGE_SIZE, lib
 from tests.faulty import HUGE, huge_pages
 
 MISSING, RESIDENT, POISONED = "missing", "resident", "poisoned"

@@ -1,5 +1,5 @@
 """CPython before 3.12.7 crashes when it collects a memoryview together with what `ffi.from_buffer`
-made of it: nothing of ours may hold on to such a thing, see `aiouffd._lib.pin`."""
+made of it: nothing of ours may hold on to such a thing, see `aiouffd.kernel.lib.pin`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 import aiouffd
 from aiouffd import serve
-from aiouffd._lib import ffi, pin
+from aiouffd.kernel.lib import ffi, pin
 from tests.guests import PlainDialect, guest
 from tests.servers.nbd import nbdkit
 from tests.support import ROOT, content, word
@@ -58,7 +58,7 @@ def test_pin() -> None:
 def test_a_cycle(first: str) -> None:
     program = f"""if True:
         import gc
-        from aiouffd._lib import pin
+        from aiouffd.kernel.lib import pin
         class Owner: pass
         gc.disable()
         pinned = pin(memoryview(bytearray(100))) if {first!r} == "view" else None

@@ -9,15 +9,15 @@ import sys
 
 import pytest
 
-from aiouffd.abi import Feature
-from aiouffd.probe import CreationPath, probe
-from aiouffd.uffd import CreationError, Userfaultfd, kernel_features
+from aiouffd.kernel.abi import Feature
+from aiouffd.kernel.probe import CreationPath, probe
+from aiouffd.kernel.uffd import CreationError, Userfaultfd, kernel_features
 
 # Everything is imported before the change of user, who may not be able to read the interpreter's
 # files. The change makes a process "not dumpable", which execve would undo.
 UNPRIVILEGED = """
 import ctypes, os
-from aiouffd.probe import probe
+from aiouffd.kernel.probe import probe
 os.setgroups([])
 os.setresgid(65534, 65534, 65534)
 os.setresuid(65534, 65534, 65534)

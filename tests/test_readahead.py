@@ -14,8 +14,8 @@ import pytest
 
 import aiouffd
 from aiouffd import ClosedError, UsageError
-from aiouffd.advice import HINTS, Advice
-from aiouffd.readahead import Readahead
+from aiouffd.fetch.advice import HINTS, Advice
+from aiouffd.fetch.readahead import Readahead
 from benchmarks.readahead_model import Figures, Link, columns, play, workloads
 
 from .faulty import PlainSource

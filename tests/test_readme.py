@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from aiouffd.extras import EXTRAS, install_hint
+from aiouffd.util.extras import EXTRAS, install_hint
 from tests.servers.http import start_in_process
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 import aiouffd
-from aiouffd._lib import PAGE_SIZE
+from aiouffd.kernel.lib import PAGE_SIZE
 from tests.support import Counters, content
 
 BLOCK = 16 * PAGE_SIZE

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import aiouffd
-from aiouffd._lib import PAGE_SIZE
-from aiouffd.rescue import service
+from aiouffd.kernel.lib import PAGE_SIZE
+from aiouffd.regions.rescue import service
 from tests.support import content, wait_until
 
 SIZE = 16 * PAGE_SIZE
@@ -112,7 +112,7 @@ async def test_one_pager_that_fails_keeps_no_other_from_it(
 async def test_a_pager_that_could_not_be_opened_can_be(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from aiouffd.pager import service
+    from aiouffd.regions.pager import service
 
     def refuse(pager: aiouffd.Pager) -> None:
         raise OSError(11, "no threads")

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from aiouffd import serve
-from aiouffd._lib import PAGE_SIZE
-from aiouffd.abi import FaultFlag, Feature, Ioctl, Mode, PageCategory, PageFault
 from aiouffd.errors import KernelError, UnsupportedError, UsageError
-from aiouffd.uffd import CreationError, Userfaultfd, address_of, kernel_features
+from aiouffd.kernel.abi import FaultFlag, Feature, Ioctl, Mode, PageCategory, PageFault
+from aiouffd.kernel.lib import PAGE_SIZE
+from aiouffd.kernel.uffd import CreationError, Userfaultfd, address_of, kernel_features
 from tests.guests import PlainDialect, guest
 from tests.support import content, wait_until, word
 

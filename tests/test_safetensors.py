@@ -23,8 +23,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import aiouffd
-from aiouffd import ClosedError, SourceError, UnsupportedError, UsageError, json_pieces
-from aiouffd.safetensors import (
+from aiouffd import ClosedError, SourceError, UnsupportedError, UsageError
+from aiouffd.formats.safetensors import (
     FormatError,
     SyncTensors,
     Tensors,
@@ -35,6 +35,7 @@ from aiouffd.safetensors import (
     parse_header,
     parse_index,
 )
+from aiouffd.util import json_pieces
 from tests.support import ROOT, content, environment
 
 BLOCK = 4096

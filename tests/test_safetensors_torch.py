@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 import aiouffd
-from aiouffd import UnsupportedError, UsageError, safetensors
+from aiouffd import UnsupportedError, UsageError
+from aiouffd.formats import safetensors
 from tests.faulty import PlainSource
 
 torch = pytest.importorskip("torch")

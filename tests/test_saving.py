@@ -13,7 +13,7 @@ import pytest
 
 import aiouffd
 from aiouffd import ClosedError, SourceError, UsageError
-from aiouffd._lib import PAGE_SIZE
+from aiouffd.kernel.lib import PAGE_SIZE
 from tests.faulty import FailingSource, PlainSource, final
 from tests.support import Gate, content
 

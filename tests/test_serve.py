@@ -19,9 +19,10 @@ import pytest
 
 import aiouffd
 from aiouffd import serve
-from aiouffd._lib import lib
 from aiouffd.errors import PeerError, SourceError, UsageError
-from aiouffd.serve import Area, Server, filling
+from aiouffd.foreign import filling
+from aiouffd.kernel.lib import lib
+from aiouffd.serve import Area, Server
 from tests.guests import AREA, COUNT, PlainDialect, guest
 from tests.support import ROOT, Gate, content, environment, wait_until, word
 

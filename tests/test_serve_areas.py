@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from aiouffd.serve.areas import REMOVED, Area, AreaMap
+from aiouffd.foreign.areas import REMOVED, Area, AreaMap
 
 PAGE = 4096
 SPACE = 64  # pages of addresses

@@ -17,12 +17,12 @@ import pytest
 import aiouffd
 from aiouffd import Mode, Userfaultfd, serve
 from aiouffd.errors import AiouffdError, ClosedError, KernelError
-from aiouffd.serve import ending
-from aiouffd.serve.blocks import BlockStore
+from aiouffd.foreign import ending
+from aiouffd.foreign.blocks import BlockStore
+from aiouffd.kernel.uffd import address_of
 from aiouffd.serve.criu import CriuServer
 from aiouffd.serve.stores import Stores
 from aiouffd.sources import FunctionSource
-from aiouffd.uffd import address_of
 from tests.cancelling import BY_CALLER, EVERY_WAY, Cut, Way, cancel_everywhere
 from tests.criu import images as written
 from tests.guests import AREA, COUNT, PlainDialect

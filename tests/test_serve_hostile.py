@@ -25,11 +25,11 @@ from hypothesis import strategies as st
 import aiouffd
 from aiouffd import serve
 from aiouffd.errors import PeerError, SourceError
+from aiouffd.foreign.areas import ABSENT, REMOVED, AreaMap
+from aiouffd.foreign.blocks import MAX_BACKGROUND, BlockStore
+from aiouffd.foreign.bringing import PLACES
+from aiouffd.foreign.reactor import Share
 from aiouffd.serve import Area, handover
-from aiouffd.serve.areas import ABSENT, REMOVED, AreaMap
-from aiouffd.serve.blocks import MAX_BACKGROUND, BlockStore
-from aiouffd.serve.bringing import PLACES
-from aiouffd.serve.reactor import Share
 from tests.faulty import free_huge_pages, huge_pages
 from tests.guests import PlainDialect, guest
 from tests.support import Gate, content, word

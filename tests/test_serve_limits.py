@@ -16,11 +16,12 @@ import pytest
 
 import aiouffd
 from aiouffd import serve
-from aiouffd.serve import Area, areas, ending, memory, states
-from aiouffd.serve.areas import AreaMap
-from aiouffd.serve.blocks import ZEROS_COST, BlockStore
+from aiouffd.foreign import areas, ending, memory, states
+from aiouffd.foreign.areas import AreaMap
+from aiouffd.foreign.blocks import ZEROS_COST, BlockStore
+from aiouffd.foreign.reactor import Share
+from aiouffd.serve import Area
 from aiouffd.serve.dialects.native import REFUSED, UNAVAILABLE, mapped_runs
-from aiouffd.serve.reactor import Share
 from aiouffd.sources import FunctionSource
 from tests.guests import AREA, COUNT, PlainDialect, guest
 from tests.other_user import as_nobody, shared_folder

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from aiouffd.serve.reactor import TURN, Reactor, Share
+from aiouffd.foreign.reactor import TURN, Reactor, Share
 
 NAMES = list[str]
 

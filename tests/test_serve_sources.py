@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from aiouffd.errors import SourceError
-from aiouffd.serve.blocks import BlockStore
-from aiouffd.serve.reactor import Share
+from aiouffd.foreign.blocks import BlockStore
+from aiouffd.foreign.reactor import Share
 from aiouffd.sources.base import as_source_error
 
 SIZE = 8 * 4096

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from aiouffd.errors import ClosedError
+from aiouffd.foreign.blocks import BlockStore
 from aiouffd.serve import stores as stores_module
-from aiouffd.serve.blocks import BlockStore
 from aiouffd.serve.stores import Stores
 from aiouffd.sources import MemorySource
 from aiouffd.sources.base import BaseSource

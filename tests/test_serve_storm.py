@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from aiouffd import serve
-from aiouffd._lib import ffi, lib
-from aiouffd.serve import filling
+from aiouffd.foreign import filling
+from aiouffd.kernel.lib import ffi, lib
 from aiouffd.sources import FunctionSource
 from tests.guests import PlainDialect
 from tests.support import ROOT, content, wait_until

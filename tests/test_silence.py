@@ -24,8 +24,8 @@ DATA = content(SIZE)
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr("aiouffd.silence.PATIENCE", 0.1)
-    monkeypatch.setattr("aiouffd.silence.AGAIN_FIRST", 0.1)
+    monkeypatch.setattr("aiouffd.fetch.silence.PATIENCE", 0.1)
+    monkeypatch.setattr("aiouffd.fetch.silence.AGAIN_FIRST", 0.1)
     caplog.set_level(logging.WARNING, "aiouffd")
 
 

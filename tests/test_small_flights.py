@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import aiouffd
-from aiouffd._lib import lib
 from aiouffd.errors import SourceError
+from aiouffd.kernel.lib import lib
 from aiouffd.sources.base import BaseSource
 
 PAGE = 4096

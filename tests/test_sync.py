@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 import aiouffd
-from aiouffd._lib import PAGE_SIZE
-from aiouffd.rescue import service
+from aiouffd.kernel.lib import PAGE_SIZE
+from aiouffd.regions.rescue import service
 from tests.faulty import PlainSource
 from tests.scenarios import sync as scenarios
 from tests.support import Gate, content, result_of, run, wait_until

@@ -30,9 +30,9 @@ from typing import Any
 
 import pytest
 
-from aiouffd import uffd as uffd_module
-from aiouffd._lib import PAGE_SIZE
-from aiouffd.abi import (
+from aiouffd.errors import ClosedError, KernelError, UnsupportedError, UsageError
+from aiouffd.kernel import uffd as uffd_module
+from aiouffd.kernel.abi import (
     FaultFlag,
     Feature,
     Fork,
@@ -46,9 +46,9 @@ from aiouffd.abi import (
     Remove,
     Unmap,
 )
-from aiouffd.errors import ClosedError, KernelError, UnsupportedError, UsageError
-from aiouffd.messages import Messages
-from aiouffd.uffd import (
+from aiouffd.kernel.lib import PAGE_SIZE
+from aiouffd.kernel.messages import Messages
+from aiouffd.kernel.uffd import (
     CreationError,
     CreationPermissionError,
     Userfaultfd,
@@ -489,7 +489,7 @@ class TestFromFd:
             Userfaultfd.from_fd(987654)
 
     def test_one_that_has_not_shaken_hands_is_refused(self) -> None:
-        from aiouffd._lib import lib
+        from aiouffd.kernel.lib import lib
 
         fd = lib.au_abi_open(0, lib.AU_VIA_SYSCALL, -1)
         if fd < 0:

@@ -16,11 +16,11 @@ import uvloop
 
 import aiouffd
 from aiouffd import SourceError, UsageError
-from aiouffd import flights as flights_module
-from aiouffd import handlers as handlers_module
-from aiouffd import policy as policy_module
-from aiouffd._lib import PAGE_SIZE, lib
 from aiouffd.errors import ClosedError, KernelError, ShortReadError
+from aiouffd.fetch import flights as flights_module
+from aiouffd.fetch import policy as policy_module
+from aiouffd.kernel.lib import PAGE_SIZE, lib
+from aiouffd.regions import handlers as handlers_module
 from aiouffd.sources.base import (
     as_source_error,
     check_holes,

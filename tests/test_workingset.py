@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 import aiouffd
 from aiouffd import SourceChangedError, SourceError, UsageError, WorkingSet
+from aiouffd.fetch.workingset import Recording
 from aiouffd.sources import BaseSource
-from aiouffd.workingset import Recording
 from tests.servers.http import MODIFIED, Entry, RangeServer
 from tests.support import ROOT, content, environment
 

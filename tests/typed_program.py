@@ -9,8 +9,8 @@ import aiouffd
 import aiouffd.safetensors
 import aiouffd.serve
 from aiouffd import BufferFile, LazyBuffer, WorkingSet
+from aiouffd.buffers.sync import SyncBuffer
 from aiouffd.sources import BaseSource, FileSource, HttpSource
-from aiouffd.sync import SyncBuffer
 
 
 class Zeros(BaseSource):

@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from ..copying import PipeSink, SourceSink, transfer
-from ..destination import file_sink
 from ..errors import UsageError
 from ..sources import as_source
 from ..sources.base import Source
+from ..sources.copying import PipeSink, SourceSink, transfer
+from ..sources.destination import file_sink
 from ..sources.file import path_of_url
 from ..sources.names import display_name
 from ..sources.registry import lookup, scheme_of

@@ -8,8 +8,8 @@ import sys
 import textwrap
 from typing import Any
 
-from ..doctor import Report, Status, examine
 from .common import console_for
+from .examine import Report, Status, examine
 
 __all__ = ["add_to"]
 

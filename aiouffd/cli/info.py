@@ -52,7 +52,7 @@ async def _working_set(source: Source) -> dict[str, Any]:
     """What `aiouffd record` wrote into a file, if it is one of those."""
     if not len(START) < source.size <= MOST or bytes(await source.read(0, len(START))) != START:
         return {}
-    from ..workingset import WorkingSet
+    from ..fetch.workingset import WorkingSet
 
     try:
         found = WorkingSet.from_bytes(bytes(await source.read(0, source.size)))

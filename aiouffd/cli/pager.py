@@ -272,8 +272,8 @@ def _serve(parsed: argparse.Namespace, dialect: Dialect) -> int:
 
 
 async def _main(parsed: argparse.Namespace, dialect: Dialect) -> None:
+    from ..fetch.workingset import WorkingSet
     from ..serve import Limits, anybody, listen, same_user
-    from ..workingset import WorkingSet
 
     prefetch = WorkingSet.load(parsed.prefetch) if parsed.prefetch else None
     if prefetch is not None and parsed.prefetch_any_version:

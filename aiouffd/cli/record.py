@@ -31,7 +31,7 @@ def add_to(commands: Any) -> None:
 
 
 def _record(parsed: argparse.Namespace) -> int:
-    from ..recording import record_opens
+    from ..buffers.recording import record_opens
 
     if not os.path.isfile(parsed.program):
         raise UsageError(f"there is no program {parsed.program}")

@@ -29,15 +29,15 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
-from ..buffer import LazyBuffer
+from ..buffers.buffer import LazyBuffer
+from ..buffers.sync import SyncBuffer
 from ..errors import FormatError, UnsupportedError, UsageError
-from ..extras import install_hint
-from ..sync import SyncBuffer
-from ..waiting import in_thread
+from ..util.extras import install_hint
+from ..util.waiting import in_thread
 from .named import Fetching, Named, SyncFetching
 
 if TYPE_CHECKING:
-    from ..arrays import Array
+    from ..buffers.arrays import Array
 
 __all__ = [
     "GgufInfo",

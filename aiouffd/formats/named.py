@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Generic, Protocol, TypeVar
 
-from .._lib import PAGE_SIZE
-from ..buffer import LazyBuffer
-from ..sync import SyncBuffer
+from ..buffers.buffer import LazyBuffer
+from ..buffers.sync import SyncBuffer
+from ..kernel.lib import PAGE_SIZE
 
 __all__ = ["Fetching", "Named", "Place", "SyncFetching"]
 

@@ -31,17 +31,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..arrays import Order, array_over
-from ..buffer import LazyBuffer
+from ..buffers.arrays import Order, array_over
+from ..buffers.buffer import LazyBuffer
+from ..buffers.file import BufferFile
+from ..buffers.sync import SyncBuffer
 from ..errors import FormatError, UnsupportedError, UsageError
-from ..extras import install_hint
-from ..file import BufferFile
-from ..sync import SyncBuffer
-from ..waiting import in_thread
+from ..util.extras import install_hint
+from ..util.waiting import in_thread
 from .named import Fetching, Named, SyncFetching
 
 if TYPE_CHECKING:
-    from ..arrays import Array
+    from ..buffers.arrays import Array
 
 __all__ = [
     "ArrayInfo",

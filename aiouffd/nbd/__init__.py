@@ -2,7 +2,7 @@
 
 ``wire`` has the numbers and the layouts, ``client_core`` and ``server_core`` are state machines
 without I/O, ``client`` and ``server`` put them on asyncio. For users: `NbdServer`, and
-`aiouffd.sources.nbd.NbdSource`, which is what ``nbd://`` URLs give.
+`aiouffd.nbd.source.NbdSource`, which is what ``nbd://`` URLs give.
 """
 
 from __future__ import annotations

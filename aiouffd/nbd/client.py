@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, cast
 
 from ..errors import AiouffdError, SourceError, SourceTimeoutError
-from ..places import Unsafe
 from ..sources.base import SourcePermissionError
-from ..unix_sockets import check_server
+from ..util.places import Unsafe
+from ..util.unix_sockets import check_server
 from . import wire
 from .client_core import Export, Handshake, Replies, Request
 from .uri import NbdAddress

@@ -22,7 +22,7 @@ from struct import Struct
 from typing import Any, Protocol, cast
 
 from ..sources.base import Source, check_length, holes_in_source, own_method
-from ..tasks import begin
+from ..util.tasks import begin
 from . import wire
 from .exports import CHANGING, Export
 from .fence import Fences

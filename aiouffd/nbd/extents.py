@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..ranges import Ranges
+from ..util.ranges import Ranges
 
 __all__ = ["ZeroMap"]
 

@@ -14,12 +14,12 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from ..backoff import Backoff
 from ..errors import ClosedError, SourceChangedError, SourceError, UnsupportedError, UsageError
-from ..once import Once, cancelled_from_outside
 from ..sources.lifecycle import Life
-from ..tasks import begin
-from ..waiting import retrieve
+from ..util.backoff import Backoff
+from ..util.once import Once, cancelled_from_outside
+from ..util.tasks import begin
+from ..util.waiting import retrieve
 from . import wire
 from .client import Connection, connect
 from .client_core import Export, Request

@@ -16,9 +16,9 @@ from types import TracebackType
 from typing import Self
 
 from ..errors import AiouffdError, ClosedError, UsageError
-from ..once import Once
 from ..sources.base import Source
-from ..unix_sockets import Identity, bind_at, unlink_own
+from ..util.once import Once
+from ..util.unix_sockets import Identity, bind_at, unlink_own
 from .connection import Connection, NbdServerStats
 from .exports import Account, Export, check_name
 from .fence import Fences

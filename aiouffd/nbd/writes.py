@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import SourceError
 from ..sources.durability import Promises
-from ..waiting import Done
+from ..util.waiting import Done
 from . import wire
 from .client_core import Request
 from .order import Order, Turn

@@ -21,20 +21,20 @@ Layers, each importing only from those below it::
 
 from __future__ import annotations
 
-from .areas import Area as Area
-from .areas import AreaMap as AreaMap
-from .blocks import BlockStore as BlockStore
+from ..foreign.areas import Area as Area
+from ..foreign.areas import AreaMap as AreaMap
+from ..foreign.blocks import BlockStore as BlockStore
+from ..foreign.memory import Memory as Memory
+from ..foreign.stats import MemoryStats as MemoryStats
 from .channel import Channel as Channel
 from .client import Client as Client
 from .client import Limits as Limits
 from .dialects import Dialect as Dialect
-from .memory import Memory as Memory
 from .peer import Peer as Peer
 from .peer import anybody as anybody
 from .peer import same_user as same_user
 from .server import Server as Server
 from .server import listen as listen
-from .stats import MemoryStats as MemoryStats
 
 __all__ = [
     "Area",

@@ -12,19 +12,19 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import AiouffdError, ClosedError, PeerError, UsageError
-from ..places import is_trusted
-from ..tasks import begin
-from ..uffd import Userfaultfd
-from ..workingset import WorkingSet
-from .areas import Area, AreaMap
-from .blocks import PAGE, BlockStore
+from ..fetch.workingset import WorkingSet
+from ..foreign.areas import Area, AreaMap
+from ..foreign.blocks import PAGE, BlockStore
+from ..foreign.ending import refuse
+from ..foreign.memory import Memory, Uncovered
+from ..foreign.reactor import Share
+from ..foreign.stats import MemoryStats
+from ..foreign.steps import Steps, at_once, in_steps
+from ..kernel.uffd import Userfaultfd
+from ..util.places import is_trusted
+from ..util.tasks import begin
 from .channel import Channel
-from .ending import refuse
-from .memory import Memory, Uncovered
 from .peer import Peer
-from .reactor import Share
-from .stats import MemoryStats
-from .steps import Steps, at_once, in_steps
 
 if TYPE_CHECKING:
     from .server import Server

@@ -40,12 +40,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AiouffdError, PeerError, SourceChangedError, UsageError
-from ..once import cancelled_from_outside
-from ..places import Unsafe, check_directory
-from ..tasks import begin
-from ..unix_sockets import bind_at, connect_to_own, unlink_own
-from . import states
-from .areas import Area
+from ..foreign import states
+from ..foreign.areas import Area
+from ..util.once import cancelled_from_outside
+from ..util.places import Unsafe, check_directory
+from ..util.tasks import begin
+from ..util.unix_sockets import bind_at, connect_to_own, unlink_own
 from .channel import Channel
 from .client import Client
 from .dialects.native import teller

@@ -15,8 +15,8 @@ import socket
 from collections.abc import Callable
 from typing import TypeAlias
 
-from ..places import is_trusted
-from ..unix_sockets import credentials
+from ..util.places import is_trusted
+from ..util.unix_sockets import credentials
 
 __all__ = ["Peer", "Policy", "anybody", "same_user"]
 

@@ -17,23 +17,23 @@ from types import TracebackType
 from typing import Any
 
 from ..errors import ClosedError, PeerError, UsageError
-from ..keywords import path_of, seconds, size_in_bytes
-from ..once import Once, cancelled_from_outside
-from ..places import Unsafe, is_trusted
-from ..tasks import begin, begin_surely
-from ..unix_sockets import Identity, bind_at, identity_of, unlink_own
-from ..usercode import tell_loop
-from ..waiting import retrieve
-from ..workingset import WorkingSet
-from .blocks import BLOCK_SIZE, KEEP, BlockStore, end_all
+from ..fetch.workingset import WorkingSet
+from ..foreign.blocks import BLOCK_SIZE, KEEP, BlockStore, end_all
+from ..foreign.reactor import Reactor
+from ..foreign.reserve import Reserve
+from ..foreign.stats import MemoryStats
+from ..util.keywords import path_of, seconds, size_in_bytes
+from ..util.once import Once, cancelled_from_outside
+from ..util.places import Unsafe, is_trusted
+from ..util.tasks import begin, begin_surely
+from ..util.unix_sockets import Identity, bind_at, identity_of, unlink_own
+from ..util.usercode import tell_loop
+from ..util.waiting import retrieve
 from .channel import Channel
 from .client import Client, Limits, OnFailure
 from .dialects import Dialect, dialect_named
 from .handover import Handover, check_same_object, take_over
 from .peer import Peer, Policy, same_user
-from .reactor import Reactor
-from .reserve import Reserve
-from .stats import MemoryStats
 from .stores import Stores
 
 __all__ = ["Server", "listen"]

@@ -14,12 +14,12 @@ from functools import partial
 from typing import Any
 
 from ..errors import ClosedError
-from ..once import Once, cancelled_from_outside
+from ..foreign.blocks import BlockStore
 from ..sources import as_source
 from ..sources.lifecycle import in_any_case
 from ..sources.names import display_name, identity
-from ..tasks import begin_surely
-from .blocks import BlockStore
+from ..util.once import Once, cancelled_from_outside
+from ..util.tasks import begin_surely
 
 __all__ = ["Stores"]
 

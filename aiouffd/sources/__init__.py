@@ -12,7 +12,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from ..keywords import SETTINGS, check_keywords, meant
+from ..util.keywords import SETTINGS, check_keywords, meant
 from .base import BaseSource, Buffer, Source, SourcePermissionError
 from .file import FileSource
 from .function import FunctionSource, ReadFunction

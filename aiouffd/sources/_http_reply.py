@@ -12,12 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC
 
-from ..errors import (
-    RangeNotSupportedError,
-    ShortReadError,
-    SourceChangedError,
-    SourceError,
-)
+from ..errors import RangeNotSupportedError, ShortReadError, SourceChangedError, SourceError
 from .base import SourcePermissionError
 
 _CONTENT_RANGE = re.compile(r"\s*bytes\s+(?:(\d{1,19})-(\d{1,19})|\*)/(\d{1,19}|\*)\s*", re.I)

@@ -22,8 +22,8 @@ from collections.abc import AsyncGenerator, Awaitable, Sequence
 from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from ..errors import KernelError, ShortReadError, SourceError, UsageError
-from ..unwatched import Unwatched
-from ..usercode import describe, ends_the_program, is_ours
+from ..util.unwatched import Unwatched
+from ..util.usercode import describe, ends_the_program, is_ours
 
 __all__ = [
     "BaseSource",

@@ -19,9 +19,9 @@ from functools import partial
 from typing import Any
 
 from ..errors import AiouffdError, FlushError, SourceError
-from ..ranges import Ranges
-from ..tasks import begin
-from ..waiting import retrieve
+from ..util.ranges import Ranges
+from ..util.tasks import begin
+from ..util.waiting import retrieve
 
 __all__ = ["Flusher", "Promises"]
 

@@ -18,12 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote_to_bytes, urlsplit
 
-from ..errors import (
-    SourceChangedError,
-    SourceError,
-    UnsupportedError,
-    UsageError,
-)
+from ..errors import SourceChangedError, SourceError, UnsupportedError, UsageError
 from ._fallocate import fallocate_zeros
 from .base import BaseSource, Buffer, check_range
 from .durability import Promises

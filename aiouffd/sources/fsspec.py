@@ -38,9 +38,9 @@ from ..errors import (
     UnsupportedError,
     UsageError,
 )
-from ..extras import install_hint
-from ..tasks import begin
-from ..waiting import retrieve
+from ..util.extras import install_hint
+from ..util.tasks import begin
+from ..util.waiting import retrieve
 from .base import BaseSource, Buffer, SourcePermissionError, check_length, check_range
 from .coalesce import Coalescer
 from .lifecycle import Life, is_failure, run_in_thread

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeAlias
 
 from ..errors import AiouffdError, SourceError, UnsupportedError, UsageError
-from ..usercode import describe
+from ..util.usercode import describe
 from .base import BaseSource, Buffer, Source, as_source_error, check_length, check_range
 
 __all__ = ["FunctionSource", "ReadFunction"]

@@ -33,9 +33,9 @@ from ..errors import (
     UnsupportedError,
     UsageError,
 )
-from ..extras import install_hint
-from ..once import cancelled_from_outside
-from ..unwatched import Unwatched
+from ..util.extras import install_hint
+from ..util.once import cancelled_from_outside
+from ..util.unwatched import Unwatched
 from ._http_proxy import checked_proxy, proxy_for
 from ._http_reply import (
     WHOLE,

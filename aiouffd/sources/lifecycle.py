@@ -1,8 +1,8 @@
 """How sources open and close, and how they call code that is not theirs.
 
-Both are operations that happen once (`aiouffd.once`), whoever of those who ask is cancelled, and
-what others' code raises (a file system of fsspec, a function that gives credentials) is a failure
-of the read it was called for: not an order to our task, and never the loop's.
+Both are operations that happen once (`aiouffd.util.once`), whoever of those who ask is cancelled,
+and what others' code raises (a file system of fsspec, a function that gives credentials) is a
+failure of the read it was called for: not an order to our task, and never the loop's.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from functools import partial
 from typing import Any, TypeVar
 
 from ..errors import ClosedError, SourceError
-from ..once import Once, cancelled_from_outside
-from ..usercode import describe, is_ours
+from ..util.once import Once, cancelled_from_outside
+from ..util.usercode import describe, is_ours
 from .base import Source, aclose_source, as_source_error
 
 __all__ = [

@@ -26,8 +26,8 @@ from ..errors import (
     UnsupportedError,
     UsageError,
 )
-from ..extras import install_hint
-from ..once import cancelled_from_outside
+from ..util.extras import install_hint
+from ..util.once import cancelled_from_outside
 from ._http_reply import WHOLE, asked_range, check_encoding
 from ._objects_pin import Pin
 from ._objects_threads import answer, check_process

@@ -38,8 +38,8 @@ from ..errors import (
     UnsupportedError,
     UsageError,
 )
-from ..extras import install_hint
-from ..tasks import begin
+from ..util.extras import install_hint
+from ..util.tasks import begin
 from .base import BaseSource, Buffer, SourcePermissionError, check_range
 from .lifecycle import Life, is_failure
 from .names import identity

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedError, UsageError
-from ..extras import install_hint
+from ..util.extras import install_hint
 from .base import Source
 
 if TYPE_CHECKING:
@@ -73,10 +73,10 @@ _OWN = {
         Scheme("gs", "aiouffd.sources.objects:ObjectSource.from_url", "objects"),
         Scheme("az", "aiouffd.sources.objects:ObjectSource.from_url", "objects"),
         Scheme("obstore+", "aiouffd.sources.objects:ObjectSource.from_url", "objects"),
-        Scheme("nbd", "aiouffd.sources.nbd:NbdSource.from_url"),
-        Scheme("nbds", "aiouffd.sources.nbd:NbdSource.from_url"),
-        Scheme("nbd+unix", "aiouffd.sources.nbd:NbdSource.from_url"),
-        Scheme("nbds+unix", "aiouffd.sources.nbd:NbdSource.from_url"),
+        Scheme("nbd", "aiouffd.nbd.source:NbdSource.from_url"),
+        Scheme("nbds", "aiouffd.nbd.source:NbdSource.from_url"),
+        Scheme("nbd+unix", "aiouffd.nbd.source:NbdSource.from_url"),
+        Scheme("nbds+unix", "aiouffd.nbd.source:NbdSource.from_url"),
         Scheme("redis", "aiouffd.sources.redis:RedisSource.from_url", "redis"),
         Scheme("rediss", "aiouffd.sources.redis:RedisSource.from_url", "redis"),
         Scheme("redis+unix", "aiouffd.sources.redis:RedisSource.from_url", "redis"),

@@ -9,13 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from aiouffd.sources.compose import (
-    ChecksumSource,
-    ConcatSource,
-    Manifest,
-    RetrySource,
-    SliceSource,
-)
+from aiouffd.sources.compose import ChecksumSource, ConcatSource, Manifest, RetrySource, SliceSource
 from aiouffd.sources.memory import MemorySource
 from tests.faulty import FullSource, PlainSource, Weather
 from tests.origins import Origin

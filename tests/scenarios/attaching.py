@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import aiouffd
-from aiouffd._lib import PAGE_SIZE
+from aiouffd.kernel.lib import PAGE_SIZE
 from tests.scenarios.forking import in_child, is_mapped, userfaultfds
 from tests.scenarios.gil_yield import TOUCHES, NewLoop
 from tests.support import WORD, content, wait_until, word

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import aiouffd
-from aiouffd._lib import PAGE_SIZE
+from aiouffd.kernel.lib import PAGE_SIZE
 from tests.faulty import FullSource, PlainSource, final
 from tests.support import Gate, content, read_counters, wait_until
 

@@ -163,7 +163,7 @@ def dead_source_at_the_end(new_loop: NewLoop, block_size: int) -> None:
             worker.cancel()
             raise ValueError("the user's own")
 
-    importlib.import_module("aiouffd.mapping").SILENCE = 0.2
+    importlib.import_module("aiouffd.buffers.mapping").SILENCE = 0.2
     logging.basicConfig(stream=sys.stderr)
     say("begins")
     run(new_loop, main())

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 import aiouffd
-from aiouffd import rescue
-from aiouffd._lib import PAGE_SIZE
+from aiouffd.kernel.lib import PAGE_SIZE
+from aiouffd.regions import rescue
 from tests.scenarios.gil_yield import TOUCHES, NewLoop, Threads, by_struct, on
 from tests.support import Counters, Gate, content, wait_until, word
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import aiouffd
-from aiouffd._lib import PAGE_SIZE
+from aiouffd.kernel.lib import PAGE_SIZE
 from aiouffd.sources import FunctionSource
 from tests.faulty import HUGE
 from tests.scenarios.forking import CHILD, fork, in_child

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import aiouffd
-from aiouffd._lib import PAGE_SIZE
+from aiouffd.kernel.lib import PAGE_SIZE
 from aiouffd.sources import FunctionSource
 from tests.scenarios.gil_yield import TOUCHES, NewLoop, Threads, on, serving
 from tests.support import Counters, Gate, content, word

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import aiouffd
-from aiouffd._lib import PAGE_SIZE, ffi, lib
+from aiouffd.kernel.lib import PAGE_SIZE, ffi, lib
 from tests.support import WORD, Counters, Gate, content, wait_until, word
 
 NewLoop = Callable[[], asyncio.AbstractEventLoop]

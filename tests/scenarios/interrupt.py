@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import aiouffd
-from aiouffd._lib import PAGE_SIZE
+from aiouffd.kernel.lib import PAGE_SIZE
 from tests.scenarios.gil_yield import NewLoop
 from tests.support import Counters, Gate, content, wait_until
 

@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import aiouffd
-from aiouffd._lib import PAGE_SIZE
-from aiouffd.rescue import service
+from aiouffd.kernel.lib import PAGE_SIZE
+from aiouffd.regions.rescue import service
 from tests.scenarios.gil_yield import NewLoop
 from tests.support import Gate, content, read_counters, wait_until
 

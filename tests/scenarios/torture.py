@@ -16,8 +16,8 @@ from collections import Counter
 from typing import Any
 
 import aiouffd
-from aiouffd import flights
-from aiouffd._lib import PAGE_SIZE
+from aiouffd.fetch import flights
+from aiouffd.kernel.lib import PAGE_SIZE
 from tests.support import content
 
 PAGES = 300

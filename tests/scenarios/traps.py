@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import aiouffd
-from aiouffd._lib import PAGE_SIZE, lib
+from aiouffd.kernel.lib import PAGE_SIZE, lib
 from aiouffd.sources import FunctionSource
 from tests.scenarios.gil_yield import TOUCHES, NewLoop, Threads, on, serving
 from tests.support import WORD, Counters, Gate, content, wait_until, word

@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import aiouffd
-from aiouffd import sync
-from aiouffd.abi import Feature, Mode, PageCategory
+from aiouffd.buffers import sync
 from aiouffd.errors import AiouffdError, UnsupportedError
+from aiouffd.kernel.abi import Feature, Mode, PageCategory
+from aiouffd.kernel.uffd import Userfaultfd, address_of
 from aiouffd.sources import FunctionSource
-from aiouffd.uffd import Userfaultfd, address_of
 
 PAGE = mmap.PAGESIZE
 PAGES = 64

@@ -24,16 +24,16 @@ import struct
 from typing import TYPE_CHECKING, Final
 
 from ...errors import ClosedError, PeerError, SourceError, UsageError
-from ..areas import Area
-from ..blocks import end_all
+from ...foreign.areas import Area
+from ...foreign.blocks import end_all
 from .images import Dump, TaskImage
 from .page_server import PageServer, PageServerSource
 from .plan import ELSEWHERE
 
 if TYPE_CHECKING:
-    from ..blocks import BlockStore
+    from ...foreign.blocks import BlockStore
+    from ...foreign.memory import Memory
     from ..client import Client
-    from ..memory import Memory
 
 __all__ = ["CriuDialect"]
 

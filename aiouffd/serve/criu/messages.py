@@ -13,7 +13,7 @@ import importlib
 from typing import Any, Final
 
 from ...errors import UnsupportedError
-from ...extras import install_hint
+from ...util.extras import install_hint
 
 __all__ = ["message_class"]
 

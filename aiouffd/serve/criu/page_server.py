@@ -17,10 +17,10 @@ from collections.abc import Iterable, Sequence
 from typing import cast
 
 from ...errors import AiouffdError, ClosedError, SourceError, SourceTimeoutError, UsageError
-from ...once import Once
-from ...ranges import Ranges
 from ...sources.base import BaseSource, Buffer, check_range
-from ...waiting import countdown, retrieve
+from ...util.once import Once
+from ...util.ranges import Ranges
+from ...util.waiting import countdown, retrieve
 from .page_server_core import HEADS, PAGE, PAGES_MAX, Exchange, PageRequest, PageServerError
 
 __all__ = ["PageServer", "PageServerSource"]

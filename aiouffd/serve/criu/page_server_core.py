@@ -14,7 +14,7 @@ from collections import deque
 from typing import Final
 
 from ...errors import SourceError, UsageError
-from ...waiting import Done
+from ...util.waiting import Done
 
 __all__ = ["HEADS", "PAGES_MAX", "Exchange", "PageRequest", "PageServerError"]
 

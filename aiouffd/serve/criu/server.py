@@ -11,12 +11,12 @@ from types import TracebackType
 from typing import Any, Final
 
 from ...errors import ClosedError, UsageError
-from ...once import Once, cancelled_from_outside
-from ..blocks import KEEP
+from ...foreign.blocks import KEEP
+from ...foreign.stats import MemoryStats
+from ...util.once import Once, cancelled_from_outside
 from ..client import Limits
 from ..peer import Policy, same_user
 from ..server import Server, listen
-from ..stats import MemoryStats
 from .dialect import CriuDialect
 from .images import Dump, ImageSet, Where, load
 from .page_server import PageServer

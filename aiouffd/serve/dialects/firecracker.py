@@ -30,7 +30,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from ...errors import PeerError, UsageError
-from ..areas import Area
+from ...foreign.areas import Area
 
 if TYPE_CHECKING:
     from ..channel import Channel

@@ -27,14 +27,14 @@ from struct import Struct
 from typing import TYPE_CHECKING, Any, Final
 
 from ...errors import AiouffdError, PeerError, SourceError
-from ..areas import GONE, Area
-from ..steps import Steps, in_steps
+from ...foreign.areas import GONE, Area
+from ...foreign.steps import Steps, in_steps
 
 if TYPE_CHECKING:
-    from ..blocks import BlockStore
+    from ...foreign.blocks import BlockStore
+    from ...foreign.memory import Memory
     from ..channel import Channel
     from ..client import Client
-    from ..memory import Memory
 
 __all__ = [
     "Attach",

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ... import places
 from ...errors import UsageError
-from ...places import Unsafe
+from ...util import places
+from ...util.places import Unsafe
 from ..compose import ChecksumSource, ConcatSource, RetrySource, SliceSource, Wrapper
 from ..compose.checksum import ALGORITHMS
 from ..names import with_user

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ClosedError, SourceChangedError, SourceError, UsageError
-from ...once import cancelled_from_outside
+from ...util.once import cancelled_from_outside
 from .. import as_source
 from ..base import (
     BaseSource,

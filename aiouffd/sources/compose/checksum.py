@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import SourceChangedError, SourceError, UnsupportedError, UsageError
-from ...extras import install_hint
-from ...places import replace_file
+from ...util.extras import install_hint
+from ...util.places import replace_file
 from .. import as_source
 from ..base import Buffer, aclose_source, check_length, check_range, open_source
 from ..lifecycle import run_in_thread, submitted

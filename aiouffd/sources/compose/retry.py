@@ -16,9 +16,9 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any, TypeVar
 
-from ...backoff import Backoff
 from ...errors import SourceError, UsageError
-from ...unwatched import Unwatched
+from ...util.backoff import Backoff
+from ...util.unwatched import Unwatched
 from ..base import Buffer, stream_source
 from .wrapper import Wrapper
 
