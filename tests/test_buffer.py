@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import gc
+import importlib.util
 import itertools
 import os
 import pickle
+import pty
 import random
 import struct
+import subprocess
+import sys
 import threading
 import weakref
 import zlib
@@ -38,7 +43,7 @@ from tests.faulty import (
 )
 from tests.scenarios import buffers
 from tests.servers.http import Entry, RangeServer
-from tests.support import Counters, Gate, content, result_of, run, start
+from tests.support import ROOT, Counters, Gate, content, result_of, run, start
 
 BLOCK = 65536
 #: Not a multiple of anything.
@@ -1164,3 +1169,31 @@ class TestLanding:
         planner.touch(5)
         planner.touch(700)
         assert planner.landed(5, 1) == []
+
+
+@pytest.mark.skipif(importlib.util.find_spec("rich") is None, reason="needs rich")
+def test_a_bar_on_a_terminal_and_quiet_elsewhere(tmp_path: Path) -> None:
+    path = tmp_path / "object"
+    path.write_bytes(bytes(64 << 20))
+    program = "import aiouffd, sys\nwith aiouffd.sync.open(sys.argv[1]) as buf:\n"
+    program += "    buf.fetch(progress=True)\n    print(buf.resident())\n"
+    command = [sys.executable, "-c", program, str(path)]
+    quiet = subprocess.run(command, capture_output=True, check=True, cwd=ROOT)
+    assert quiet.stderr == b""
+    ours, theirs = pty.openpty()
+    with open(ours, "rb", buffering=0) as screen:
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=theirs,
+            cwd=ROOT,
+            env={**os.environ, "TERM": "xterm", "COLUMNS": "200"},
+        )
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # EIO: the last one has closed it
+            while part := screen.read(4096):
+                shown += part
+        assert process.communicate()[0] == quiet.stdout
+    assert b"object" in shown
+    assert b"MiB" in shown

@@ -36,6 +36,7 @@ from ..sources.pinned import Pinned
 from ..sources.registry import scheme_of
 from ..util.keywords import one_source, path_of, seconds, size_in_bytes
 from ..util.once import Once, cancelled_from_outside
+from ..util.terminal import Progress, reporting
 from .arrays import Shape, tensor_over
 from .blocks import BufferSink
 from .byte_sequence import ByteSequence, check_bytes
@@ -644,20 +645,21 @@ class LazyBuffer(FileHints, ByteSequence):
         offset: int = 0,
         length: int | None = None,
         *,
-        progress: Callable[[int, int], object] | None = None,
+        progress: Progress = None,
     ) -> None:
         """Make bytes resident, so that touching them waits for nothing. All by default.
 
         ``progress(done, total)`` is called on the loop with numbers of bytes, at the end too; what
-        it raises comes out of this call.
+        it raises comes out of this call. True: a bar, where standard error is a terminal.
         Also heals pages whose source had failed. Raises SourceError (soft mode, or the source
         changed), UsageError, ClosedError. Cancelling it does not stop what is under way.
         """
         offset, length = self._range(offset, length)
-        if length:
-            await self._fetch(offset, length, progress)
-        if progress is not None:
-            progress(length, length)
+        with reporting(progress, self._name, length) as report:
+            if length:
+                await self._fetch(offset, length, report)
+            if report is not None:
+                report(length, length)
 
     async def _fetch(
         self, offset: int, length: int, progress: Callable[[int, int], object] | None

@@ -18,6 +18,7 @@ from ..fetch.advice import Hint
 from ..fetch.workingset import Recording, WorkingSet
 from ..regions.rescue import service
 from ..util.keywords import one_source, path_of
+from ..util.terminal import Progress, reporting
 from .buffer import BufferStats, LazyBuffer
 from .buffer import _reopen as _reopen_lazy
 from .buffer import open as _open
@@ -195,20 +196,26 @@ class SyncBuffer(FileHints, ByteSequence):
         offset: int = 0,
         length: int | None = None,
         *,
-        progress: Callable[[int, int], object] | None = None,
+        progress: Progress = None,
     ) -> None:
         """See `LazyBuffer.fetch`; blocks. ``progress`` is called by this thread."""
-        if progress is None:
-            self._run(self._buffer.fetch(offset, length))
-            return
         offset, length = self._buffer._range(offset, length)
+        with reporting(progress, self._buffer._name, length) as report:
+            if report is None:
+                self._run(self._buffer.fetch(offset, length))
+            else:
+                self._fetch_in_steps(offset, length, report)
+
+    def _fetch_in_steps(
+        self, offset: int, length: int, report: Callable[[int, int], object]
+    ) -> None:
         end = offset + length
         while True:
             # Step by step: on the background loop it would hold up all that is served there.
             step = min(PROGRESS_STEP, end - offset)
             self._run(self._buffer.fetch(offset, step))
             offset += step
-            progress(length - (end - offset), length)
+            report(length - (end - offset), length)
             if offset == end:
                 return
 

@@ -6,10 +6,9 @@ import argparse
 import asyncio
 import importlib
 import json
-import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import Any, TextIO, TypeVar
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
+from typing import Any, TypeVar
 
 from ..errors import AiouffdError, UsageError
 from ..sources import as_source
@@ -21,12 +20,10 @@ __all__ = [
     "add_limit_argument",
     "add_option_argument",
     "add_source_arguments",
-    "console_for",
     "error_text",
     "human",
     "limits_of",
     "opened",
-    "progress",
     "run",
     "size_argument",
     "source_of",
@@ -197,36 +194,3 @@ def error_text(error: Exception) -> str:
     if isinstance(error, OSError) and not isinstance(error, AiouffdError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return str(error)
-
-
-def console_for(stream: TextIO) -> Any:
-    """A rich console on ``stream``; None if rich is missing or nobody would see its colours."""
-    if not stream.isatty():
-        return None
-    try:
-        console = importlib.import_module("rich.console").Console
-    except ImportError:
-        return None
-    return console(file=stream, highlight=False)
-
-
-@contextmanager
-def progress(what: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error for somebody who watches; gives a function that takes the
-    number of bytes that were added."""
-    console = None if quiet else console_for(sys.stderr)
-    if console is None:
-        yield lambda _count: None
-        return
-    from rich import progress as rich_progress
-
-    columns = (
-        rich_progress.TextColumn("{task.description}"),
-        rich_progress.BarColumn(),
-        rich_progress.DownloadColumn(binary_units=True),
-        rich_progress.TransferSpeedColumn(),
-        rich_progress.TimeRemainingColumn(),
-    )
-    with rich_progress.Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda count: bar.advance(task, count)

@@ -19,12 +19,12 @@ from ..sources.destination import file_sink
 from ..sources.file import path_of_url
 from ..sources.names import display_name
 from ..sources.registry import lookup, scheme_of
+from ..util.terminal import progress
 from .common import (
     add_source_arguments,
     human,
     opened,
     option_argument,
-    progress,
     run,
     size_argument,
     source_of,

@@ -8,7 +8,7 @@ import sys
 import textwrap
 from typing import Any
 
-from .common import console_for
+from ..util.terminal import console_for
 from .examine import Report, Status, examine
 
 __all__ = ["add_to"]
