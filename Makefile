@@ -10,7 +10,7 @@ WITH ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-python test-unprivileged test-old-kernel test-c kernels newest \
-	bench lint map asan clean distclean
+	bench lint calls map asan clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || \
@@ -62,6 +62,9 @@ lint: ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy --strict aiouffd
+
+calls: ## make the types of the native module's calls from its headers
+	@.venv/bin/python tools/calls.py --write
 
 map: ## draw the layers of the package into CONTRIBUTING.md
 	@python3 tools/layers.py --write

@@ -40,7 +40,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Generator
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from .buffers.byte_sequence import ByteSequence
 from .errors import ClosedError, PeerError, SourceError, UnsupportedError, UsageError
@@ -49,6 +49,11 @@ from .regions import guarded
 from .util.once import Once, cancelled_from_outside
 from .util.places import user_id
 from .util.waiting import in_thread
+
+if TYPE_CHECKING:
+    from .kernel.calls import Lib
+    from .kernel.calls.attach import AttachmentPtr
+    from .kernel.calls.pointers import Uint64s
 
 __all__ = ["Attachment", "attach"]
 
@@ -387,7 +392,7 @@ class Attachment(ByteSequence):
     def resumed(self) -> int:
         """How many times a server was lost and another one has taken over."""
         memory = self._open_memory()
-        return int(lib.au_attach_resumed(memory.native))
+        return lib.au_attach_resumed(memory.native)
 
     def _copy_out(self, offset: int, length: int) -> bytes:
         memory = self._open_memory()
@@ -404,7 +409,7 @@ class Attachment(ByteSequence):
     def _wait_for(memory: _Memory, offset: int, length: int) -> None:
         """Let signal handlers run meanwhile."""
 
-        def touch(where: Any) -> None:
+        def touch(where: Uint64s) -> None:
             lib.au_attach_touch(memory.native, offset, length, where)  # which keeps it
 
         if offset + length <= memory.native.length:
@@ -559,14 +564,14 @@ class _Memory:
 
     __slots__ = ("__weakref__", "native", "pid")
 
-    def __init__(self, native: Any) -> None:
+    def __init__(self, native: AttachmentPtr) -> None:
         self.native = native
         self.pid = os.getpid()
         _living.add(self)
 
     def __del__(
         self,
-        lib: Any = lib,
+        lib: Lib = lib,
         getpid: Callable[[], int] = os.getpid,
         ends: list[bool] = _ends,
         finalizing: Callable[[], bool] = sys.is_finalizing,

@@ -49,6 +49,8 @@ from .recording import observe
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..kernel.calls.pointers import Bytes
+
 
 __all__ = ["BufferStats", "LazyBuffer", "open"]
 
@@ -513,7 +515,7 @@ class LazyBuffer(FileHints, ByteSequence):
         self._fill(region, offset, ffi.from_buffer(data), length)
         return data
 
-    def _fill(self, region: Region, offset: int, target: Any, length: int) -> None:
+    def _fill(self, region: Region, offset: int, target: Bytes, length: int) -> None:
         """Copy to ``target``, a cffi ``char *``, waiting for what is missing. Any thread."""
         asked, end = offset, offset + length
         if offset // self._block_size == (end - 1) // self._block_size:
@@ -528,7 +530,7 @@ class LazyBuffer(FileHints, ByteSequence):
                 step = min(READ_STEP, end - start)
                 self._guarded(region, start, ffi.addressof(target, start - offset), step)
 
-    def _guarded(self, region: Region, offset: int, target: Any, length: int) -> None:
+    def _guarded(self, region: Region, offset: int, target: Bytes, length: int) -> None:
         result, where = guarded.copy(region.check_touchable(), offset, target, length)
         if result:
             self._raise_guarded(result, where)
@@ -709,7 +711,7 @@ class LazyBuffer(FileHints, ByteSequence):
         return length
 
     @contextmanager
-    def _into(self, offset: int, buffer: Any) -> Iterator[tuple[Any, int]]:
+    def _into(self, offset: int, buffer: Any) -> Iterator[tuple[Bytes, int]]:
         """Where `readinto` writes, a cffi ``char *``, and how much."""
         if not 0 <= offset <= self._size:
             raise UsageError(f"offset {offset} is not within the {self._size} bytes of the buffer")
@@ -717,7 +719,7 @@ class LazyBuffer(FileHints, ByteSequence):
         with ffi.from_buffer(buffer, require_writable=True) as target:
             yield target, min(len(target), self._size - offset)
 
-    async def _copy_steps(self, offset: int, target: Any, length: int) -> None:
+    async def _copy_steps(self, offset: int, target: Bytes, length: int) -> None:
         for start in range(0, length, COPY_STEP):
             if start:
                 await asyncio.sleep(0)

@@ -21,6 +21,7 @@ from ..kernel.lib import ffi
 from ..regions.exporter import Exporter
 
 if TYPE_CHECKING:
+    from ..kernel.calls.pointers import Bytes
     from .buffer import LazyBuffer
 
 __all__ = ["BufferFile", "FileHints", "Reading"]
@@ -235,7 +236,7 @@ class BufferFile(io.RawIOBase):
         self._fill(offset, ffi.from_buffer(data), length)
         return data
 
-    def _fill(self, offset: int, target: Any, length: int) -> None:
+    def _fill(self, offset: int, target: Bytes, length: int) -> None:
         if not length:
             return
         buffer, region = self._buffer, self._region()

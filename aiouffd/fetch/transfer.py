@@ -15,7 +15,7 @@ import errno
 import time
 from collections.abc import Callable
 from threading import get_ident
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import AiouffdError, KernelError, UsageError
 from ..kernel.lib import pin
@@ -35,6 +35,9 @@ from .flights import Flight
 from .staging import HUGE, SMALL, Stages
 from .tally import Tally
 
+if TYPE_CHECKING:
+    from ..kernel.calls.pointers import Bytes
+
 __all__ = ["Mover"]
 
 #: Longest install in one native call (or one huge page), for the sake of the loop's latency.
@@ -45,7 +48,7 @@ INSTALL_STEP = 1024 * 1024
 AGAIN_PATIENCE = 5.0
 
 #: A buffer to receive into: a pointer to it, and its memory.
-Stage: TypeAlias = tuple[Any, memoryview]
+Stage: TypeAlias = "tuple[Bytes, memoryview]"
 
 
 class Begun:

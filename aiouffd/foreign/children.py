@@ -43,6 +43,7 @@ from .reactor import Reactor, Share
 
 if TYPE_CHECKING:
     from ..fetch.tally import Tally
+    from ..kernel.calls.children import ChildPtr
     from ..regions.region import Region
 
 __all__ = ["Inheritance", "RegionBlocks", "SourceBlocks", "children"]
@@ -276,7 +277,7 @@ class _ChildMemory(Memory):
 class _Child:
     """One child, from its first word to its end."""
 
-    def __init__(self, family: Children, native: Any, number: int) -> None:
+    def __init__(self, family: Children, native: ChildPtr, number: int) -> None:
         self.number = number
         self.pid: int = native.pid
         self.uffd: int = native.uffd
@@ -517,7 +518,7 @@ class Children:
     def _arrived(self) -> None:
         native = ffi.new("struct au_child *")
         while True:
-            result: int = lib.au_children_receive(native)
+            result = lib.au_children_receive(native)
             if result > 0:
                 self._number += 1
                 self._came += 1

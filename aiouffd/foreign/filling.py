@@ -20,12 +20,15 @@ import errno
 import logging
 import os
 import time
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ..kernel.lib import ffi, lib
 from ..kernel.results import unpack
 from .areas import Area
 from .stats import MemoryStats
+
+if TYPE_CHECKING:
+    from ..kernel.calls.pointers import Bytes
 
 __all__ = ["AGAIN_FIRST", "AGAIN_LONGEST", "Filled", "Filler"]
 
@@ -96,7 +99,7 @@ class Filler:
         self,
         op: int,
         start: int,
-        source: Any,
+        source: Bytes,
         length: int,
         page_size: int,
         area: Area | None = None,
@@ -139,7 +142,7 @@ class Filler:
         self,
         op: int,
         start: int,
-        source: Any,
+        source: Bytes,
         length: int,
         page_size: int,
         area: Area | None = None,
@@ -148,7 +151,7 @@ class Filler:
     ) -> int:
         """One call of ``au_foreign_fill`` with its result, and nothing else: see `put`."""
         heard = self._heard
-        result: int = lib.au_foreign_fill(
+        result = lib.au_foreign_fill(
             self.fd,
             op,
             start,

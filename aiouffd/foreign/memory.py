@@ -52,6 +52,7 @@ from .stats import MemoryStats
 from .steps import Steps, at_once
 
 if TYPE_CHECKING:
+    from ..kernel.calls.pointers import Bytes
     from .blocks import BlockStore
 
 __all__ = ["Memory", "Uncovered"]
@@ -145,7 +146,7 @@ class Memory:
         self._messages = ffi.new("struct au_uffd_msg[]", _BATCH)
         self._raw = memoryview(ffi.buffer(self._messages)).cast("B")
         self._answered = ffi.new("uint64_t[2]")
-        self._at_hand: Any = ffi.NULL
+        self._at_hand: Bytes = ffi.NULL
         self._at_hand_version = -1
         self._at_hand_count = 0
         self._at_hand_window = 0
@@ -166,7 +167,7 @@ class Memory:
         self._applying: Steps[None] | None = None
         self._settling: asyncio.Task[None] | None = None
         self._work = 0
-        self._zeros: Any = ffi.NULL if page_size == 4096 else ffi.new("uint8_t[]", page_size)
+        self._zeros: Bytes = ffi.NULL if page_size == 4096 else ffi.new("uint8_t[]", page_size)
 
     # ------------------------------------------------------------------ begin
 
@@ -618,7 +619,7 @@ class Memory:
             raise
 
     def _fill_runs(
-        self, area: Area, runs: list[tuple[int, int]], source: Any, base: int, page: int | None
+        self, area: Area, runs: list[tuple[int, int]], source: Bytes, base: int, page: int | None
     ) -> None:
         filler, page_size, events = self._filler, area.page_size, self.stats.events
         if page is not None:

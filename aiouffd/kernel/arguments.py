@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import operator
 import sys
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import UsageError
 from .lib import PAGE_SIZE, ffi
+
+if TYPE_CHECKING:
+    from .calls.pointers import Bytes
 
 if sys.version_info >= (3, 12):
     from collections.abc import Buffer
@@ -32,7 +35,7 @@ def address_of(buffer: Buffer) -> int:
         return view_address(view)
 
 
-def pinned(buffer: Buffer) -> Any:
+def pinned(buffer: Buffer) -> Bytes:
     """A view that keeps the buffer where it is until it is released."""
     try:
         return ffi.from_buffer(buffer)

@@ -17,11 +17,14 @@ import os
 import threading
 import weakref
 from collections import deque
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import ClosedError
 from .abi import Fork, Message
-from .calls import lib
+from .lib import lib
+
+if TYPE_CHECKING:
+    from .calls.engine import EnginePtr
 
 __all__ = ["Descriptor"]
 
@@ -46,7 +49,7 @@ class Descriptor:
         self.users = 0
         self._pagemap = -1
         #: Made with the first `receive`: reads without the GIL, and asks touchers for theirs.
-        self.engine: Any = None
+        self.engine: EnginePtr | None = None
         #: A native engine closes the descriptor in a forked child.
         self.fork_handled = False
         #: Messages that were read and not yet given out.

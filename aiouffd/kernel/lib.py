@@ -7,7 +7,11 @@ import importlib
 import mmap
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .calls import Lib
+    from .calls.pointers import Bytes
 
 
 def in_main_interpreter() -> bool:
@@ -72,13 +76,13 @@ __all__ = ["PAGE_SIZE", "ffi", "in_main_interpreter", "lib", "pin"]
 
 #: cffi's view of the C declarations in ``native/cdef``. Each call releases the GIL.
 ffi: Any = _native.ffi
-lib: Any = _native.lib
+lib: Lib = _native.lib
 
 #: Bytes in a base page: the unit and the alignment of nearly every argument.
 PAGE_SIZE: int = mmap.PAGESIZE
 
 
-def pin(data: Any) -> tuple[Any, memoryview]:
+def pin(data: Any) -> tuple[Bytes, memoryview]:
     """A pointer to the bytes of ``data``, and a view that keeps them in place for as long as it is
     referred to and not released.
 

@@ -30,15 +30,19 @@ import os
 import threading
 import weakref
 from collections import deque
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ClosedError, KernelError, UsageError
 from ..util.waiting import call_soon_at
 from .abi import Event, FaultFlag, Fork, Message, PageFault, Remap, Remove, Unmap
-from .calls import lib
 from .descriptor import Descriptor
 from .errnos import kernel_error
-from .lib import ffi
+from .lib import ffi, lib
+
+if TYPE_CHECKING:
+    from .calls import Lib
+    from .calls.abi import UffdMsgPtr
+    from .calls.engine import EnginePtr
 
 __all__ = ["EngineEnd", "Messages"]
 
@@ -293,7 +297,7 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
         return None
 
 
-def _decode(raw: Any) -> Message | None:
+def _decode(raw: UffdMsgPtr) -> Message | None:
     arg = raw.arg
     match raw.event:
         case Event.PAGEFAULT:
@@ -321,6 +325,6 @@ class EngineEnd:
     def __init__(self) -> None:
         self._pid = os.getpid()
 
-    def __call__(self, engine: Any, lib: Any = lib, getpid: Any = os.getpid) -> None:
+    def __call__(self, engine: EnginePtr, lib: Lib = lib, getpid: Any = os.getpid) -> None:
         if getpid() == self._pid:
             lib.au_engine_free(engine)

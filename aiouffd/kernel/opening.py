@@ -25,9 +25,8 @@ from typing import Literal, TypeAlias
 
 from ..errors import UnsupportedError, UsageError
 from .abi import Feature, Ioctl
-from .calls import lib
 from .errnos import kernel_error, lacking_error
-from .lib import ffi
+from .lib import ffi, lib
 
 __all__ = [
     "Attempt",

@@ -8,14 +8,16 @@ lifts the protection without a message, and is seen by the next scan.
 from __future__ import annotations
 
 import errno
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..errors import UnsupportedError
 from .abi import CATEGORY_SINCE, PageCategory, PageRegion
 from .arguments import view_address
-from .calls import lib
 from .errnos import describe, kernel_error, unsupported
-from .lib import PAGE_SIZE, ffi
+from .lib import PAGE_SIZE, ffi, lib
+
+if TYPE_CHECKING:
+    from .calls.abi import PageRegionPtr, PmScanArgPtr
 
 __all__ = ["scan_pages"]
 
@@ -69,7 +71,7 @@ def scan_pages(
     return regions
 
 
-def _unknown_categories(pagemap: int, failed: Any) -> str:
+def _unknown_categories(pagemap: int, failed: PmScanArgPtr) -> str:
     """Which categories of a scan that failed this kernel does not know, and their versions."""
     used = failed.category_mask | failed.category_anyof_mask | failed.return_mask
     unknown = []
@@ -82,7 +84,7 @@ def _unknown_categories(pagemap: int, failed: Any) -> str:
     return ", ".join(unknown)
 
 
-def _append_region(regions: list[PageRegion], raw: Any) -> None:
+def _append_region(regions: list[PageRegion], raw: PageRegionPtr) -> None:
     start, end, categories = raw.start, raw.end, PageCategory(raw.categories)
     if regions:
         last = regions[-1]

@@ -42,15 +42,14 @@ import errno
 import os
 import warnings
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
 from ..errors import ClosedError, KernelError, UnsupportedError, UsageError
 from .abi import Feature, Ioctl, Message, Mode, PageCategory, PageRegion
 from .arguments import Buffer, address_of, check_number, check_range, pinned, view_address
-from .calls import lib
 from .descriptor import Descriptor
 from .errnos import describe, kernel_error, lacking_error
-from .lib import ffi
+from .lib import ffi, lib
 from .messages import Messages
 from .opening import (
     Attempt,
@@ -65,6 +64,9 @@ from .opening import (
     single_bits,
 )
 from .pagemap import scan_pages
+
+if TYPE_CHECKING:
+    from .calls.pointers import Int64s
 
 __all__ = [
     "Attempt",
@@ -87,12 +89,12 @@ _ENGINE_OPS: dict[str, int] = {
 }
 
 
-def _writeprotect(fd: int, start: int, length: int, mode: int, _done: Any) -> int:
+def _writeprotect(fd: int, start: int, length: int, mode: int, _done: Int64s) -> int:
     """Adapts UFFDIO_WRITEPROTECT, which has no byte count, to the signature of the other ioctls."""
     return lib.au_abi_writeprotect(fd, start, length, mode)
 
 
-def _rwprotect(fd: int, start: int, length: int, mode: int, _done: Any) -> int:
+def _rwprotect(fd: int, start: int, length: int, mode: int, _done: Int64s) -> int:
     """UFFDIO_RWPROTECT, in the same shape."""
     return lib.au_abi_rwprotect(fd, start, length, mode)
 

@@ -13,10 +13,13 @@ import os
 import sys
 from collections.abc import Callable
 from types import CodeType
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import ClosedError
 from ..kernel.lib import ffi
+
+if TYPE_CHECKING:
+    from ..kernel.calls.pointers import Bytes
 
 __all__ = ["Exports"]
 
@@ -45,7 +48,7 @@ class Exports:
         """Who they are, or where they got hold of it: ``file:line``."""
         return sorted({_said(place) for place in self._held.copy().values()})
 
-    def add(self, pointer: Any, length: int, memory: Any, server: Any) -> Any:
+    def add(self, pointer: Bytes, length: int, memory: Any, server: Any) -> Any:
         """A cffi buffer of ``length`` bytes at ``pointer``. With it are kept alive ``memory``, and
         ``server`` until somebody has been told that it has gone.
 
@@ -110,7 +113,7 @@ class _Lease:
 
     def __call__(
         self,
-        _pointer: Any,
+        _pointer: Bytes,
         kept: dict[int, tuple[Exports, Any, Any]] = _kept,
         getpid: Any = os.getpid,
         finalizing: Any = sys.is_finalizing,

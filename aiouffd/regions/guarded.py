@@ -14,17 +14,21 @@ import errno
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ClosedError
 from ..kernel.lib import ffi, lib
+
+if TYPE_CHECKING:
+    from ..kernel.calls.engine import RegionPtr
+    from ..kernel.calls.pointers import Bytes
 
 __all__ = ["copy", "find", "wait_for"]
 
 _INTERRUPTED, _NOBODY_TO_ASK = -errno.EINTR, -errno.EOPNOTSUPP
 
 
-def copy(region: Any, offset: int, target: Any, length: int) -> tuple[int, int]:
+def copy(region: RegionPtr, offset: int, target: Bytes, length: int) -> tuple[int, int]:
     """Copy ``length`` bytes at ``offset`` of a native region to ``target``, a cffi ``char *``.
 
     Returns 0 or a negated errno (EIO: the page has an error, EHWPOISON: its memory
@@ -41,7 +45,7 @@ def copy(region: Any, offset: int, target: Any, length: int) -> tuple[int, int]:
     return lib.au_region_read(region, offset, target, length, where), where[0]
 
 
-def find(region: Any, offset: int, length: int, sub: bytes) -> tuple[int, int, int]:
+def find(region: RegionPtr, offset: int, length: int, sub: bytes) -> tuple[int, int, int]:
     """Search ``length`` bytes at ``offset``: as `copy`, and where ``sub`` is, or -1."""
     needle = ffi.from_buffer(sub)
     if _runs_handlers():
@@ -58,7 +62,7 @@ def _runs_handlers() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def _copy_patiently(region: Any, offset: int, target: Any, length: int) -> tuple[int, int]:
+def _copy_patiently(region: RegionPtr, offset: int, target: Bytes, length: int) -> tuple[int, int]:
     wait = ffi.new("struct au_wait *")
     before = _cancellations()
     start, end = offset, offset + length
@@ -74,7 +78,9 @@ def _copy_patiently(region: Any, offset: int, target: Any, length: int) -> tuple
         raise
 
 
-def _find_patiently(region: Any, offset: int, length: int, needle: Any) -> tuple[int, int, int]:
+def _find_patiently(
+    region: RegionPtr, offset: int, length: int, needle: Bytes
+) -> tuple[int, int, int]:
     wait = ffi.new("struct au_wait *")
     before = _cancellations()
     end = offset + length
@@ -109,7 +115,7 @@ def _check_alive(before: tuple[asyncio.Task[Any] | None, int]) -> None:
         raise asyncio.CancelledError
 
 
-def _touch_elsewhere(region: Any, offset: int, length: int) -> None:
+def _touch_elsewhere(region: RegionPtr, offset: int, length: int) -> None:
     """In a forked child there is no engine to ask."""
     wait_for(region.start + offset, length, lib.au_region_touch, region, offset, length)
 

@@ -16,7 +16,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ClosedError, UsageError
 from ..kernel.abi import Feature
@@ -29,6 +29,9 @@ from ..util.waiting import call_soon_at
 from .fault import Errors, Kind
 from .region import Region
 from .rescue import service
+
+if TYPE_CHECKING:
+    from ..kernel.calls.engine import EnginePtr
 
 __all__ = ["Pager"]
 
@@ -106,7 +109,7 @@ class Pager:
         self._wanted_mode = user_mode_only
         self._times = (int(grace * 1e9), int(patience * 1e9), int(stall * 1e9))
         self._uffd: Userfaultfd | None = None
-        self._engine: Any = None
+        self._engine: EnginePtr | None = None
         self._pid = os.getpid()
         # `aclose` was called; and then, when nobody held a region any more, it ended.
         self._closed = self._ended = False
@@ -172,6 +175,7 @@ class Pager:
         """Opening failed at its end: as if it had not been begun."""
         uffd, engine = self._uffd, self._engine
         assert uffd is not None
+        assert engine is not None
         service.release(self)
         self._loop.remove_reader(engine.notify_fd)
         self._read(False)
@@ -442,7 +446,7 @@ class Pager:
         self._leave_to_loop(region, block)
         return False
 
-    def _move(self, engine: Any) -> None:
+    def _move(self, engine: EnginePtr) -> None:
         """On the rescue loop: its own is closed, so this one watches the descriptor from now on.
         Otherwise each fault would have to wait for the patience to pass."""
         self._loop = asyncio.get_running_loop()
@@ -537,6 +541,7 @@ class Pager:
         engine, self._engine = self._engine, None
         try:
             if self._uffd is not None:
+                assert engine is not None
                 service.release(self)
                 if self._pid == os.getpid():
                     self._leave_loop(engine.notify_fd)

@@ -27,6 +27,9 @@ from .fault import BlockSink, Errors, Handler, Kind
 from .handlers import HandlerSink
 
 if TYPE_CHECKING:
+    from ..kernel.calls import Lib
+    from ..kernel.calls.engine import EnginePtr, RegionPtr
+    from ..kernel.calls.pointers import Bytes
     from .pager import Pager
 
 __all__ = ["Region"]
@@ -89,9 +92,9 @@ class Region:
             options |= lib.AU_REGION_SERVE
             options |= lib.AU_REGION_USER_MODE if pager.user_mode_only else 0
         error = ffi.new("int *")
-        native = lib.au_region_create(
-            pager._engine, length, KINDS[kind], options, block_size or 0, error
-        )
+        engine = pager._engine
+        assert engine is not None  # of an open pager
+        native = lib.au_region_create(engine, length, KINDS[kind], options, block_size or 0, error)
         if native == ffi.NULL:
             if error[0] == errno.EINVAL:
                 hint = "use kind='anonymous', or run a newer kernel"
@@ -134,7 +137,7 @@ class Region:
         self._where = ffi.new("uint64_t *")
         # The struct and the mapping are freed when nobody refers to them any more: this
         # region while it is open, calls under way in other threads, and exports.
-        self._native = ffi.gc(native, _Unmapper(self._pid, pager._engine))
+        self._native: RegionPtr | None = ffi.gc(native, _Unmapper(self._pid, engine))
 
     def call(self, name: str) -> None:
         """How to call its contents where a thread that waits for them is spoken of."""
@@ -218,7 +221,7 @@ class Region:
                 ffi.release(source)
             raise
 
-    def install_from(self, offset: int, pointer: Any, length: int) -> int:
+    def install_from(self, offset: int, pointer: Bytes, length: int) -> int:
         """As `install` with ``heal``, of ``length`` bytes at a cffi pointer to memory that is not
         lazy; for callers that keep one to a buffer of theirs."""
         return self._apply(_COPY, offset, pointer, length, True, None)
@@ -244,12 +247,12 @@ class Region:
         return self._apply(_CONTINUE, offset, ffi.NULL, length, False, None)
 
     def _apply(
-        self, op: int, offset: int, source: Any, length: int, heal: bool, generation: int | None
+        self, op: int, offset: int, source: Bytes, length: int, heal: bool, generation: int | None
     ) -> int:
         native = self._native
         if native is None:
             raise ClosedError("the region is closed")
-        done: int = lib.au_region_put(
+        done = lib.au_region_put(
             native,
             op,
             offset,
@@ -302,21 +305,21 @@ class Region:
 
     # ------------------------------------------------------------ page states
 
-    def _open_native(self) -> Any:
+    def _open_native(self) -> RegionPtr:
         native = self._native
         if native is None:
             raise ClosedError("the region is closed")
         self._check_process()
         return native
 
-    def check_touchable(self) -> Any:
+    def check_touchable(self) -> RegionPtr:
         """The native region, if this process may touch the memory: the one that made it, and
         children that it was left to. Raises ClosedError."""
         native = self._native
         if native is None:
             raise ClosedError("the region is closed")
         if self._pid != os.getpid():
-            inherited: int = lib.au_region_inherited(native)
+            inherited = lib.au_region_inherited(native)
             if inherited < 0 and self.serial:
                 raise ClosedError(
                     "this process has no access to the region of its parent",
@@ -347,26 +350,26 @@ class Region:
     def is_resident(self, offset: int, length: int) -> bool:
         """Whether every page of the range is there."""
         where = ffi.new("uint64_t *")
-        return int(lib.au_region_check(self._open_native(), offset, length, where)) == 1
+        return lib.au_region_check(self._open_native(), offset, length, where) == 1
 
     def touch(self, offset: int, length: int) -> bool:
         """Touch every page of the range, and wait for it without the GIL. False if one of them is
         an error. Any thread; not the one that has to serve it."""
         where = ffi.new("uint64_t *")
-        return int(lib.au_region_touch(self._open_native(), offset, length, where)) == 0
+        return lib.au_region_touch(self._open_native(), offset, length, where) == 0
 
     @property
     def resident_bytes(self) -> int:
-        return int(lib.au_region_present(self._open_native())) * self.page_size
+        return lib.au_region_present(self._open_native()) * self.page_size
 
     @property
     def poisoned_bytes(self) -> int:
-        return int(lib.au_region_poisoned(self._open_native())) * self.page_size
+        return lib.au_region_poisoned(self._open_native()) * self.page_size
 
     @property
     def touched_blocks(self) -> int:
         """Blocks that a thread had to wait for at least once."""
-        return int(lib.au_region_touched(self._open_native()))
+        return lib.au_region_touched(self._open_native())
 
     def runs(self, offset: int = 0, length: int | None = None) -> list[tuple[int, int, str]]:
         """``(offset, length, state)`` of runs of pages: "missing", "resident" or "poisoned"."""
@@ -484,8 +487,9 @@ class Region:
             self._sink.close()
         self._exports.end(_nothing)
         # What is held stays mapped until its exports are gone.
-        lib.au_region_close(self._native, not self._exports.held)
-        self._native = None
+        native, self._native = self._native, None
+        assert native is not None
+        lib.au_region_close(native, not self._exports.held)
         self._sink = self._keep = None
         pager = self._pager()
         if pager is not None:
@@ -522,11 +526,11 @@ class _Unmapper:
 
     __slots__ = ("engine", "pid")
 
-    def __init__(self, pid: int, engine: Any) -> None:
+    def __init__(self, pid: int, engine: EnginePtr) -> None:
         self.pid = pid
         self.engine = engine  # has to outlive its regions
 
-    def __call__(self, native: Any, lib: Any = lib, getpid: Any = os.getpid) -> None:
+    def __call__(self, native: RegionPtr, lib: Lib = lib, getpid: Any = os.getpid) -> None:
         # A forked child has no such mapping, but may have another one at its address.
         if self.pid == getpid():
             lib.au_region_close(native, 1)

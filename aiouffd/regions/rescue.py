@@ -44,6 +44,7 @@ from ..util.backoff import Backoff
 from ..util.waiting import call_soon_at
 
 if TYPE_CHECKING:
+    from ..kernel.calls.engine import EnginePtr, NotePtr
     from .pager import Pager
 
 __all__ = ["service"]
@@ -409,7 +410,7 @@ class Service:
         for error in failures:
             log.error("a rescue failed, and is tried again", exc_info=error)
 
-    def _report_note(self, note: Any) -> None:
+    def _report_note(self, note: NotePtr) -> None:
         waited = note.waited_ns / 1e6
         if note.kind == lib.AU_NOTE_STALL_POISON:
             log.error(
@@ -482,7 +483,7 @@ def _stack_of(thread: int) -> list[tuple[str, int, str]]:
     return stack
 
 
-def _waiting_threads(engine: Any, most: int) -> list[int]:
+def _waiting_threads(engine: EnginePtr, most: int) -> list[int]:
     """Kernel ids of threads that wait for pages of an engine now."""
     pages, tids = ffi.new("uint64_t[]", most), ffi.new("uint32_t[]", most)
     count = lib.au_engine_blocked(engine, pages, tids, most)
