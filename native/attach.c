@@ -2,7 +2,7 @@
 
 #include "attach.h"
 #include "guard.h"
-#include "region.h"
+#include "registry.h"
 #include "sys.h"
 
 _Static_assert(AU_ATTACH_WRITABLE == AIOUFFD_WRITABLE && AU_ATTACH_HUGETLB == AIOUFFD_HUGETLB &&

@@ -4,6 +4,8 @@
 #include "counters.h"
 #include "error_page.h"
 #include "pagemap.h"
+#include "kick.h"
+#include "registry.h"
 #include "sentry.h"
 #include "slots.h"
 #include "sys.h"

@@ -17,7 +17,7 @@
 #include "gil.h"
 
 #include "interrupt.h"
-#include "sentry.h"
+#include "kick.h"
 #include "sys.h"
 
 #include <errno.h>

@@ -1,9 +1,9 @@
 #include "guard.h"
 
 #include "counters.h"
-#include "inherit.h"
+#include "kick.h"
 #include "region.h"
-#include "sentry.h"
+#include "registry.h"
 #include "sys.h"
 
 #include <pthread.h>

@@ -4,6 +4,7 @@
 #include "children.h"
 #include "error_page.h"
 #include "region.h"
+#include "registry.h"
 #include "sys.h"
 
 #include <fcntl.h>
@@ -40,7 +41,6 @@ struct watch {
 /* ABANDONED: it took too long, and the descriptors are closed. */
 enum { STARTING, STARTED, WATCHING, NO_TABLE, ABANDONED };
 
-_Atomic uint32_t au_inherits;
 static struct watch watches[AU_SERVERS];
 
 /* ------------------------------------------------------ without a server */

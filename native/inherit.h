@@ -18,19 +18,6 @@
 #ifndef AU_INHERIT_H
 #define AU_INHERIT_H
 
-#include <stdatomic.h>
-#include <stdint.h>
-
-/* au_region.inherited: how a region came to this process. */
-enum au_inherited {
-	AU_INHERITED_NOT = 0,
-	AU_INHERITED_ALL_FAULTS = 1, /* from a parent; system calls wait for missing pages */
-	AU_INHERITED_USER_MODE = 2,  /* from a parent; system calls fail on missing pages */
-};
-
-/* 1 if this process has regions of a parent. */
-extern _Atomic uint32_t au_inherits;
-
 /* In the child, in the handler; with the lock of children.h, which it releases. */
 void au_inherit(void);
 

@@ -17,7 +17,8 @@
 #include "counters.h"
 #include "error_page.h"
 #include "pagemap.h"
-#include "sentry.h"
+#include "kick.h"
+#include "registry.h"
 #include "slots.h"
 #include "sys.h"
 

@@ -54,6 +54,13 @@ enum au_region_option {
 	AU_REGION_USER_MODE = 16,  /* they see faults of user mode only */
 };
 
+/* How a region came to this process. */
+enum au_inherited {
+	AU_INHERITED_NOT = 0,
+	AU_INHERITED_ALL_FAULTS = 1, /* from a parent; system calls wait for missing pages */
+	AU_INHERITED_USER_MODE = 2,  /* from a parent; system calls fail on missing pages */
+};
+
 #define AU_REGION_NAME 128
 
 struct au_engine;
@@ -156,16 +163,6 @@ int au_region_inherited(struct au_region *region);
 int au_region_close(struct au_region *region, int unmap);
 void au_region_free(struct au_region *region);
 
-/* Have the SIGBUS handler know of lazy memory, and forget it.  For regions this is done. */
-int au_regions_add(uint64_t start, uint64_t length, struct au_region *region);
-void au_regions_remove(uint64_t start);
-
-/* True if [address, address+length) overlaps any region of this process. */
-bool au_regions_overlap(uint64_t address, uint64_t length);
-/* Offset of `address` in the region that holds it; false if none does.  *region is NULL for memory
- * that another process serves.  Async-signal-safe. */
-bool au_regions_find(uint64_t address, uint64_t *offset, struct au_region **region);
-
 #define AU_EHWPOISON EHWPOISON
 /* Whether a page that raised SIGBUS was there, so that neither its source nor a close is the reason:
  * the hardware has lost it.  Async-signal-safe. */
@@ -173,6 +170,8 @@ bool au_region_broken(struct au_region *region, uint64_t offset);
 /* Drop such a page, if nobody can have written to it: the next touch has it fetched again.  False if
  * that cannot be.  Async-signal-safe. */
 bool au_region_renew(struct au_region *region, uint64_t offset);
+/* 1 if this process has regions of a parent. */
+extern _Atomic uint32_t au_inherits;
 /* The address of the page that was renewed last. */
 extern _Atomic uint64_t au_renewed;
 
@@ -191,6 +190,5 @@ void au_region_leave(struct au_region *region);
 void au_region_removed(struct au_region *region, uint64_t start, uint64_t end);
 /* In a forked child. */
 void au_region_forked(struct au_region *region);
-void au_regions_forked(void);
 
 #endif

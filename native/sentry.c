@@ -4,24 +4,26 @@
 #include "children.h"
 #include "counters.h"
 #include "engine.h"
+#include "error_page.h"
 #include "gil.h"
 #include "guard.h"
 #include "handler.h"
 #include "inherit.h"
 #include "interrupt.h"
+#include "kick.h"
 #include "pagemap.h"
+#include "registry.h"
+#include "rescue.h"
 #include "slots.h"
 #include "sys.h"
 #include "task.h"
 
-#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
-#include <sys/eventfd.h>
 #include <sys/prctl.h>
 
 #define ENGINES 8192
@@ -40,17 +42,13 @@
 #define MAX_SIGNALS 2
 #define NOTES 64
 
-struct au_shared au_shared;
-
 static pthread_mutex_t engines_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct au_engine *engines[ENGINES];
 static uint32_t engine_count;
 
 static pthread_mutex_t start_lock = PTHREAD_MUTEX_INITIALIZER;
 static bool started, fork_hooked;
-static int epoll_fd = -1, kick_fd = -1, rescue_fd = -1;
-static _Atomic uint32_t sleeping;
-static _Atomic uint32_t rescue_watched;
+static int epoll_fd = -1;
 /* Pages were poisoned because nothing moved; the sentry's own note. */
 static bool poisoned_and_waiting;
 /* For how long nobody has got the GIL back who wants it; the sentry's own note. */
@@ -84,33 +82,6 @@ int au_sentry_take_note(struct au_note *out)
 	*out = notes[head % NOTES];
 	atomic_store(&note_head, head + 1);
 	return 1;
-}
-
-static void signal_fd(int fd)
-{
-	uint64_t one = 1;
-
-	if (write(fd, &one, sizeof one) < 0)
-		return; /* at its maximum: it is readable anyway */
-}
-
-static void drain_fd(int fd)
-{
-	uint64_t ignored;
-
-	while (read(fd, &ignored, sizeof ignored) > 0)
-		;
-}
-
-void au_sentry_kick(void)
-{
-	uint32_t yes = 1;
-
-	atomic_thread_fence(memory_order_seq_cst);
-	if (atomic_load(&sleeping) && atomic_compare_exchange_strong(&sleeping, &yes, 0)) {
-		au_count(AU_COUNT_kicks, 1);
-		signal_fd(kick_fd);
-	}
 }
 
 enum where { RUNNING, IN_USER, IN_KERNEL, GONE };
@@ -322,7 +293,7 @@ static void want_rescue(struct au_engine *engine, struct au_slot *slot, struct r
 		note(why, atomic_load(&slot->tid), atomic_load(&slot->page),
 		     round->now - atomic_load(&slot->born));
 		au_count(AU_COUNT_rescues, 1);
-		signal_fd(rescue_fd);
+		au_rescue_wake();
 	}
 }
 
@@ -543,7 +514,7 @@ static void look_after(struct au_engine *engine, struct au_slot *slot, struct ro
 		au_count(AU_COUNT_pings, 1);
 		au_engine_notify(engine);
 	}
-	if (!atomic_load(&engine->rescue_wanted) || !atomic_load(&rescue_watched) ||
+	if (!atomic_load(&engine->rescue_wanted) || !au_rescue_watched() ||
 	    atomic_load(&engine->rescues) != engine->rescue_seen)
 		return;
 	if (engine->stall_stage == 0 && round->now - engine->rescue_at > 2 * engine->patience_ns) {
@@ -676,7 +647,7 @@ static void watch_renewed(void)
 
 	if (address) {
 		note(AU_NOTE_RENEWED, 0, address, 0);
-		signal_fd(rescue_fd);
+		au_rescue_wake();
 	}
 }
 
@@ -695,8 +666,7 @@ static void *sentry_main(void *ignored)
 			timeout = 0;
 		} else {
 			timeout = round.blocked ? 5 : -1;
-			atomic_store(&sleeping, 1);
-			atomic_thread_fence(memory_order_seq_cst);
+			au_kick_wanted(true);
 			if (!round.blocked && au_slots_live())
 				timeout = 0;
 			else if (au_handler_away())
@@ -706,7 +676,7 @@ static void *sentry_main(void *ignored)
 			count = epoll_wait(epoll_fd, events, EVENTS, timeout);
 			au_count(AU_COUNT_sentry_wakeups, 1);
 		}
-		atomic_store(&sleeping, 0);
+		au_kick_wanted(false);
 		if (timeout && count > 0 && serve_urgent(events, count) == count && !round.blocked &&
 		    !au_slots_live())
 			continue;
@@ -720,7 +690,7 @@ static void *sentry_main(void *ignored)
 		round.main_engine = NULL;
 		for (index = 0; index < count; index++) {
 			if (!events[index].data.ptr)
-				drain_fd(kick_fd);
+				au_kick_drain();
 			else
 				visit_engine(events[index].data.ptr, &round);
 		}
@@ -765,13 +735,13 @@ static void in_child(void)
 int au_sentry_start(void)
 {
 	struct epoll_event event = { .events = EPOLLIN, .data.ptr = NULL };
-	int result = 0;
+	int result = 0, kick_fd, rescue_fd;
 
 	pthread_mutex_lock(&start_lock);
 	if (!started) {
 		epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-		kick_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-		rescue_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+		kick_fd = au_kick_open();
+		rescue_fd = au_rescue_open();
 		if (epoll_fd < 0 || kick_fd < 0 || rescue_fd < 0 ||
 		    epoll_ctl(epoll_fd, EPOLL_CTL_ADD, kick_fd, &event))
 			result = -errno;
@@ -789,10 +759,10 @@ int au_sentry_start(void)
 		if (result) {
 			/* It can be tried again, as if this had not been. */
 			close(epoll_fd);
-			close(kick_fd);
-			close(rescue_fd);
+			au_kick_close();
+			au_rescue_close();
 			au_task_reserve(-1);
-			epoll_fd = kick_fd = rescue_fd = -1;
+			epoll_fd = -1;
 		}
 		started = result == 0;
 	}
@@ -807,32 +777,6 @@ int au_sentry_sees(void)
 	return locate(au_gettid(), &sp, &pc) == IN_KERNEL;
 }
 
-int au_rescue_fd(void)
-{
-	atomic_store(&rescue_watched, 1);
-	return rescue_fd;
-}
-
-int au_rescue_wait(int timeout_ms)
-{
-	struct pollfd item = { .fd = rescue_fd, .events = POLLIN };
-	int count;
-
-	atomic_store(&rescue_watched, 1);
-	count = poll(&item, 1, timeout_ms);
-	return count > 0;
-}
-
-int au_rescue_take(struct au_engine *engine)
-{
-	return (int)atomic_exchange(&engine->rescue_wanted, 0);
-}
-
-void au_rescue_wake(void)
-{
-	signal_fd(rescue_fd);
-}
-
 void au_sentry_forked(void)
 {
 	uint32_t index;
@@ -841,13 +785,11 @@ void au_sentry_forked(void)
 		au_engine_forked(engines[index]);
 	engine_count = 0;
 	close(epoll_fd);
-	close(kick_fd);
-	close(rescue_fd);
+	au_kick_close();
+	au_rescue_close();
 	au_task_reserve(-1);
-	epoll_fd = kick_fd = rescue_fd = -1;
+	epoll_fd = -1;
 	started = poisoned_and_waiting = false;
-	atomic_store(&sleeping, 0);
-	atomic_store(&rescue_watched, 0);
 	atomic_store(&note_head, atomic_load(&note_tail));
 	memset(&au_shared, 0, sizeof au_shared);
 	pthread_mutex_init(&engines_lock, NULL);
@@ -858,4 +800,5 @@ void au_sentry_forked(void)
 	au_handler_forked();
 	au_slots_reset();
 	au_regions_forked();
+	au_error_forked();
 }

@@ -20,17 +20,6 @@
 
 struct au_engine;
 
-/* What Python and the sentry tell each other.  Python writes `proof` while it holds
- * the GIL: any thread whose slot is not newer waits without the GIL, for the writer has it.
- * (FREE-THREADING: that proves nothing.) */
-struct au_shared {
-	uint64_t proof;
-	uint64_t sequence; /* of the newest slot, refreshed by each drain */
-	uint32_t exiting;  /* the interpreter ends */
-	uint32_t stalled;  /* stalls so far */
-};
-extern struct au_shared au_shared;
-
 /* What the sentry wants logged, by somebody who can. */
 enum au_note_kind {
 	AU_NOTE_STALL_POISON = 1, /* a toucher got an error because nothing moved */
@@ -50,20 +39,11 @@ struct au_note {
 int au_sentry_start(void);
 int au_sentry_add(struct au_engine *engine);
 void au_sentry_remove(struct au_engine *engine);
-/* A slot was made: make sure the sentry looks. */
-void au_sentry_kick(void);
 /* 1 if the sentry can see where threads of this process wait.  It cannot in a process that is
  * not dumpable because it has changed its user. */
 int au_sentry_sees(void);
 /* Take one note; 0 when there is none. */
 int au_sentry_take_note(struct au_note *note);
-
-/* Wait, without the GIL, until the rescue loop is wanted; 1 wanted, 0 timeout. */
-int au_rescue_wait(int timeout_ms);
-int au_rescue_fd(void);
-/* Engines wanting rescue: returns 1 and clears the wish if this one does. */
-int au_rescue_take(struct au_engine *engine);
-void au_rescue_wake(void);
 
 void au_sentry_forked(void);
 

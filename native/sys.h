@@ -58,6 +58,23 @@ static inline void au_sleep_ns(uint64_t ns)
 	clock_nanosleep(CLOCK_MONOTONIC, 0, &left, NULL);
 }
 
+/* Make an eventfd readable; and have it readable no more. */
+static inline void au_event_signal(int fd)
+{
+	uint64_t one = 1;
+
+	if (write(fd, &one, sizeof one) < 0)
+		return; /* at its maximum: it is readable anyway */
+}
+
+static inline void au_event_drain(int fd)
+{
+	uint64_t ignored;
+
+	while (read(fd, &ignored, sizeof ignored) > 0)
+		;
+}
+
 static inline uint32_t au_gettid(void)
 {
 	return (uint32_t)syscall(SYS_gettid);
