@@ -7,7 +7,7 @@ CONTRIBUTING.md has the map.
 from typing import TYPE_CHECKING, Any
 
 # First: where the native module cannot be, this says why, and what comes next would say less.
-from .kernel import lib as _lib  # isort: skip
+from .kernel import lib as _lib  # isort: skip  # noqa: F401
 
 from . import sync as sync
 from .attach import Attachment as Attachment
