@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import gc
 import os
 import socket
 import ssl
@@ -28,7 +29,7 @@ from aiouffd.sources.durability import Flusher, Promises
 from aiouffd.sources.function import FunctionSource
 from aiouffd.sources.memory import MemorySource
 from aiouffd.util.once import Once
-from aiouffd.util.tasks import begin, begin_surely
+from aiouffd.util.tasks import FIRST_TURN, begin, begin_coroutine, begin_surely
 from tests.guests import PlainDialect, guest
 from tests.losing import losing
 from tests.nbd_peers import opened, until
@@ -80,6 +81,52 @@ async def test_a_task_that_is_lost_says_so() -> None:
     said.clear()
     await begin(function, lambda: said.append("lost"))
     assert said == ["begun"]
+
+
+async def test_a_coroutine_is_told_where_it_awaits_its_first_turn() -> None:
+    said: list[str] = []
+
+    async def function() -> None:
+        try:
+            await FIRST_TURN
+            said.append("begun")
+        except asyncio.CancelledError:
+            said.append("lost")
+            raise
+        finally:
+            said.append("ended")
+
+    loop = asyncio.get_running_loop()
+    task = begin_coroutine(function(), loop)
+    assert not said
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert said == ["lost", "ended"]
+    said.clear()
+    await begin_coroutine(function(), loop)
+    assert said == ["begun", "ended"]
+
+
+async def test_what_no_task_could_be_made_for_is_closed() -> None:
+    said: list[str] = []
+
+    async def function() -> None:
+        said.append("begun")
+
+    def refuse(*_: object, **__: object) -> Any:
+        raise RuntimeError("no task")
+
+    loop = asyncio.get_running_loop()
+    loop.set_task_factory(refuse)
+    try:
+        with pytest.raises(RuntimeError, match="no task"):
+            begin(function, lambda: said.append("lost"))
+    finally:
+        loop.set_task_factory(None)
+    gc.collect()
+    # Who made it is told by the error.
+    assert said == []
 
 
 async def test_a_task_that_has_to_be_is_begun_again() -> None:

@@ -50,7 +50,7 @@ async def test_a_touch_that_waits_is_told(quick: None, caplog: pytest.LogCapture
         assert await touching == word(8192)
         # With nothing under way it looks no more.
         silence = buf._sink.fetcher.flights._silence
-        await asyncio.to_thread(wait_until, lambda: silence._timer is None, "its end")
+        await asyncio.to_thread(wait_until, lambda: silence.timer is None, "its end")
 
 
 async def test_what_the_source_says_is_told(quick: None, caplog: pytest.LogCaptureFixture) -> None:

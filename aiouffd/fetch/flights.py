@@ -17,8 +17,7 @@ import heapq
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
-from functools import partial
+from collections.abc import Awaitable, Callable
 from typing import Any, Generic, Protocol, TypeVar
 
 from ..errors import AiouffdError, ClosedError, KernelError, SourceError, SourceTimeoutError
@@ -26,7 +25,7 @@ from ..sources.base import as_source_error
 from ..util.backoff import Backoff
 from ..util.once import abandon
 from ..util.stepping import Eagerness, resume
-from ..util.tasks import begin
+from ..util.tasks import FIRST_TURN, begin_coroutine
 from ..util.usercode import Complaints, describe, ends_the_program, is_ours, tell_loop
 from .policy import Policy
 from .silence import Silence
@@ -79,7 +78,7 @@ class Flight:
         self.first, self.count = first, count
         #: Why it was asked for, for those who trace.
         self.cause = cause
-        #: Somebody waits for it, since `since`.
+        #: Somebody waits for it, since `since`. It runs since `started`.
         self.wanted = wanted
         self.since = self.started = time.monotonic()
         self.running = self.background = False
@@ -283,8 +282,8 @@ class Flights(Generic[F]):
             flight.background = True
             self._running_background += 1
         self._tally.flights += 1
-        flight.started = time.monotonic()
-        self._silence.watch(self._loop)
+        if self._silence.timer is None:  # each flight asks
+            self._silence.watch(self._loop)
         offset = flight.offset = flight.first * self._size
         end, length = offset + flight.count * self._size, self._destination.length
         flight.end = end if end < length else length
@@ -327,6 +326,7 @@ class Flights(Generic[F]):
             else:
                 return
             if not flight.running and not flight.finished:
+                flight.started = time.monotonic()
                 self._start(flight)
 
     def landed(self, flight: F, error: BaseException | None) -> None:
@@ -339,18 +339,14 @@ class Flights(Generic[F]):
             self._fly_with_task(flight)
 
     def _fly_with_task(self, flight: F, begun: Awaitable[None] | None = None) -> None:
-        flight.task = begin(
-            partial(self._fly, flight, begun), partial(self._lost, flight, begun), loop=self._loop
-        )
-
-    def _lost(self, flight: F, begun: Awaitable[None] | None) -> None:
-        if isinstance(begun, Coroutine):
-            begun.close()
-        self._settle(flight, self._cancelled())
+        flight.task = begin_coroutine(self._fly(flight, begun), self._loop)
 
     async def _fly(self, flight: F, begun: Awaitable[None] | None) -> None:
         error: BaseException | None = None
         try:
+            await FIRST_TURN
+            if flight.task is None:  # which begins at once on this loop
+                await asyncio.sleep(0)
             await self._attempts(flight, begun)
             if flight.pieces > 1:
                 self._destination.arrived(flight)
@@ -386,6 +382,10 @@ class Flights(Generic[F]):
 
     def _withdraw(self, flight: F) -> None:
         of = self.of
+        if flight.count == 1:
+            if of.get(flight.first) is flight:
+                del of[flight.first]
+            return
         for block in flight.blocks:
             if of.get(block) is flight:
                 del of[block]

@@ -27,26 +27,27 @@ class Silence:
     """Looks now and then at the flights of one engine, while there are any, and logs a WARNING
     about the one that somebody has waited for longest. On the engine's loop."""
 
-    __slots__ = ("_again", "_flights", "_next", "_timer")
+    __slots__ = ("_again", "_flights", "_next", "timer")
 
     def __init__(self, flights: Flights[Any]) -> None:
         self._flights = weakref.ref(flights)
-        self._timer: asyncio.TimerHandle | None = None
+        #: Of its next look; there is none while nothing is under way.
+        self.timer: asyncio.TimerHandle | None = None
         self._next = 0.0
         self._again = AGAIN_FIRST
 
     def watch(self, loop: asyncio.AbstractEventLoop) -> None:
         """Something is under way."""
-        if self._timer is None:
-            self._timer = loop.call_later(PATIENCE, self._look, loop)
+        if self.timer is None:
+            self.timer = loop.call_later(PATIENCE, self._look, loop)
 
     def stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
 
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._timer = None
+        self.timer = None
         flights = self._flights()
         if flights is None or flights.closed or not flights.of:
             self._again = AGAIN_FIRST
