@@ -8,7 +8,7 @@
 goes on included, and each call of the native module. A move is a step into another file than the
 last one was in; a return is a move to a file that had been left before. What asyncio and aiohttp do
 themselves is left out. The object is on an HTTP server of its own process, and is walked to when
-all is warm: several times, of which the one with the median of calls is shown.
+all is warm: several times, of which the shortest is shown, with an answer that came in one piece.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ async def _walk(package: Path, name: str, url: str) -> Walk:
             with walk.noted():
                 await asyncio.to_thread(touch, number)
             walks.append(walk)
-    return sorted(walks, key=lambda walk: walk.calls)[WALKS // 2]
+    return min(walks, key=lambda walk: walk.calls)
 
 
 def main() -> None:

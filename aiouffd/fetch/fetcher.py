@@ -92,7 +92,7 @@ class Fetcher:
             self._complaints,
             closed="the buffer is closed",
             most=MAX_FLIGHTS,
-            begin=self._mover.begin,
+            begin=self._mover.begin if self._mover.begins else None,
         )
         self._mover.landed = self.flights.landed
         #: While somebody records: blocks that were needed, in order.
@@ -111,7 +111,8 @@ class Fetcher:
             return
         self._tally.faults += 1
         self.flights.launch(Flight(block, 1, "fault"), eagerly=address != 0)
-        self._read_ahead(block)
+        if self._readahead is not None:
+            self._read_ahead(block)
 
     def under_way(self, block: int) -> Flight | None:
         """The flight that has ``block``."""

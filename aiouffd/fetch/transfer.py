@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import errno
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -156,8 +156,15 @@ class Mover:
         self._holes = own_method(source, "holes")
         self._begin_read = own_method(source, "begin_read")
         self._idle: list[Stage] = []
-        # Nothing but `read`, which is the shortest way.
-        self._plain = self._holes is None and self._stream is None and self._read_into is None
+        #: Fetch and install bytes from ``flight.offset`` to ``flight.end``, moving the one along.
+        #: Whole pages that the source knows to be zeros are not asked for.
+        self.move: Callable[[Flight], Coroutine[Any, Any, None]] = self._by_holes
+        if self._holes is None:
+            # The shorter ways; the shortest where there is nothing but `read`.
+            bare = self._stream is None and self._read_into is None
+            self.move = self._by_read if bare else self._bring
+        #: Whether `begin` is worth asking.
+        self.begins = self._begin_read is not None
         #: Told of the end of what `begin` began.
         self.landed: Callable[[Flight, BaseException | None], None] = _nobody
 
@@ -184,27 +191,19 @@ class Mover:
         begun._give_up()
         return None
 
-    async def move(self, flight: Flight) -> None:
-        """Fetch and install bytes from ``flight.offset`` to ``flight.end``, moving the one along.
-
-        Whole pages that the source knows to be zeros are not asked for.
-        """
-        end = flight.end
-        if self._plain:
-            await self._by_read(flight, end)
-            return
-        if self._holes is not None:
-            page = self._region.page_size
-            whole = (flight.offset, end - flight.offset)
-            for start, length in check_holes(await self._holes(*whole), *whole):
-                first = start + -start % page
-                stop = start + length
-                # The rest of the object's last page is zeros anyhow.
-                stop = stop if stop == self._region.length else stop - stop % page
-                if first < stop and first >= flight.offset:
-                    await self._bring(flight, first)
-                    await self._zero(flight, stop)
-        await self._bring(flight, end)
+    async def _by_holes(self, flight: Flight) -> None:
+        assert self._holes is not None
+        page = self._region.page_size
+        whole = (flight.offset, flight.end - flight.offset)
+        for start, length in check_holes(await self._holes(*whole), *whole):
+            first = start + -start % page
+            stop = start + length
+            # The rest of the object's last page is zeros anyhow.
+            stop = stop if stop == self._region.length else stop - stop % page
+            if first < stop and first >= flight.offset:
+                await self._bring(flight, first)
+                await self._zero(flight, stop)
+        await self._bring(flight)
 
     async def _zero(self, flight: Flight, end: int) -> None:
         region, pause, limit = self._region, 0.001, time.monotonic() + AGAIN_PATIENCE
@@ -221,7 +220,9 @@ class Mover:
             else:
                 self._advance(flight, length)
 
-    async def _bring(self, flight: Flight, end: int) -> None:
+    async def _bring(self, flight: Flight, end: int | None = None) -> None:
+        """Fetch and install up to ``end``, or to the end of the flight."""
+        end = flight.end if end is None else end
         length = end - flight.offset
         if length <= 0:
             return
@@ -232,13 +233,17 @@ class Mover:
         else:
             await self._by_read(flight, end)
 
-    async def _by_read(self, flight: Flight, end: int) -> None:
+    async def _by_read(self, flight: Flight, end: int | None = None) -> None:
         offset = flight.offset
-        length = end - offset
-        data = check_length(await self._source.read(offset, length), length, offset=offset)
+        length = (flight.end if end is None else end) - offset
+        data = await self._source.read(offset, length)
+        if type(data) is not bytes or len(data) != length:
+            data = check_length(data, length, offset=offset)
         self._tally.fetched_bytes += length
         if length <= self._step:
-            await self._install(flight, data)
+            done = self._put(flight, data)
+            if done is not None:
+                await self._put_patiently(flight, data, done)
             return
         for start in range(0, length, self._step):
             if start:
@@ -312,18 +317,26 @@ class Mover:
                     edge = bytearray()
 
     async def _install(self, flight: Flight, data: Any) -> None:
-        region, offset = self._region, flight.offset
+        done = self._put(flight, data)
+        if done is not None:
+            await self._put_patiently(flight, data, done)
+
+    def _put(self, flight: Flight, data: Any) -> int | None:
+        """Install in one go. How many bytes are there if mappings change, and it is to be tried
+        again; None if all are."""
         try:
-            region.install(offset, data, heal=True)
+            self._region.install(flight.offset, data, heal=True)
         except KernelError as error:
             if error.errno != errno.EAGAIN:
                 raise
-            await region.install_async(
-                offset + error.done,
-                memoryview(data)[error.done :],
-                heal=True,
-                patience=AGAIN_PATIENCE,
-            )
+            return error.done
+        self._advance(flight, len(data))
+        return None
+
+    async def _put_patiently(self, flight: Flight, data: Any, done: int) -> None:
+        await self._region.install_async(
+            flight.offset + done, memoryview(data)[done:], heal=True, patience=AGAIN_PATIENCE
+        )
         self._advance(flight, len(data))
 
     def _advance(self, flight: Flight, length: int) -> None:

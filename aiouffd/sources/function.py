@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable
+from types import CoroutineType
 from typing import TypeAlias
 
 from ..errors import AiouffdError, SourceError, UnsupportedError, UsageError
@@ -68,7 +69,7 @@ class FunctionSource(BaseSource):
         check_range(offset, length, self._size)
         try:
             answer = self._func(offset, length)
-            if not inspect.isawaitable(answer):
+            if type(answer) is not CoroutineType and not inspect.isawaitable(answer):
                 raise UsageError(
                     f"{self!r}: the function returned {type(answer).__name__}, not an awaitable",
                     hint="define it with 'async def'",
@@ -83,6 +84,8 @@ class FunctionSource(BaseSource):
                 transient=known.transient,
                 errno=known.errno,
             ) from exc
+        if type(data) is bytes and len(data) == length:
+            return data
         return check_length(data, length, offset=offset)
 
     def clone(self) -> Source:
