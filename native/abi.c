@@ -144,6 +144,35 @@ int au_abi_rwprotect(int fd, uint64_t start, uint64_t len, uint64_t mode)
 	return call(fd, AU_UFFDIO_RWPROTECT, &arg);
 }
 
+/* ------------------------------------------------- resolving without regions */
+
+int au_abi_apply(int fd, int op, uint64_t start, uint64_t src, uint64_t len, uint64_t mode,
+		 int64_t *done)
+{
+	if (done)
+		*done = 0;
+	switch (op) {
+	case AU_OP_COPY:
+		return au_abi_copy(fd, start, src, len, mode, done);
+	case AU_OP_ZERO:
+		return au_abi_zeropage(fd, start, len, mode, done);
+	case AU_OP_POISON:
+		return au_abi_poison(fd, start, len, mode, done);
+	case AU_OP_CONTINUE:
+		return au_abi_continue(fd, start, len, mode, done);
+	case AU_OP_MOVE:
+		return au_abi_move(fd, start, src, len, mode, done);
+	case AU_OP_WRITEPROTECT:
+		return au_abi_writeprotect(fd, start, len, mode);
+	case AU_OP_RWPROTECT:
+		return au_abi_rwprotect(fd, start, len, mode);
+	case AU_OP_WAKE:
+		return au_abi_wake(fd, start, len);
+	default:
+		return -EINVAL;
+	}
+}
+
 int au_abi_set_mode(int fd, uint64_t enable, uint64_t disable)
 {
 	struct au_uffdio_set_mode arg = { .enable = enable, .disable = disable };

@@ -42,6 +42,22 @@ int au_abi_move(int fd, uint64_t dst, uint64_t src, uint64_t len, uint64_t mode,
 int au_abi_writeprotect(int fd, uint64_t start, uint64_t len, uint64_t mode);
 int au_abi_rwprotect(int fd, uint64_t start, uint64_t len, uint64_t mode); /* 7.3 */
 
+/* What can be done to a range. */
+enum au_op {
+	AU_OP_COPY,
+	AU_OP_ZERO,
+	AU_OP_POISON,
+	AU_OP_CONTINUE,
+	AU_OP_MOVE,
+	AU_OP_WRITEPROTECT,
+	AU_OP_RWPROTECT,
+	AU_OP_WAKE,
+};
+/* One of them. Bytes come from `src`, where the operation has any; those without a count of bytes
+ * leave 0 in *done. */
+int au_abi_apply(int fd, int op, uint64_t start, uint64_t src, uint64_t len, uint64_t mode,
+		 int64_t *done);
+
 /* Switches features on and off after the handshake: AU_FEATURE_RWP_ASYNC alone. 7.3 */
 int au_abi_set_mode(int fd, uint64_t enable, uint64_t disable);
 

@@ -1,8 +1,8 @@
 #include "demand.h"
 
-#include "engine.h"
 #include "guard.h"
 #include "pagemap.h"
+#include "pump.h"
 #include "slots.h"
 #include "sys.h"
 
@@ -192,7 +192,7 @@ int au_wait_find(struct au_region *region, uint64_t offset, uint64_t length, con
 
 int au_mapped(uint64_t address, uint64_t length)
 {
-	uint64_t base = (uint64_t)sysconf(_SC_PAGESIZE), items[512];
+	uint64_t base = au_page_size(), items[512];
 	uint64_t page = address / base, last = (address + length - 1) / base, count, index;
 
 	for (; page <= last; page += count) {

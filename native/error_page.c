@@ -3,6 +3,7 @@
 #include "abi.h"
 #include "counters.h"
 #include "engine.h"
+#include "mapping.h"
 #include "sys.h"
 
 #include <fcntl.h>

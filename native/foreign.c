@@ -1,7 +1,6 @@
 #include "foreign.h"
 
 #include "abi.h"
-#include "engine.h"
 #include "sys.h"
 
 #include <errno.h>
@@ -12,9 +11,6 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-#define BASE_PAGE 4096ULL
-/* An address that nobody can register: below what the kernel lets be mapped. */
-#define NOWHERE 4096ULL
 /* After EAGAIN: tries between two looks for messages; ns without any after which the thread that is
  * in the way counts as having no CPU; and moments missed in a row before we look for another CPU. */
 #define TRIES 8
@@ -24,21 +20,12 @@
 static int issue(int fd, int op, uint64_t start, const uint8_t *src, uint64_t length,
 		 uint64_t page_size, int64_t *done)
 {
-	*done = 0;
-	switch (op) {
-	case AU_OP_COPY:
-		return au_abi_copy(fd, start, (uint64_t)(uintptr_t)src, length, 0, done);
-	case AU_OP_ZERO:
-		if (page_size > BASE_PAGE) /* huge pages know no ZEROPAGE */
-			return au_abi_copy(fd, start, (uint64_t)(uintptr_t)src, page_size, 0, done);
-		return au_abi_zeropage(fd, start, length, 0, done);
-	case AU_OP_POISON:
-		return au_abi_poison(fd, start, length, 0, done);
-	case AU_OP_CONTINUE:
-		return au_abi_continue(fd, start, length, 0, done);
-	default:
-		return -EINVAL;
+	if (op == AU_OP_ZERO && page_size > au_page_size()) {
+		/* Huge pages know no ZEROPAGE. */
+		op = AU_OP_COPY;
+		length = page_size;
 	}
+	return au_abi_apply(fd, op, start, (uint64_t)(uintptr_t)src, length, 0, done);
 }
 
 /* The client may write the same bytes, so no bit of its may be lost. */
@@ -286,7 +273,9 @@ int64_t au_foreign_pump(int fd, const struct au_foreign_area *areas, uint64_t co
 
 int au_foreign_alive(int fd)
 {
+	/* The page behind the first one: nobody has memory registered that low. */
+	uint64_t nowhere = au_page_size();
 	int64_t done;
 
-	return au_abi_zeropage(fd, NOWHERE, BASE_PAGE, 0, &done) != -ESRCH;
+	return au_abi_zeropage(fd, nowhere, au_page_size(), 0, &done) != -ESRCH;
 }

@@ -11,13 +11,16 @@
  *    may also mean that the pool is empty, so presence is checked;
  *  - anything else: the pages are missing as before and the caller gets the errno.
  */
-#include "engine.h"
+#include "install.h"
 
 #include "abi.h"
 #include "counters.h"
 #include "error_page.h"
-#include "pagemap.h"
+#include "fold.h"
 #include "kick.h"
+#include "pagemap.h"
+#include "refuse.h"
+#include "regions.h"
 #include "registry.h"
 #include "slots.h"
 #include "sys.h"
@@ -135,29 +138,22 @@ static int zero_by_copy(struct run *run, uint64_t from, int64_t *done)
 static int issue_once(struct run *run, uint64_t from, uint64_t to, int64_t *done, uint8_t *settled_as)
 {
 	struct au_region *region = run->region;
-	uint64_t start = address_of(region, from), length = (to - from) << region->page_shift;
 	bool huge = region->page_size != region->engine->page_size;
+	uint64_t source = 0;
 
 	*done = 0;
-	switch (run->op) {
-	case AU_OP_COPY:
+	if (run->op == AU_OP_COPY)
 		return copy_once(run, from, to, done);
-	case AU_OP_ZERO:
-		if (huge || was_poisoned(run))
-			return zero_by_copy(run, from, done);
-		return au_abi_zeropage(region->engine->fd, start, length, 0, done);
-	case AU_OP_POISON:
+	if (run->op == AU_OP_ZERO && (huge || was_poisoned(run)))
+		return zero_by_copy(run, from, done);
+	if (run->op == AU_OP_POISON)
 		return au_error_make(region, from, to, false, done, settled_as);
-	case AU_OP_CONTINUE:
-		return au_abi_continue(region->engine->fd, start, length, 0, done);
-	case AU_OP_MOVE:
-		return au_abi_move(region->engine->fd, start,
-				   (uint64_t)(uintptr_t)run->src +
-					   ((from - run->page) << region->page_shift),
-				   length, 0, done);
-	default:
+	if (run->op == AU_OP_MOVE)
+		source = (uint64_t)(uintptr_t)run->src + ((from - run->page) << region->page_shift);
+	else if (run->op != AU_OP_ZERO && run->op != AU_OP_CONTINUE)
 		return -EINVAL;
-	}
+	return au_abi_apply(region->engine->fd, run->op, address_of(region, from), source,
+			    (to - from) << region->page_shift, 0, done);
 }
 
 /* Shared memory whose page cache somebody filled behind us (a hole that was written
@@ -698,4 +694,35 @@ int64_t au_region_put(struct au_region *region, int op, uint64_t offset, const u
 		au_region_install(region, op, offset, src, length, over_poison, generation, &error);
 
 	return error ? -1 - (settled << 8 | (error & 0xff)) : settled;
+}
+
+void au_engine_poison_page(struct au_engine *engine, uint64_t page, uint64_t page_size)
+{
+	struct au_region *region;
+	bool entered = false;
+	int error, result;
+
+	pthread_mutex_lock(&engine->lock);
+	region = au_engine_region_at(engine, page);
+	if (region)
+		entered = au_region_enter(region);
+	if (region && !entered)
+		au_region_refuse(region, (page - region->start) >> region->page_shift);
+	pthread_mutex_unlock(&engine->lock);
+	if (entered) {
+		au_region_install(region, AU_OP_POISON, page - region->start, NULL, page_size, 0,
+				  UINT64_MAX, &error);
+		/* A page that is there after all was skipped, and nobody woken. */
+		au_abi_wake(engine->fd, page, page_size);
+		au_region_leave(region);
+	} else if (!region) {
+		int64_t done;
+
+		result = au_engine_resolve(engine, AU_OP_POISON, page, 0, page_size, 0, &done);
+		/* Before Linux 6.6 nothing else keeps a thread from waiting for ever. */
+		if ((result == -EINVAL || result == -ENOTTY) && (engine->options & AU_ENGINE_RAW) &&
+		    (engine->options & AU_ENGINE_OWN))
+			au_error_map(page, page_size, true);
+		au_abi_wake(engine->fd, page, page_size);
+	}
 }

@@ -100,15 +100,6 @@ struct au_region {
 	bool move_refused; /* the kernel cannot move pages here */
 };
 
-/* New region of `length` bytes in engine, mapped and registered.  block_size 0
- * means one page.  NULL with *error set to a positive errno. */
-struct au_region *au_region_create(struct au_engine *engine, uint64_t length, int kind, int options,
-				   uint64_t block_size, int *error);
-
-/* Serve the region from memory of this process, which has to stay and never be
- * lazy itself: `data` holds object_length bytes. */
-int au_region_set_backing(struct au_region *region, const void *data, uint64_t length);
-
 /* Mark blocks [first, first+count) as being fetched.  taken[i] becomes 1 for those
  * that the caller now owns (were neither in flight nor complete), 0 for others.
  * A block with poisoned pages counts as complete unless `heal`.
@@ -139,15 +130,6 @@ uint32_t au_region_generation(struct au_region *region, uint64_t block);
  * Whole pages only.  0 or -errno. */
 int au_region_drop(struct au_region *region, uint64_t offset, uint64_t length);
 
-/* With -EHWPOISON when the memory itself is broken, and could have been written to.
- * Guarded copies out of and searches in the region; they wait for missing pages, and end
- * with -EIO when one is poisoned (offset in *where), -EBADF when the region is closed. */
-int au_region_read(struct au_region *region, uint64_t offset, void *destination, uint64_t length,
-		   uint64_t *where);
-int au_region_touch(struct au_region *region, uint64_t offset, uint64_t length, uint64_t *where);
-int au_region_find(struct au_region *region, uint64_t offset, uint64_t length, const void *needle,
-		   uint64_t needle_length, uint64_t *where, int64_t *found);
-
 /* How much is resident, how much is poisoned (pages), how many blocks were ever touched. */
 uint64_t au_region_present(struct au_region *region);
 uint64_t au_region_poisoned(struct au_region *region);
@@ -156,12 +138,6 @@ uint64_t au_region_touched(struct au_region *region);
 /* In a child that was forked with AU_REGION_SERVE: enum au_inherited, or -EBADF if the memory
  * cannot be touched. */
 int au_region_inherited(struct au_region *region);
-
-/* Close: nobody can install any more; what is missing is poisoned, waiters are
- * woken.  With `unmap` the memory goes as well; without, what is resident stays
- * readable until au_region_free.  0 or -errno. */
-int au_region_close(struct au_region *region, int unmap);
-void au_region_free(struct au_region *region);
 
 #define AU_EHWPOISON EHWPOISON
 /* Whether a page that raised SIGBUS was there, so that neither its source nor a close is the reason:
@@ -175,14 +151,6 @@ extern _Atomic uint32_t au_inherits;
 /* The address of the page that was renewed last. */
 extern _Atomic uint64_t au_renewed;
 
-/* Memory as it was first at `offset`, mapped at `address`, which replaces what is there; it is not
- * registered.  0 or -errno. */
-int au_region_map_anew(const struct au_region *region, void *address, uint64_t offset,
-			uint64_t length);
-
-/* For the engine: a message about a page of a region that closes, or has an error there: an error
- * for who waits.  With the engine's lock held. */
-void au_region_refuse(struct au_region *region, uint64_t page);
 /* For the engine: reference while an operation is under way. */
 bool au_region_enter(struct au_region *region);
 void au_region_leave(struct au_region *region);

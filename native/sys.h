@@ -40,6 +40,19 @@ void au_test_gap(enum au_gap where);
 #define AU_GAP(where) ((void)0)
 #endif
 
+/* Of the system, in bytes: 4 KiB on x86, 4 to 64 KiB on arm64.  Huge pages are a matter of each
+ * mapping. */
+static inline uint64_t au_page_size(void)
+{
+	return (uint64_t)sysconf(_SC_PAGESIZE);
+}
+
+/* To a multiple of `step`, a power of two. */
+static inline uint64_t au_round_up(uint64_t value, uint64_t step)
+{
+	return (value + step - 1) & ~(step - 1);
+}
+
 static inline uint64_t au_now_ns(void)
 {
 	struct timespec now;
