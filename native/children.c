@@ -48,7 +48,7 @@ void au_children_unlock(void)
  * taken malloc's. */
 static int make_room(void **items, uint32_t *capacity, uint32_t count, size_t size)
 {
-	uint32_t bigger = *capacity ? *capacity * 2 : 4096 / (uint32_t)size;
+	uint32_t bigger = *capacity ? *capacity * 2 : (uint32_t)(au_page_size() / size);
 	void *memory;
 
 	if (count < *capacity)

@@ -143,13 +143,17 @@ int au_guard_start(void)
 }
 
 /* The first byte of [start, start+length) that cannot be had: copies and searches touch a page
- * anywhere.  The fault may also be on the other side of a copy. */
+ * anywhere, and a huge page goes as a whole.  The fault may also be on the other side of a copy. */
 static uint64_t first_lost(const void *start, uint64_t length)
 {
-	uint64_t from = (uint64_t)(uintptr_t)start, page = fault_address & ~UINT64_C(4095);
+	uint64_t from = (uint64_t)(uintptr_t)start, page_size = au_page_size(), page, offset;
+	struct au_region *region;
 
 	if (fault_address - from >= length)
 		return fault_address;
+	if (au_regions_find(fault_address, &offset, &region) && region)
+		page_size = region->page_size;
+	page = fault_address & ~(page_size - 1);
 	return page > from ? page : from;
 }
 

@@ -48,7 +48,7 @@ static struct watch watches[AU_SERVERS];
 /* An error for whoever touches this page. */
 static void refuse(int uffd, int server, uint64_t address)
 {
-	uint64_t size = (uint64_t)sysconf(_SC_PAGESIZE), page;
+	uint64_t size = au_page_size(), page;
 	struct au_region *region;
 	uint32_t index = 0;
 	int tries;

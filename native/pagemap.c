@@ -31,7 +31,7 @@ static int descriptor(void)
 
 bool au_pagemap_read(uint64_t address, uint64_t *items, uint64_t count)
 {
-	uint64_t base = (uint64_t)sysconf(_SC_PAGESIZE);
+	uint64_t base = au_page_size();
 	ssize_t size = (ssize_t)(count * sizeof *items);
 	int fd = descriptor();
 
