@@ -82,9 +82,29 @@ def includes(paths: Iterable[Path]) -> dict[str, set[str]]:
     return {path.name: set(INCLUDE.findall(path.read_text())) for path in paths}
 
 
-def test_headers_of_the_core_make_no_circle() -> None:
-    graph = includes(NATIVE.glob("*.h"))
-    in_order({name: {other for other in found if other in graph} for name, found in graph.items()})
+def to_the_right(folder: Path) -> list[str]:
+    """Includes of a file that comes later in `layers.CORE` than the one that includes it."""
+    found = includes(folder.glob("*.[ch]"))
+    place = {stem: number for number, stem in enumerate(layers.CORE)}
+    return sorted(
+        f"{name} -> {other}"
+        for name, others in found.items()
+        for other in others & {path.name for path in folder.glob("*.h")}
+        if place[Path(other).stem] > place[Path(name).stem]
+    )
+
+
+def test_files_of_the_core_stand_in_a_line() -> None:
+    assert sorted({path.stem for path in NATIVE.glob("*.[ch]")}) == sorted(layers.CORE)
+    assert to_the_right(NATIVE) == []
+
+
+def test_an_include_to_the_right_is_found(tmp_path: Path) -> None:
+    (tmp_path / "region.h").write_text('#include "engine.h"\n')
+    (tmp_path / "engine.h").touch()
+    assert to_the_right(tmp_path) == []
+    (tmp_path / "engine.c").write_text('#include "engine.h"\n\n#include "region.h"\n')
+    assert to_the_right(tmp_path) == ["engine.c -> region.h"]
 
 
 def test_one_file_knows_python() -> None:

@@ -1,4 +1,4 @@
-"""The map of the layers: which folder of the package may import from which.
+"""The map of the layers: which folder of the package, and which file of native/, may use which.
 
     python3 tools/layers.py            print it as a Mermaid diagram, as CONTRIBUTING.md shows it
     python3 tools/layers.py --write    put it there
@@ -37,6 +37,46 @@ LAYERS = (
 )
 #: What people import by these names, whatever is below.
 DOORS = ("__init__", "__main__", "abi", "headers", "safetensors", "sync", "uffd", "workingset")
+
+#: Files of native/ by their stems, a header and its code together: each includes only those
+#: before it.
+CORE = (
+    "sys",
+    "uapi",
+    "abi",
+    "counters",
+    "pagemap",
+    "task",
+    "registry",
+    "slots",
+    "kick",
+    "engine",
+    "region",
+    "regions",
+    "mapping",
+    "error_page",
+    "refuse",
+    "fold",
+    "install",
+    "pump",
+    "guard",
+    "reading",
+    "children",
+    "creation",
+    "closing",
+    "demand",
+    "rescue",
+    "interrupt",
+    "gil",
+    "handler",
+    "inherit",
+    "sentry",
+    "lifecycle",
+    "attach",
+    "foreign",
+    "uapi_check",
+    "native",
+)
 
 BEGIN, END = "<!-- layers: begin -->", "<!-- layers: end -->"
 
