@@ -572,8 +572,8 @@ BAD_AREAS = [
     ("beyond the object", [(0x10000, SIZE + 4096, 0, 4096, 0)], "behind its object"),
     ("far beyond", [(0x10000, 4096, (1 << 64) - 4096, 4096, 0)], "behind its object"),
     ("inside of a page of it", [(0x10000, 4096, 100, 4096, 0)], "begin at a page"),
-    ("wrapping around", [((1 << 64) - 4096, 8192, 0, 4096, 0)], "behind all addresses"),
-    ("the kernel's", [(1 << 63, 4096, 0, 4096, 0)], "behind all addresses"),
+    ("wrapping around", [((1 << 64) - 4096, 8192, 0, 4096, 0)], "past the user address space"),
+    ("the kernel's", [(1 << 63, 4096, 0, 4096, 0)], "past the user address space"),
     ("huge", [(0, 1 << 46, 0, 4096, 1)], ""),
 ]
 

@@ -41,7 +41,7 @@ class Older:
             return
         monkeypatch.setattr(Userfaultfd, "available", property(lambda _: left))
         monkeypatch.setattr(region, "lib", _Refusing())
-        monkeypatch.setattr("aiouffd.uffd.lib", _Refusing())
+        monkeypatch.setattr("aiouffd.kernel.uffd.lib", _Refusing())
 
 
 class _Refusing:

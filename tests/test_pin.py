@@ -30,7 +30,7 @@ def lent() -> list[Any]:
     return [
         view
         for owner in gc.get_objects()
-        if isinstance(owner, ffi.CData)
+        if issubclass(type(owner), ffi.CData)  # some answer for another class, and warn
         for view in gc.get_referents(owner)
         if isinstance(view, memoryview)
     ]

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 import aiouffd
 from aiouffd import ClosedError, SourceError, UnsupportedError, UsageError
+from aiouffd.formats import safetensors as module
 from aiouffd.formats.safetensors import (
     FormatError,
     SyncTensors,
@@ -272,7 +273,7 @@ async def test_long_headers_are_not_parsed_on_the_loop(monkeypatch: pytest.Monke
         threads.append(threading.current_thread())
         return parse_header(data, size)
 
-    monkeypatch.setattr(aiouffd.safetensors, "parse_header", parse)
+    monkeypatch.setattr(module, "parse_header", parse)
     many = {f"tensor {n}": entry("U8", [1], n, n + 1) for n in range(5000)}
     async with opened(raw_file(many, bytes(5000))) as buf:
         assert len(await load(buf)) == 5000
@@ -794,7 +795,7 @@ class Gaps:
 def test_a_hostile_header_costs_little(
     header: bytes, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(aiouffd.safetensors, "TENSORS_MAX", 5000)
+    monkeypatch.setattr(module, "TENSORS_MAX", 5000)
     file = raw_file(header)
     tracemalloc.start()
     try:
@@ -825,7 +826,7 @@ EMPTY = entry("U8", [0], 0, 0)
 
 
 def test_an_index_has_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aiouffd.safetensors, "INDEX_MAX", 3000)
+    monkeypatch.setattr(module, "INDEX_MAX", 3000)
     for text, message in (
         (b'{"weight_map": {' + b'"a": ' + b"[" * MIB, "nested|longer"),
         (b'{"metadata": ' + b"[" * MIB, "nested|longer"),

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..util.package import FOLDER
+
 if TYPE_CHECKING:
     from .calls import Lib
     from .calls.pointers import Bytes
@@ -34,7 +36,7 @@ _NO_GIL = (
 
 def _why(error: ImportError) -> str:
     """What to do where the native module cannot be loaded."""
-    package = Path(__file__).resolve().parent
+    package = FOLDER.resolve()
     text = f"aiouffd's native module could not be loaded: {error}. "
     if sys.platform != "linux" or sys.implementation.name != "cpython":
         return text + "It needs Linux and CPython"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import ClosedError
 from ..kernel.lib import ffi
+from ..util.package import FOLDER
 
 if TYPE_CHECKING:
     from ..kernel.calls.pointers import Bytes
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Exports"]
 
 _Place: TypeAlias = tuple[CodeType, int]
-_FOLDER = os.path.join(os.path.dirname(__file__), "")
+_FOLDER = os.path.join(FOLDER, "")
 
 
 class Exports:
