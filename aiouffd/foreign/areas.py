@@ -101,7 +101,8 @@ class Area:
 
     def state_of(self, address: int) -> int:
         """State of the page that holds ``address``."""
-        return self._states()[(address - self.start) // self.page_size]
+        assert self.states is not None  # as `_states`; each fault asks twice
+        return self.states[(address - self.start) // self.page_size]
 
     def mark_installed(self, start: int, end: int) -> None:
         """The pages of ``start`` to ``end`` are there."""
@@ -145,8 +146,8 @@ class Area:
 
     def missing(self, start: int, end: int) -> list[tuple[int, int]]:
         """Runs of pages in ``start`` to ``end`` that are neither removed nor there already."""
-        first, size = self.page_of(start), self.page_size
-        some = bytes(self._states()[first : self.page_of(end)])
+        size, base = self.page_size, self.start
+        some = bytes(self._states()[(start - base) // size : (end - base) // size])
         return [
             (start + run.start() * size, start + run.end() * size) for run in _ZEROS.finditer(some)
         ]
@@ -265,7 +266,7 @@ class AreaMap:
         if at < 0:
             return None
         area = self._areas[at]
-        return area if address < area.end else None
+        return area if address < area.start + area.length else None
 
     def within(self, start: int, end: int) -> list[tuple[Area, int, int]]:
         """Areas that overlap ``start`` to ``end``, and the addresses of the overlap."""

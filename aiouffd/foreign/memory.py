@@ -622,7 +622,7 @@ class Memory:
         self, area: Area, runs: list[tuple[int, int]], source: Bytes, base: int, page: int | None
     ) -> None:
         filler, page_size, events = self._filler, area.page_size, self.stats.events
-        if page is not None:
+        if page is not None and len(runs) > 1:
             # The one that somebody waits for first.
             runs.sort(key=lambda run: not run[0] <= page < run[1])
         for low, high in runs:
