@@ -4,6 +4,7 @@
 #include "sentry.h"
 #include "slots.h"
 #include "sys.h"
+#include "watched.h"
 
 #include <errno.h>
 #include <stdlib.h>

@@ -22,6 +22,7 @@
 #include "kick.h"
 #include "lifecycle.h"
 #include "mapping.h"
+#include "notes.h"
 #include "pagemap.h"
 #include "pump.h"
 #include "reading.h"
@@ -32,8 +33,12 @@
 #include "rescue.h"
 #include "sentry.h"
 #include "slots.h"
+#include "stalls.h"
 #include "sys.h"
 #include "task.h"
 #include "uapi.h"
+#include "verdicts.h"
+#include "watched.h"
+#include "where.h"
 
 #endif
