@@ -77,7 +77,7 @@ static void take_hand(struct au_sink *sink, struct au_region *region, int op, ui
 }
 
 bool au_fold_missing(struct au_engine *engine, struct au_sink *sink, struct au_region *region,
-			 uint64_t page, const struct au_uffd_msg *message)
+		     uint64_t page, const struct au_uffd_msg *message)
 {
 	uint64_t block = page >> (region->block_shift - region->page_shift);
 	uint64_t offset = block << region->block_shift;

@@ -122,7 +122,7 @@ int au_region_map(struct au_region *region)
 }
 
 int au_region_map_anew(const struct au_region *region, void *address, uint64_t offset,
-			uint64_t length)
+		       uint64_t length)
 {
 	bool shared = region->memfd >= 0;
 	struct stat status;

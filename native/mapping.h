@@ -14,6 +14,6 @@ int au_region_map(struct au_region *region);
 /* Memory as it was first at `offset`, mapped at `address`, which replaces what is there; it is not
  * registered.  0 or -errno. */
 int au_region_map_anew(const struct au_region *region, void *address, uint64_t offset,
-			uint64_t length);
+		       uint64_t length);
 
 #endif
