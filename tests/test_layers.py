@@ -111,3 +111,23 @@ def test_one_file_knows_python() -> None:
     found = includes(NATIVE.glob("*.[ch]"))
     knowing = [name for name, others in found.items() if "Python.h" in others]
     assert knowing == ["gil.c"]
+
+
+#: Numbers that happen to be the size of a page.
+OTHER_4096 = ("AREAS_MAX", "PIECE", "_PART")
+
+
+def test_nobody_knows_the_size_of_a_page_by_heart() -> None:
+    """It is 64 KiB on some arm64: `util/pages.py` and `au_page_size` ask the system."""
+    files = [
+        *NATIVE.glob("*.[ch]"),
+        *(layers.PACKAGE / "foreign").rglob("*.py"),
+        *(layers.PACKAGE / "serve").rglob("*.py"),
+    ]
+    known = [
+        f"{path.name}: {line.strip()}"
+        for path in files
+        for line in path.read_text().splitlines()
+        if re.search(r"\b(4096|4095|0xfff)U?L*\b", line) and not line.startswith(OTHER_4096)
+    ]
+    assert known == []

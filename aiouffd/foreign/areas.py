@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
+from ..util.pages import PAGE_SIZE
 from . import states as page_states
 from .states import STEP
 from .steps import Steps, at_once
@@ -67,7 +68,7 @@ class Area:
     :param length: in bytes, a multiple of the page size.
     :param store: the object; None if it reads as zeros.
     :param offset: of ``start`` in the object, in bytes.
-    :param page_size: in bytes: 4096, or that of huge pages.
+    :param page_size: in bytes: the system's, or that of huge pages.
     :param states: one byte per page to keep the pages' states in, for example of a file that
         outlives us; made if None.
     :param lasting: the process tells of what it drops, so what was INSTALLED and is missing was
@@ -78,7 +79,7 @@ class Area:
     length: int
     store: BlockStore | None
     offset: int = 0
-    page_size: int = 4096
+    page_size: int = PAGE_SIZE
     states: memoryview | None = None
     lasting: bool = False
 
@@ -203,8 +204,8 @@ class Area:
         )
 
 
-#: Bytes of the smallest pages; and as how many states an area counts that is changed.
-_PAGE_MIN, _AREA_WORK = 4096, 256
+#: As how many states an area counts that is changed.
+_AREA_WORK = 256
 #: Areas that are changed in one step; and how many of them are put in order anew for one change.
 _AREAS_STEP, _INDEX_AGAIN = 256, 64
 _RECENT_MAX = 1024
@@ -331,7 +332,7 @@ class AreaMap:
         are states to change, and many for each area."""
         first = max(0, bisect_right(self._starts, start) - 1)
         count = max(0, bisect_left(self._starts, end) - first)
-        pages = min((end - start) // _PAGE_MIN + 1, self.pages) if count else 0
+        pages = min((end - start) // PAGE_SIZE + 1, self.pages) if count else 0
         return count * _AREA_WORK + pages
 
     @property

@@ -31,6 +31,7 @@ from ..sources.base import (
 from ..sources.lifecycle import Life
 from ..sources.memory import MemorySource
 from ..util.once import cancelled_from_outside
+from ..util.pages import PAGE_SIZE
 from ..util.usercode import Complaints, describe, ends_the_program, tell_loop
 from .reactor import Share
 
@@ -47,7 +48,7 @@ FLIGHT = 50e-6
 #: Seconds that tasks may take to end once they were cancelled.
 STUBBORN = 10.0
 #: The granularity of offsets that blocks and areas have.
-PAGE = 4096
+PAGE = PAGE_SIZE
 #: What those get to read who wait when a store closes.
 CLOSED = "the server is closing"
 
@@ -94,7 +95,7 @@ class BlockStore:
     """The blocks of ``source``, on the loop that opens it.
 
     :param source: a `Source`; opened by `open`, closed by `aclose`.
-    :param block_size: bytes fetched at a time, a power of two and at least 4096.
+    :param block_size: bytes fetched at a time, a power of two and at least a page.
     :param keep: bytes of fetched blocks that are kept for the next who wants them.
     :param deadline: seconds after which a block that somebody waits for has failed; None: it is
         tried again for ever. Short for a ``policy``.
@@ -110,7 +111,7 @@ class BlockStore:
         policy: Policy | None = None,
     ) -> None:
         if block_size < PAGE or block_size & (block_size - 1):
-            raise UsageError(f"the block size {block_size} is not a power of two from 4096 on")
+            raise UsageError(f"the block size {block_size} is not a power of two from {PAGE} on")
         self.source = source
         self.block_size = block_size
         self.tally = Tally()

@@ -40,6 +40,7 @@ from ..errors import ClosedError
 from ..fetch.flights import FlightCancelledError
 from ..kernel.lib import ffi, lib, pin
 from ..kernel.results import unpack
+from ..util.pages import PAGE_SIZE
 from ..util.tasks import begin
 from ..util.usercode import tell_loop
 from .areas import INSTALLED, REMOVED, Area, AreaMap
@@ -112,7 +113,7 @@ class Memory:
         share: Share,
         uncovered: Uncovered = "poison",
         readahead: int = 0,
-        page_size: int = 4096,
+        page_size: int = PAGE_SIZE,
         name: str = "",
         forked: Callable[[Memory, int], Steps[None]] | None = None,
         gone: Callable[[Memory], None] | None = None,
@@ -167,7 +168,7 @@ class Memory:
         self._applying: Steps[None] | None = None
         self._settling: asyncio.Task[None] | None = None
         self._work = 0
-        self._zeros: Bytes = ffi.NULL if page_size == 4096 else ffi.new("uint8_t[]", page_size)
+        self._zeros: Bytes = ffi.NULL if page_size == PAGE_SIZE else ffi.new("uint8_t[]", page_size)
 
     # ------------------------------------------------------------------ begin
 
@@ -483,12 +484,12 @@ class Memory:
         store = area.store
         state = area.state_of(page)
         # Of huge pages INSTALLED may be wrong: EEXIST also means that there are none left.
-        gone = state & INSTALLED and area.lasting and size == 4096
+        gone = state & INSTALLED and area.lasting and size == PAGE_SIZE
         if state & REMOVED or gone or store is None:
             self.stats.zero_pages += 1
             self._filler.put(_ZERO, page, self._zeros, size, size, urgent=True)
             return
-        if state & INSTALLED and size > 4096 and self._filler.pool_is_empty(page):
+        if state & INSTALLED and size > PAGE_SIZE and self._filler.pool_is_empty(page):
             return
         self._ask(area, store, page)
 

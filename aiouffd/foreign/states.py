@@ -17,7 +17,9 @@ __all__ = ["STEP", "copy", "load", "new", "new_file", "save"]
 #: States that are looked at in one go: of 512 MiB of memory, which take some 0.1 ms.
 STEP = 1 << 17
 _SMALL = 1 << 16
-_ZEROS = bytes(4096)
+#: States that are looked at for anything known.
+_PART = 4096
+_ZEROS = bytes(_PART)
 
 
 def new(count: int) -> memoryview:
@@ -30,8 +32,8 @@ def new(count: int) -> memoryview:
 
 def copy(source: memoryview, target: memoryview) -> None:
     """Copy at most `STEP` states, as far as any are known, to where none are yet."""
-    for at in range(0, len(source), 4096):
-        some = bytes(source[at : at + 4096])
+    for at in range(0, len(source), _PART):
+        some = bytes(source[at : at + _PART])
         if some != _ZEROS[: len(some)]:
             target[at : at + len(some)] = some
 
@@ -47,8 +49,8 @@ async def save(states: memoryview, fd: int, at: int) -> None:
     for first in range(0, len(states), STEP):
         if first:
             await asyncio.sleep(0)
-        for low in range(first, min(first + STEP, len(states)), 4096):
-            some = bytes(states[low : low + 4096])
+        for low in range(first, min(first + STEP, len(states)), _PART):
+            some = bytes(states[low : low + _PART])
             if some != _ZEROS[: len(some)]:
                 os.pwrite(fd, some, at + low)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import _thread
 import importlib
-import mmap
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..util import pages
 from ..util.package import FOLDER
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ ffi: Any = _native.ffi
 lib: Lib = _native.lib
 
 #: Bytes in a base page: the unit and the alignment of nearly every argument.
-PAGE_SIZE: int = mmap.PAGESIZE
+PAGE_SIZE: int = pages.PAGE_SIZE
 
 
 def pin(data: Any) -> tuple[Bytes, memoryview]:

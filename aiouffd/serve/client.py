@@ -21,6 +21,7 @@ from ..foreign.reactor import Share
 from ..foreign.stats import MemoryStats
 from ..foreign.steps import Steps, at_once, in_steps
 from ..kernel.uffd import Userfaultfd
+from ..util.pages import PAGE_SIZE, PAGE_SIZES
 from ..util.places import is_trusted
 from ..util.tasks import begin
 from .channel import Channel
@@ -39,7 +40,6 @@ OnFailure = Literal["poison", "kill"]
 CHECKED = 64
 #: Addresses from here on are the kernel's.
 _ADDRESS_MAX = 1 << 47
-_PAGE_SIZES = (4096, 2 << 20, 1 << 30)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ class Client:
         fd: int,
         areas: Sequence[Area],
         *,
-        page_size: int = 4096,
+        page_size: int = PAGE_SIZE,
         uncovered: Uncovered = "poison",
         background: bool = False,
         name: str = "",
@@ -166,7 +166,7 @@ class Client:
         fd: int,
         areas: Sequence[Area],
         *,
-        page_size: int = 4096,
+        page_size: int = PAGE_SIZE,
         background: bool = False,
         whole: bool = False,
     ) -> Memory:
@@ -218,7 +218,7 @@ class Client:
 
     def _checked(self, areas: Sequence[Area], page_size: int, whole: bool) -> Steps[AreaMap]:
         limits = self.server.limits
-        if page_size not in _PAGE_SIZES:
+        if page_size not in PAGE_SIZES:
             raise PeerError(f"pages of {page_size} bytes")
         if len(areas) > limits.areas:
             raise PeerError(f"it has {len(areas)} areas, more than {limits.areas}")

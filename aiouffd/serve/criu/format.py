@@ -19,6 +19,7 @@ from operator import attrgetter
 from typing import Any, Final, NamedTuple
 
 from ...errors import SourceError
+from ...util.pages import PAGE_SIZE
 from .messages import message_class
 
 __all__ = [
@@ -33,7 +34,8 @@ __all__ = [
     "parse_vmas",
 ]
 
-PAGE: Final = 4096
+#: Images and requests count in pages of the system.
+PAGE: Final = PAGE_SIZE
 
 _COMMON: Final = 0x54564319
 _INVENTORY: Final = 0x58313116

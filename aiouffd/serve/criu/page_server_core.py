@@ -14,11 +14,13 @@ from collections import deque
 from typing import Final
 
 from ...errors import SourceError, UsageError
+from ...util.pages import PAGE_SIZE
 from ...util.waiting import Done
 
 __all__ = ["HEADS", "PAGES_MAX", "Exchange", "PageRequest", "PageServerError"]
 
-PAGE: Final = 4096
+#: Images and requests count in pages of the system.
+PAGE: Final = PAGE_SIZE
 #: Pages in one request. A server cannot do more than 1024 at once; less keeps others waiting less.
 PAGES_MAX: Final = 64
 

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import PeerError, UsageError
 from ...foreign.areas import Area
+from ...util.pages import PAGE_SIZE
 
 if TYPE_CHECKING:
     from ..channel import Channel
@@ -44,7 +45,7 @@ LIMIT = 1 << 20
 _PIECE = 64 * 1024
 #: Levels of brackets; Firecracker's text has two, a relative's three.
 _DEPTH_MAX = 16
-_PAGE_SIZES = (4096, 2 << 20)
+_PAGE_SIZES = (PAGE_SIZE, 2 << 20)
 _SPACE = b" \t\r\n"
 _ACKNOWLEDGEMENT = b"\x01"
 
@@ -62,7 +63,7 @@ class GuestRegion:
     size: int
     #: Where it begins in the memory file, a multiple of ``page_size``.
     offset: int
-    #: 4096 or 2 MiB.
+    #: The system's, or 2 MiB.
     page_size: int
 
 
@@ -185,7 +186,7 @@ def _region(element: Any) -> GuestRegion:
         _field(element, "page_size", 0) or _field(element, "page_size_kib", 0) or _PAGE_SIZES[0]
     )
     if page_size not in _PAGE_SIZES:
-        raise PeerError(f"a page size of {page_size} bytes; it can be 4096 or 2 MiB")
+        raise PeerError(f"a page size of {page_size} bytes; it can be {PAGE_SIZE} or 2 MiB")
     where = f"the region of {size:#x} bytes at {address:#x}"
     if not size:
         raise PeerError(f"{where} is empty")

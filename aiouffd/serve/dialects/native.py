@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ...errors import AiouffdError, PeerError, SourceError
 from ...foreign.areas import GONE, Area
 from ...foreign.steps import Steps, in_steps
+from ...util.pages import PAGE_SIZES
 
 if TYPE_CHECKING:
     from ...foreign.blocks import BlockStore
@@ -96,7 +97,6 @@ AREAS_MAX: Final = 4096
 PARTS_MAX: Final = 65536
 NAME_MAX: Final = 1024
 TEXT_MAX: Final = 200
-PAGE_SIZES: Final = (4096, 2 << 20, 1 << 30)
 NO_TAG: Final = bytes(32)
 
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
