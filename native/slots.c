@@ -5,6 +5,7 @@
 
 #include <pthread.h>
 #include <stddef.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 
@@ -43,10 +44,44 @@ struct au_slot *au_slot_at(uint32_t index)
 	return &atomic_load(&chunks[index >> CHUNK_BITS])[index & (CHUNK - 1)];
 }
 
+#define TO(state) (1U << AU_SLOT_##state)
+/* The protocol: from each state to which others.  Who moves a slot so: slots.h. */
+static const uint32_t next_states[AU_SLOT_STATES] = {
+	[AU_SLOT_FREE] = TO(CLAIM),
+	[AU_SLOT_CLAIM] = TO(PENDING) | TO(ASKED),
+	[AU_SLOT_PENDING] = TO(YIELDED) | TO(NOGIL) | TO(KERNEL) | TO(FOREIGN) | TO(MASKED) |
+			    TO(RESOLVING) | TO(FREE),
+	[AU_SLOT_YIELDED] = TO(PENDING) | TO(FREE),
+	[AU_SLOT_NOGIL] = TO(PENDING) | TO(FREE),
+	[AU_SLOT_KERNEL] = TO(PENDING) | TO(FREE),
+	[AU_SLOT_RESOLVING] = TO(PENDING) | TO(FREE),
+	[AU_SLOT_FOREIGN] = TO(FREE),
+	[AU_SLOT_MASKED] = TO(PENDING) | TO(FREE),
+	[AU_SLOT_ASKED] = TO(FREE),
+};
+
+bool au_slot_may(enum au_slot_state from, enum au_slot_state to)
+{
+	return from < AU_SLOT_STATES && to < AU_SLOT_STATES && (next_states[from] & (1U << to));
+}
+
+/* The C tests hold every step to the table. */
+static void check_step(uint32_t word, enum au_slot_state to)
+{
+#ifdef AU_TEST_GAPS
+	if (!au_slot_may(au_slot_state(word), to))
+		abort();
+#else
+	(void)word;
+	(void)to;
+#endif
+}
+
 bool au_slot_move(struct au_slot *slot, uint32_t word, enum au_slot_state state)
 {
 	uint32_t next = (word & ~AU_SLOT_STATE_MASK) | state;
 
+	check_step(word, state);
 	return atomic_compare_exchange_strong(&slot->word, &word, next);
 }
 
@@ -54,6 +89,8 @@ bool au_slot_free(struct au_slot *slot, uint32_t word)
 {
 	uint32_t next = ((word >> AU_SLOT_STATE_BITS) + 1) << AU_SLOT_STATE_BITS;
 
+	if (au_slot_state(word) != AU_SLOT_FREE)
+		check_step(word, AU_SLOT_FREE);
 	if (!atomic_compare_exchange_strong(&slot->word, &word, next))
 		return false;
 	if (au_slot_state(word) != AU_SLOT_FREE) {

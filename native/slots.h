@@ -9,6 +9,8 @@
  *	PENDING -> NOGIL | KERNEL | FOREIGN | MASKED   the sentry or handler: no signal (any more)
  *	PENDING -> RESOLVING          the installer, before its ioctl: too late to yield
  *	RESOLVING -> PENDING          the installer, when its ioctl failed
+ *	NOGIL | KERNEL | MASKED -> PENDING   the sentry, when the fault was read again
+ *	YIELDED -> PENDING            the handler, which gives way to another signal
  *	anything but CLAIM -> FREE    the installer, when the page is there
  *	CLAIM -> ASKED                a thread that asks for a page instead of touching it (demand.h)
  *
@@ -35,6 +37,7 @@ enum au_slot_state {
 	AU_SLOT_FOREIGN,
 	AU_SLOT_MASKED,
 	AU_SLOT_ASKED, /* its thread waits on the word, has not touched and needs no signal */
+	AU_SLOT_STATES
 };
 
 #define AU_SLOT_STATE_BITS 4
@@ -70,6 +73,8 @@ static inline enum au_slot_state au_slot_state(uint32_t word)
 	return (enum au_slot_state)(word & AU_SLOT_STATE_MASK);
 }
 
+/* Whether the protocol has such a step: slots.c has the table. */
+bool au_slot_may(enum au_slot_state from, enum au_slot_state to);
 /* Move `slot` from exactly `word` to `state`, keeping the generation. */
 bool au_slot_move(struct au_slot *slot, uint32_t word, enum au_slot_state state);
 

@@ -204,7 +204,30 @@ static void threads(void)
 	CHECK_EQ(counted(AU_COUNT_live_slots), 0);
 }
 
+/* From every state there is a way to FREE, and from FREE to every state; steps that the protocol
+ * forbids are not in the table. */
+static void table(void)
+{
+	uint32_t reach[AU_SLOT_STATES], from, to, over;
+
+	for (from = 0; from < AU_SLOT_STATES; from++) {
+		reach[from] = 0;
+		for (to = 0; to < AU_SLOT_STATES; to++)
+			reach[from] |= (uint32_t)au_slot_may(from, to) << to;
+	}
+	for (over = 0; over < AU_SLOT_STATES; over++)
+		for (from = 0; from < AU_SLOT_STATES; from++)
+			if (reach[from] & (1U << over))
+				reach[from] |= reach[over];
+	for (from = 0; from < AU_SLOT_STATES; from++)
+		CHECK_EQ(reach[from], (1U << AU_SLOT_STATES) - 1);
+	CHECK(!au_slot_may(AU_SLOT_CLAIM, AU_SLOT_FREE)); /* its reader has it in hand */
+	CHECK(!au_slot_may(AU_SLOT_RESOLVING, AU_SLOT_YIELDED)); /* too late to yield */
+	CHECK(!au_slot_may(AU_SLOT_NOGIL, AU_SLOT_YIELDED)); /* it has nothing to give */
+}
+
 const struct test slots_tests[] = {
+	{ "slots: the table of steps", table, 0, NULL },
 	{ "slots: claim, publish, move, free, withdraw", life, 0, NULL },
 	{ "slots: duplicate messages are absorbed", duplicates, 0, NULL },
 	{ "slots: begin, abort and end around an install", installer, 0, NULL },
