@@ -20,7 +20,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NOBODY = 65534
 COPIED = ("aiouffd", "tests", "examples", "benchmarks", "tools", "native", "docs", "README.md")
-COPIED += ("Makefile", "pyproject.toml", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md")
+COPIED += (
+    "include",
+    "aiouffd_command.py",
+    "setup.py",
+    "Makefile",
+    "pyproject.toml",
+    "LICENSE",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+)
 # Tools that no test imports, and torch: a gigabyte for one test, which can do without.
 UNUSED = shutil.ignore_patterns(
     *("aiouffd.pth", "mypy*", "ruff*", "pip*", "torch", "torch-*", "*.a", "*.o")

@@ -21,7 +21,7 @@ UNUSED = shutil.ignore_patterns(
     *("torch*", "functorch", "pyarrow*", "polars*", "botocore*", "boto3*", "moto*"),
     *("cfnlint*", "sympy*", "mypy*", "*__mypyc.*", "networkx*", "cryptography*", "pip*", "ruff*"),
 )
-CHECKOUT = ("aiouffd", "tests", "examples", "tools", "native", "docs", "pyproject.toml")
+CHECKOUT = ("aiouffd", "tests", "examples", "tools", "native", "include", "docs", "pyproject.toml")
 CHECKOUT += ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile")
 
 
