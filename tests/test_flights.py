@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -402,3 +403,42 @@ async def test_bytes_at_hand_need_no_task(then: str) -> None:
         await asyncio.to_thread(touch, 60, 80)
         assert made > before
         assert buffer.stats.failures == 0
+
+
+async def test_many_threads_leave_the_loop_its_turns() -> None:
+    """Who is served at once faults again at once: that must not go on in one turn of the loop."""
+    threads, each = 100, 100
+    moody = Moody()
+    loop, between, most = asyncio.get_running_loop(), 0, 0
+    ended = asyncio.Event()
+
+    async def read(offset: int, length: int) -> bytes:
+        nonlocal between
+        between += 1
+        return await moody.read(offset, length)
+
+    def turn() -> None:
+        nonlocal between, most
+        most, between = max(most, between), 0
+        if not ended.is_set():
+            loop.call_soon(turn)
+
+    source = FunctionSource(read, threads * each * PAGE)
+    async with aiouffd.open(source, block_size=PAGE, readahead=0) as buffer:
+        view = buffer.view
+
+        def touch(number: int) -> None:
+            start = number * each * PAGE
+            hashlib.sha256(view[start : start + each * PAGE]).digest()
+            loop.call_soon_threadsafe(left.pop)
+            loop.call_soon_threadsafe(lambda: left or ended.set())
+
+        left = list(range(threads))
+        turn()
+        for number in range(threads):
+            threading.Thread(target=touch, args=(number,), daemon=True).start()
+        async with asyncio.timeout(60):
+            await ended.wait()
+    assert moody.calls == threads * each
+    # The descriptor, and what was read beside it by a native thread.
+    assert most <= 3 * threads

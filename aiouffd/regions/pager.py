@@ -41,7 +41,9 @@ _MISS: int = lib.AU_ENTRY_MISS
 _HIT: int = lib.AU_ENTRY_HIT
 _LOOP: int = lib.AU_DRAIN_LOOP
 _RESCUE: int = lib.AU_DRAIN_RESCUE
-_BATCH = 64
+#: Messages that are taken at a time. Threads beyond that are served in the kernel's order, which is
+#: not fair.
+_BATCH = 512
 
 #: Moved mappings are told of so that they stay registered: so do error pages heal.
 _FEATURES = Feature.THREAD_ID | Feature.EVENT_REMAP
@@ -315,19 +317,23 @@ class Pager:
         engine = self._engine
         if engine is None:
             return
-        while True:
-            count = lib.au_engine_drain(engine, entries, _BATCH, _LOOP)
-            # We hold the GIL, so whoever waits since before does not. (FREE-THREADING)
-            _shared.proof = _shared.sequence
-            for index in range(count):
-                kind, number, block, generation, thread, flags, address = _ENTRY.unpack_from(
-                    entries_view, index * _ENTRY_SIZE
-                )
-                self._dispatch(kind, number, block, address, flags, thread, generation)
-            if count < _BATCH:
-                break
+        count = lib.au_engine_drain(engine, entries, _BATCH, _LOOP)
+        # We hold the GIL, so whoever waits since before does not. (FREE-THREADING)
+        _shared.proof = _shared.sequence
+        for index in range(count):
+            kind, number, block, generation, thread, flags, address = _ENTRY.unpack_from(
+                entries_view, index * _ENTRY_SIZE
+            )
+            self._dispatch(kind, number, block, address, flags, thread, generation)
+        if count == _BATCH:
+            # Who was served may have faulted again: the loop has other things to do in between.
+            self._loop.call_soon(self._read_on)
         if engine.flood > FLOOD_BATCHES and self._paused is None:
             self._pause()
+
+    def _read_on(self) -> None:
+        if self._paused is None and not self._ended:
+            self._on_readable()
 
     def _dispatch(
         self,
