@@ -203,7 +203,8 @@ def test_hundreds_of_clients_and_many_successors(tmp_path: Path, loop_name: str)
 def test_successors_that_are_killed_at_each_step(tmp_path: Path, loop_name: str) -> None:
     with contextlib.ExitStack() as servers:
         running = servers.enter_context(server(tmp_path, loop_name))
-        with crowd(running, CLIENTS, 6000, pause=2000):
+        # Longer than it takes to start that many servers on a busy machine.
+        with crowd(running, CLIENTS, 15_000, pause=2000):
             for step in RECEIVING:
                 with (
                     pytest.raises(AssertionError),
