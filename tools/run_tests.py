@@ -5,9 +5,10 @@
 
 The default Python runs all of them, on both loops. The others, and the user without rights, run
 each test on one of the two loops, half of them on either, and leave out what is marked slow; with
-``--slow`` they run everything too. One lane more runs what is about errors and ends as if the
-kernel were older than Linux 6.6 (run_before_6_6.py). ``--newest`` adds the newest Pythons and
-peers, where they can be had (newest.sh).
+``--slow`` they run everything too. Pythons between the oldest and the newest leave out formats and
+protocols. One lane more runs what is about errors and ends as if the kernel were older than Linux
+6.6 (run_before_6_6.py). ``--newest`` adds the newest Pythons and peers, where they can be had
+(newest.sh).
 
 The last line is ``N passed, N failed``; the exit status tells whether anything failed. Standard
 library only, because it runs outside the environments that it tests.
@@ -216,7 +217,15 @@ def pytest_job(name: str, start: list[str], report: Path, arguments: list[str]) 
     return Job(name, [*start, *arguments], lambda _status, _text: counts_of(report, name), again)
 
 
-def python_job(python: Path, arguments: list[str], folder: Path, slow: bool, part: str = "") -> Job:
+def python_job(
+    python: Path,
+    arguments: list[str],
+    folder: Path,
+    slow: bool,
+    part: str = "",
+    least: bool = False,
+) -> Job:
+    """``least``: without what is `INDEPENDENT`, which does not care for the interpreter either."""
     name = python.parent.parent.name
     report = folder / f"{name}-{PARTS.index(part) if part else 'all'}.xml"
     # A cache of its own: two Pythons would write the same one.
@@ -225,7 +234,10 @@ def python_job(python: Path, arguments: list[str], folder: Path, slow: bool, par
     start += [] if slow else ["-m", "not slow", "--one-loop"]
     if part:
         title = f"pytest in {name}, {part}"
-        arguments = [*arguments, *sorted(map(str, ROOT.glob(f"tests/test_{part}*.py")))]
+        files = set(ROOT.glob(f"tests/test_{part}*.py"))
+        if least:
+            files -= {ROOT / "tests" / f"test_{kind}.py" for kind in INDEPENDENT}
+        arguments = [*arguments, *sorted(map(str, files))]
     else:
         title = f"pytest in {name}"
     return pytest_job(title, start, report, arguments)
@@ -332,8 +344,10 @@ def main() -> int:
         for number, python in enumerate(pythons):
             if options.only in (None, "python"):
                 slow = options.slow or number == 0
+                # Formats and protocols are tested on the oldest and the newest one.
+                least = not slow and 0 < number < len(pythons) - 1
                 for part in ("",) if options.arguments else PARTS:
-                    jobs.append(python_job(python, options.arguments, folder, slow, part))
+                    jobs.append(python_job(python, options.arguments, folder, slow, part, least))
         for number, python in enumerate(pythons):
             # One Python is enough for what depends on the user alone.
             if options.only == "unprivileged" or (options.only is None and number == 0):
