@@ -214,6 +214,7 @@ class BlockingTouchWarning(RuntimeWarning):
 
 
 class UnversionedSourceWarning(RuntimeWarning):
-    """Nothing tells one version of an opened object from another, so that bytes of two could be
-    mixed without anybody noticing. Shown once for each object; a source's ``unversioned``
-    argument makes it an error, or silences it."""
+    """The object has no version to compare, so bytes of two versions could be mixed unnoticed.
+
+    Shown once per object. A source's ``unversioned`` argument makes it an error, or silences it.
+    """
