@@ -1535,9 +1535,9 @@ class TestOnALoop:
         while uffd._messages._loop is not None:
             assert time.monotonic() < end
             await asyncio.sleep(0.001)
-        (message,) = messages(uffd)
-        assert isinstance(message, PageFault)
-        assert message.address == memory.at(1)
+        # The first one may fault once more, after a signal that asks who holds the GIL.
+        found = {message.address for message in messages(uffd) if isinstance(message, PageFault)}
+        assert memory.at(1) in found <= {memory.at(0), memory.at(1)}
         uffd.copy(memory.address, page(1, 2))
         first.result()
         second.result()
