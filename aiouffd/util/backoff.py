@@ -1,4 +1,4 @@
-"""How long to wait before something is tried again: decided here for all who try again."""
+"""The back-off schedule: how long every retry loop of the package waits before its next try."""
 
 from __future__ import annotations
 
@@ -8,16 +8,22 @@ from ..errors import SourceError
 
 __all__ = ["LONGEST_OBEYED", "Backoff"]
 
-#: The longest wait, in seconds, that a source may ask for (HTTP's Retry-After, RFC 9110, 10.2.3).
-#: A server that is wrong about it, or wants to be left alone until tomorrow, must not stop for good
-#: a thread that waits for a page: asking once a minute is a burden to nobody.
+#: The longest wait, in seconds, that a source may ask for, as HTTP's Retry-After does
+#: (https://www.rfc-editor.org/rfc/rfc9110#section-10.2.3). A server that sends a wrong or a very
+#: long value must not block a page fault for that time; one request a minute is no load.
 LONGEST_OBEYED = 60.0
 
 
 class Backoff:
-    """Pauses that double, from ``first`` to ``longest`` seconds. Each is spread over a half to one
-    and a half times itself, but never longer than ``longest``: those who failed together must not
-    come back together."""
+    """Exponential back-off with jitter, from ``first`` to ``longest`` seconds.
+
+    Each pause is drawn from 0.5 to 1.5 times its nominal value, capped at ``longest``, so that
+    callers that failed together do not retry together. Not thread-safe.
+
+    Args:
+        first: The first nominal pause, in seconds; it doubles from there.
+        longest: The longest pause, in seconds.
+    """
 
     __slots__ = ("_first", "_longest", "pause")
 
@@ -27,11 +33,16 @@ class Backoff:
         self.pause = first
 
     def reset(self) -> None:
-        """Something went well meanwhile."""
+        """Start again from the first pause, after a success."""
         self.pause = self._first
 
     def next(self, error: SourceError | None = None) -> float:
-        """Seconds to wait now; longer if ``error`` says that its source has asked for that."""
+        """Return the seconds to wait now, and double the pause after it.
+
+        Args:
+            error: The failure. If its ``retry_after`` is longer than the pause it is obeyed, up to
+                `LONGEST_OBEYED`.
+        """
         pause = self.pause
         self.pause = min(pause * 2, self._longest)
         spread = random.uniform(pause * 0.5, min(pause * 1.5, self._longest))

@@ -1,4 +1,4 @@
-"""The packages that not everybody needs, by the names of the extras: what to install for what.
+"""Optional dependencies, by the names of the extras.
 
 Hints name the packages and not ``aiouffd[extra]``: that would be looked up in the package index,
 which need not be where aiouffd came from.
@@ -24,5 +24,5 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 
 
 def install_hint(extra: str) -> str:
-    """What to type for the packages of an extra of ours."""
+    """Return the pip command that installs the packages of ``extra``."""
     return "pip install " + " ".join(f"'{each}'" for each in EXTRAS[extra])

@@ -1,4 +1,4 @@
-"""JSON from strangers, read piece by piece.
+"""Incremental parsing of untrusted JSON.
 
 The standard library parses a text in one call, which holds the GIL until it is done and makes
 objects of all of it: a hundred megabytes of brackets are a minute and some gigabytes. Here the
@@ -24,11 +24,12 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 class JsonPieces:
     """A position in a JSON text in UTF-8.
 
-    :param data: the text; a buffer, which must not change.
-    :param decoder: how values are made. What its hooks raise comes out.
-    :param error: makes the exception to raise from a message.
+    Not thread-safe.
 
-    One thread at a time.
+    Args:
+        data: The text, in a buffer that must not change.
+        decoder: Makes the values. Exceptions of its hooks propagate.
+        error: Makes the exception to raise from a message.
     """
 
     def __init__(
@@ -43,8 +44,13 @@ class JsonPieces:
         self._at = 0
 
     def members(self, most: int) -> Iterator[str]:
-        """The names in the object that begins here, each at most ``most`` bytes long. After each
-        the value is to be taken before the next is asked for."""
+        """Iterate over the names in the object that begins here.
+
+        The caller has to take the `value` of each before it asks for the next name.
+
+        Args:
+            most: The longest name allowed, in bytes.
+        """
         self._take("{")
         first = True
         while self._peek() != "}" or not first:
@@ -60,7 +66,11 @@ class JsonPieces:
         self._take("}")
 
     def value(self, most: int) -> Any:
-        """The value that begins here. Raises for one of more than ``most`` bytes."""
+        """Parse the value that begins here.
+
+        Args:
+            most: The longest value allowed, in bytes. A longer one raises what ``error`` makes.
+        """
         self._peek()
         size = _WINDOW
         while True:
@@ -81,7 +91,7 @@ class JsonPieces:
             self._decode(size)
 
     def is_object(self) -> bool:
-        """Whether an object begins here."""
+        """Return whether an object begins here."""
         return self._peek() == "{"
 
     def end(self) -> None:
@@ -90,7 +100,7 @@ class JsonPieces:
             raise self._wrong("something follows")
 
     def _peek(self) -> str:
-        """The next character that is no space; nothing at the end."""
+        """Return the next character that is not white space, "" at the end."""
         while True:
             match = _SPACE.match(self._text, self._at)
             assert match is not None
@@ -107,12 +117,12 @@ class JsonPieces:
         self._at += 1
 
     def _place(self) -> int:
-        """Where we are, in bytes."""
+        """Return the position in bytes."""
         passed = self._text[: self._at]
         return self._start + (self._at if passed.isascii() else len(passed.encode()))
 
     def _decode(self, size: int) -> None:
-        """Have ``size`` bytes of the text, from here on."""
+        """Move the window to the ``size`` bytes from the position on."""
         start = self._place()
         data = self._data[start : start + size]
         final = start + size >= len(self._data)

@@ -1,4 +1,4 @@
-"""Keywords and sizes as people write them: what is wrong is told with what was probably meant."""
+"""Checks of keywords, sizes and paths that users pass; errors suggest what was probably meant."""
 
 from __future__ import annotations
 
@@ -46,8 +46,10 @@ _READING = (
 
 
 def one_source(function: Callable[P, T]) -> Callable[P, T]:
-    """For functions that take a source and keywords: UsageError for a second argument, which says
-    that a mode is not needed."""
+    """Decorate a function of one source and keywords: UsageError for a second positional argument.
+
+    The usual mistake is a mode as in ``open(path, "rb")``, so the hint says that there is none.
+    """
 
     @functools.wraps(function)
     def opened(*arguments: P.args, **settings: P.kwargs) -> T:
@@ -63,14 +65,14 @@ def one_source(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def seconds(name: str, value: Any) -> float:
-    """``value`` of the keyword ``name``: a positive number of seconds, or UsageError."""
+    """Return ``value`` of the keyword ``name`` in seconds; UsageError unless it is positive."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool) or not float(value) > 0:
         raise UsageError(f"{name} is a positive number of seconds, not {value!r}")
     return float(value)
 
 
 def path_of(name: str, value: Any) -> str:
-    """``value`` of the keyword ``name`` as an absolute path, or UsageError for what is none."""
+    """Return ``value`` of the keyword ``name`` as an absolute path; UsageError if it is no path."""
     try:
         path = os.fsdecode(value)
     except TypeError:
@@ -81,9 +83,14 @@ def path_of(name: str, value: Any) -> str:
 
 
 def size_in_bytes(name: str, value: Any) -> int:
-    """``value`` of the keyword ``name``: a number of bytes, or "64K", "2 MiB", in powers of 1024.
+    """Return ``value`` of the keyword ``name`` in bytes.
 
-    Raises UsageError for anything else.
+    Args:
+        name: The keyword, for the message.
+        value: An integer, or text such as "64K" or "2 MiB", whose units are powers of 1024.
+
+    Raises:
+        UsageError: If it is anything else.
     """
     if isinstance(value, str):
         match = _SIZE.fullmatch(value.strip())
@@ -100,15 +107,22 @@ def size_in_bytes(name: str, value: Any) -> int:
 
 
 def meant(names: Iterable[str], known: Iterable[str]) -> str | None:
-    """A hint: which of ``known`` each of ``names`` was probably meant to be; None if none is."""
+    """Return a hint with the member of ``known`` closest to each of ``names``; None without one."""
     choices = sorted(set(known))
     near = [match for name in names for match in difflib.get_close_matches(name, choices, 1, 0.7)]
     return f"did you mean {', '.join(f'{name}=' for name in near)}?" if near else None
 
 
 def check_keywords(function: Callable[..., Any], options: Iterable[str]) -> None:
-    """Raise UsageError for those of ``options`` that ``function`` does not take: a class, or a
-    constructor of one."""
+    """Check that ``function`` takes all keywords in ``options``.
+
+    Args:
+        function: A class or a constructor; its first parameter is the source.
+        options: Names of keywords.
+
+    Raises:
+        UsageError: If it does not take one of them; the hint says which was probably meant.
+    """
     parameters = inspect.signature(function).parameters.values()
     if any(each.kind is each.VAR_KEYWORD for each in parameters):
         return
@@ -124,7 +138,7 @@ def check_keywords(function: Callable[..., Any], options: Iterable[str]) -> None
 
 
 def _instead(unknown: list[str], known: list[str]) -> str:
-    """What to do about keywords that a source with the ``known`` ones does not have."""
+    """Return a hint for ``unknown`` keywords of a source that takes the ``known`` ones."""
     own = f"it has {', '.join(sorted(known))}"
     if any(name in _OF_FILES for name in unknown):
         return _READING

@@ -1,12 +1,12 @@
-"""Operations that happen once, however often they are asked for and whoever of those is cancelled.
+"""Operations that run once, however many callers ask for them and whichever are cancelled.
 
-Opening and closing take several steps with awaits between them. Done by the task of whoever asks,
-they end half-way when that task is cancelled, and a flag that says "closed" from the first step on
-then makes every later attempt do nothing. Here the operation is a task of its own, which all who
-ask wait for, and whose result all of them get.
+Opening and closing take several steps with awaits between them. Run in the caller's task, they
+stop half-way when that task is cancelled, and a flag that says "closed" from the first step on
+then makes every later attempt do nothing. Here the operation has a task of its own; all callers
+wait for that task and get its result.
 
-What such an operation still has to do itself: put what needs no await into a ``finally``, because
-`asyncio.run` cancels every task at its end, and a loop that is closed first never resumes it.
+The operation itself still has to put what needs no await into a ``finally``, because `asyncio.run`
+cancels every task at its end, and a loop that is closed before that never resumes it.
 """
 
 from __future__ import annotations
@@ -31,30 +31,34 @@ T = TypeVar("T")
 class Once(Generic[T]):
     """One run of an operation: ``await once(operation)``, with a coroutine function.
 
-    The first call starts it as a task on the running loop; calls that come meanwhile wait for the
-    same task, and later ones get its result at once. The exception of a failed operation goes to
-    those who wait; after that a new call starts it again, unless ``keep_failure``: then it stays
-    ended, and later calls return None.
+    The first call starts it as a task on the running loop; concurrent calls wait for the same task,
+    and later ones return its result at once. If the operation fails, all waiting callers get the
+    exception; a later call starts it again, unless ``keep_failure``: then it stays ended, and later
+    calls return None.
 
-    Callers may be cancelled. The operation then goes on without them, or with ``abandon`` ends when
-    the last of them is gone: it is cancelled, and if it had succeeded already, ``undo`` is run.
-
-    :param what: how to call it in messages: "closing the buffer".
-    :param keep_failure: for closing, which cannot be done again.
-    :param abandon: for opening, which is for nobody when nobody waits.
+    Callers may be cancelled. The operation then goes on without them, or, with ``abandon``, is
+    cancelled when the last caller is gone; if it had succeeded already, ``undo`` is run.
 
     It refers to the operation only while that runs, so that an object may hold one for a method of
-    its own without a cycle. One loop at a time, not thread-safe. Raises UsageError when called from
-    within the operation, which would wait for itself, and while it runs on another loop.
+    its own without a cycle. One loop at a time, not thread-safe.
+
+    Args:
+        what: Its name in messages, such as "closing the buffer".
+        keep_failure: Do not run it again after a failure: for closing.
+        abandon: Cancel it when no caller waits for it any more: for opening.
+
+    Raises:
+        UsageError: When called from within the operation, which would wait for itself, and while it
+            runs on another loop.
     """
 
     __slots__ = (
         "_abandon",
         "_began",
+        "_delivered",
         "_given_up",
         "_keep_failure",
         "_task",
-        "_told",
         "_undoing",
         "_waiting",
         "_what",
@@ -66,12 +70,12 @@ class Once(Generic[T]):
         self._abandon = abandon
         self._task: asyncio.Task[T] | None = None
         self._undoing: asyncio.Task[None] | None = None
-        # A task that nobody waits for, and that is told to end.
+        # A task that has no waiters left and was cancelled.
         self._given_up: asyncio.Task[T] | None = None
         self._began = False
         self._waiting = 0
-        # Whether anybody has been told of its success.
-        self._told = False
+        # Whether any caller has got its result.
+        self._delivered = False
 
     @property
     def running(self) -> bool:
@@ -96,8 +100,12 @@ class Once(Generic[T]):
         operation: Callable[[], Coroutine[Any, Any, T]],
         undo: Callable[[], Coroutine[Any, Any, None]] | None = None,
     ) -> T:
-        """Run ``operation``, or wait for its run. ``undo`` takes back a success that nobody was
-        told of. Raises what the operation raises."""
+        """Run ``operation``, or wait for the run in progress.
+
+        Args:
+            operation: The coroutine function. Its exceptions propagate to all callers.
+            undo: Reverts a success whose result no caller got. Used with ``abandon`` only.
+        """
         await self._undone()
         task = self._current()
         if task is None:
@@ -105,7 +113,7 @@ class Once(Generic[T]):
         elif task.done() and _failed(task):
             return None  # type: ignore[return-value]
         if task.done():
-            self._told = True
+            self._delivered = True
             return task.result()
         if task is asyncio.current_task():
             raise UsageError(f"{self._what} waits for itself")
@@ -113,29 +121,34 @@ class Once(Generic[T]):
         try:
             await asyncio.wait((task,))  # which leaves it alone when we are cancelled
         except asyncio.CancelledError:
-            if self._abandon and self._waiting == 1 and not self._told:
+            if self._abandon and self._waiting == 1 and not self._delivered:
                 await self._give_up(task, undo)
             raise
         finally:
             self._waiting -= 1
-        self._told = True
+        self._delivered = True
         return task.result()
 
     def begin(self, operation: Callable[[], Coroutine[Any, Any, T]]) -> asyncio.Task[T]:
-        """Start it, unless that was done, and wait for nothing. Returns its task, which may have
-        failed long ago; what it raises is the caller's business."""
+        """Start ``operation`` unless it was started, without waiting for it.
+
+        Returns:
+            Its task, which may be done; the caller has to retrieve its exception.
+        """
         return self._current() or self._start(operation)
 
     def _start(self, operation: Callable[[], Coroutine[Any, Any, T]]) -> asyncio.Task[T]:
-        self._began = self._told = False
+        self._began = self._delivered = False
         task = begin(partial(self._run, operation), name=self._what)
         self._task = task
         return task
 
     async def surely(self, operation: Callable[[], Coroutine[Any, Any, T]]) -> None:
-        """The same for closing: also where all tasks are cancelled at once, as at the end of a
-        loop, and this one has not begun yet. Raises what the operation raises, but CancelledError
-        only if our own task was cancelled."""
+        """Run ``operation`` even if all tasks are cancelled at once, as at the end of a loop.
+
+        That cancels the operation's task before its first step; it is then started again. Raises
+        what the operation raises, but CancelledError only if the caller's own task was cancelled.
+        """
         try:
             await self(operation)
         except asyncio.CancelledError:
@@ -149,7 +162,7 @@ class Once(Generic[T]):
         return await operation()
 
     def _current(self) -> asyncio.Task[T] | None:
-        """The task to wait for; None if one has to be started."""
+        """Return the task to wait for; None if one has to be started."""
         task = self._task
         if task is None:
             return None
@@ -168,9 +181,11 @@ class Once(Generic[T]):
         return task
 
     async def stop(self) -> None:
-        """Cancel the operation if it runs, and wait until it has ended, or was taken back; its
-        callers get CancelledError. A success stays one. No exception of the operation comes out
-        here."""
+        """Cancel the operation if it runs, and wait until it has ended or was undone.
+
+        Its callers get CancelledError. A success stays one. Exceptions of the operation are not
+        raised here.
+        """
         task = self._task
         if task is not None and self.running and task is not asyncio.current_task():
             task.cancel()
@@ -178,14 +193,14 @@ class Once(Generic[T]):
         await self._undone()
 
     def abandon(self) -> None:
-        """Its loop was closed, and what it did half is done elsewhere. See `abandon`."""
+        """End the operation of a loop that was closed; the caller does the rest. See `abandon`."""
         if self._task is not None:
             abandon(self._task)
 
     async def _give_up(
         self, task: asyncio.Task[T], undo: Callable[[], Coroutine[Any, Any, None]] | None
     ) -> None:
-        """Nobody waits any more."""
+        """Cancel ``task``, whose last caller is gone, and undo it if it succeeds all the same."""
 
         def ended(task: asyncio.Task[T]) -> None:
             if not _failed(task) and undo is not None and self._task is task:
@@ -197,7 +212,7 @@ class Once(Generic[T]):
         try:
             await asyncio.wait((task,))
         finally:
-            # Cancelled once more we go at once, and the operation ends in the background.
+            # If we are cancelled once more we return at once; it ends in the background.
             if task.done():
                 ended(task)
             else:
@@ -208,7 +223,7 @@ class Once(Generic[T]):
         self._undoing = task
 
     async def _undone(self) -> None:
-        """Wait for what ends because nobody wanted it, not to be taken for its victim."""
+        """Wait for an abandoned run to end, so that a new call does not get its CancelledError."""
         if (task := self._given_up) is not None and _on_this_loop(task):
             await asyncio.wait((task,))
         if (undoing := self._undoing) is not None and _on_this_loop(undoing):
@@ -220,14 +235,19 @@ def _on_this_loop(task: asyncio.Task[Any]) -> bool:
 
 
 def thrown_away() -> bool:
-    """In a ``finally``: whether it is there because the coroutine is thrown away unfinished. Its
-    loop is gone, and nothing can be awaited."""
+    """Return, in a ``finally``, whether the coroutine is being closed unfinished.
+
+    Its loop is gone then, and nothing can be awaited.
+    """
     return isinstance(sys.exception(), GeneratorExit)
 
 
 def abandon(task: asyncio.Task[Any]) -> None:
-    """End a task whose loop was closed, if it has not ended, without a word. (When such a one is
-    collected it is told of, and where its coroutine has not begun that is told as well.)"""
+    """End a task whose loop was closed, unless it is done.
+
+    Collecting it would log "Task was destroyed but it is pending", and warn of a coroutine that was
+    never awaited; this does neither.
+    """
     if not task.done():
         task._log_destroy_pending = False  # type: ignore[attr-defined]
         try:
@@ -241,11 +261,10 @@ def _failed(task: asyncio.Task[Any]) -> bool:
 
 
 def cancelled_from_outside() -> bool:
-    """In ``except CancelledError``: whether the running task was cancelled.
+    """Return, in ``except CancelledError``, whether the running task itself was cancelled.
 
-    Otherwise what was awaited ended in CancelledError by itself (the future of an executor that
-    was shut down, a task that somebody else cancelled), which is an error like any other and not a
-    reason to stop.
+    Otherwise what was awaited ended in CancelledError (the future of an executor that was shut
+    down, a task cancelled by other code), which is an error like any other and no reason to stop.
     """
     task = asyncio.current_task()
     return task is None or task.cancelling() > 0

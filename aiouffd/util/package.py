@@ -1,4 +1,4 @@
-"""Where this package is: for what tells our own code from others'."""
+"""The location of this package, to tell its code from the user's in tracebacks."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The sizes of pages: the one place that knows them.
+"""Page sizes, defined here only.
 
-The system's are 4 KiB on x86, and 4, 16 or 64 KiB on arm64, as its kernel was built.
+The system's is 4 KiB on x86, and 4, 16 or 64 KiB on arm64, depending on how the kernel was built.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Final
 
 __all__ = ["PAGE_SIZE", "PAGE_SIZES"]
 
-#: Of the system, in bytes.
+#: The system's page size, in bytes.
 PAGE_SIZE: Final = mmap.PAGESIZE
-#: Which pages memory of others may have that is served: the system's, and huge ones.
+#: Page sizes of foreign memory that can be served, in bytes: the system's, and huge pages'.
 PAGE_SIZES: Final = (PAGE_SIZE, 2 << 20, 1 << 30)

@@ -1,8 +1,9 @@
-"""Who decides what a name in the file system means.
+"""Paths that only root and this user can redirect.
 
-A path is no identity. Whoever may write to a directory on the way can put something else there at
-any moment: a file or a socket of their own, or a symbolic link to somebody else's. Where that would
-matter it is checked here that only root and this user can.
+A path is not an identity. Any user with write access to a directory on the way can replace what it
+names at any moment: by a file or a socket of their own, or by a symbolic link. Where that matters,
+these functions check that only root and this user have such access. Resolution follows
+https://man7.org/linux/man-pages/man7/path_resolution.7.html.
 """
 
 from __future__ import annotations
@@ -25,19 +26,23 @@ _EVERY_USER = 0xFFFFFFFF
 
 
 class Unsafe(PermissionError):
-    """Others than root and this user could have put there whatever they like."""
+    """A user other than root and this one could have replaced what the path names."""
 
     def __init__(self, text: str, path: str | os.PathLike[str] | None = None) -> None:
         super().__init__(errno.EACCES, text, None if path is None else os.fspath(path))
 
 
 def is_trusted(uid: int) -> bool:
-    """Whether a user's word counts as ours: that of root and of this process's own user."""
+    """Return whether ``uid`` is root or the effective user of this process."""
     return uid in (0, os.geteuid())
 
 
 def user_id(user: int | str) -> int:
-    """The id of a user who is given by it, or by name; -1 for anybody. Raises UsageError."""
+    """Return the id of a user given by number or by name; -1 stands for any user.
+
+    Raises:
+        UsageError: If there is no such user.
+    """
     if isinstance(user, int):
         if not -1 <= user < _EVERY_USER:
             raise UsageError(f"{user} is no user's id")
@@ -49,12 +54,15 @@ def user_id(user: int | str) -> int:
 
 
 def check_directory(path: str | os.PathLike[str]) -> None:
-    """Raise Unsafe unless only root and this user can change what the directory ``path`` is, and
-    what existing names in it mean: that goes for every directory and symbolic link on the way.
+    """Check that only root and this user can replace ``path`` and the existing names in it.
 
-    A directory with the sticky bit may be written to by all: names there can only be changed by
-    their owners (and *new* ones made by anybody, so look at the owner of what is found). Raises
-    OSError for what is not there.
+    Every directory and symbolic link on the way is checked. A directory with the sticky bit may be
+    writable by all users: only owners can replace names there. Any user can still create *new*
+    names in it, so check the owner of what is found.
+
+    Raises:
+        Unsafe: If another user can.
+        OSError: If part of the path does not exist.
     """
     at = "/"
     _check_one(at, os.stat(at))
@@ -99,8 +107,10 @@ def _check_owner(path: str, found: os.stat_result) -> None:
 
 
 def _is_private(gid: int) -> bool:
-    """Whether a group is this user's alone, as distributions make one for each user: then 775 is
-    as good as 755."""
+    """Return whether this user is the only member of a group.
+
+    Distributions create such a group for each user; mode 775 then protects as well as 755.
+    """
     try:
         user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid)
     except KeyError:
@@ -110,8 +120,11 @@ def _is_private(gid: int) -> bool:
 
 
 def _is_outside(uid: int) -> bool:
-    """Whether a user is none of this user namespace, so that nobody of it can be that one: in a
-    sandbox the directories of the system belong to such a user."""
+    """Return whether a user is not mapped in this user namespace, so no process here can be it.
+
+    In a sandbox the directories of the system belong to such a user: see
+    https://man7.org/linux/man-pages/man7/user_namespaces.7.html on unmapped user IDs.
+    """
     try:
         with open("/proc/sys/kernel/overflowuid") as file:
             if uid != int(file.read()):
@@ -126,10 +139,10 @@ def _is_outside(uid: int) -> bool:
 
 
 def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file that appears complete or not at all; what was there, a symbolic link too, is
-    replaced. Its mode is 0666 less the umask. Raises OSError.
+    """Write a file atomically: it appears complete or not at all.
 
-    Safe in directories that others can write to: nothing that lies there already is opened.
+    Replaces what was there, a symbolic link too. Its mode is 0666 less the umask. Safe in
+    directories that other users can write to: no existing file is opened. Raises OSError.
     """
     target = Path(path)
     part = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")

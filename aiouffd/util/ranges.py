@@ -1,4 +1,4 @@
-"""Sets of numbers as ranges: what of an object is known, held or wanted."""
+"""Sets of integers as ranges: the parts of an object that are known, kept or requested."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Ranges:
         return len(self._starts)
 
     def add(self, start: int, end: int) -> None:
-        """Put ``start`` to ``end`` in; merges with what it touches."""
+        """Add [start, end) and merge it with adjacent ranges."""
         if start >= end:
             return
         if not self._ends or start > self._ends[-1]:
@@ -36,7 +36,7 @@ class Ranges:
         self._ends[first:last] = [end]
 
     def remove(self, start: int, end: int) -> None:
-        """Take ``start`` to ``end`` out."""
+        """Remove [start, end)."""
         first = bisect_right(self._ends, start)
         last = bisect_left(self._starts, end)
         if first >= last or start >= end:
@@ -50,16 +50,16 @@ class Ranges:
         self._ends[first:last] = [piece[1] for piece in kept]
 
     def pairs(self) -> list[tuple[int, int]]:
-        """All of it, as pairs of offset and length."""
+        """Return all ranges as pairs of offset and length."""
         return [(start, end - start) for start, end in zip(self._starts, self._ends, strict=True)]
 
     def update(self, other: Ranges) -> None:
-        """Put all of ``other`` in."""
+        """Add all ranges of ``other``."""
         for start, end in zip(other._starts, other._ends, strict=True):
             self.add(start, end)
 
     def within(self, start: int, end: int) -> list[tuple[int, int]]:
-        """The parts of ``start`` to ``end`` that are in, as pairs of offset and length."""
+        """Return the parts of [start, end) in the set, as pairs of offset and length."""
         first = bisect_right(self._ends, start)
         found = []
         while first < len(self._starts) and self._starts[first] < end:
@@ -69,6 +69,6 @@ class Ranges:
         return found
 
     def covers(self, start: int, end: int) -> bool:
-        """Whether all of ``start`` to ``end`` is in."""
+        """Return whether all of [start, end) is in the set."""
         at = bisect_right(self._starts, start) - 1
         return start >= end or (at >= 0 and self._ends[at] >= end)

@@ -1,9 +1,10 @@
-"""The first step of a coroutine, made without a task.
+"""The first step of a coroutine, run without a task.
 
-What has its answer at hand never waits, and a task for it would cost more than all the rest: two
-turns of the event loop. So where coroutines have been seen to finish in their first step, that is
-made by hand; one that waits after all is gone on with in a task. It may fail because it found no
-current task, which says nothing about its real outcome: then it is to be called again in one.
+A coroutine whose data is already in memory never suspends, and a task for it would cost more than
+all the rest: two iterations of the event loop. So where coroutines have been seen to finish in
+their first step, the caller runs that step directly; one that suspends after all continues in a
+task. If it fails because it found no current task, that says nothing about its real outcome: it
+has to be called again in a task.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from typing import Any
 
 __all__ = ["Eagerness", "resume"]
 
-#: So many that never waited in a row, and the next is run by hand...
+#: After this many in a row that finished in their first step, the next one is run without a task.
 AFTER = 8
-#: ...and so many are asked for after one that did wait there.
+#: The same, after one that suspended when it was run without a task.
 SETBACK = 256
-#: After one that waited so many are not even looked at, for that costs a little too.
+#: After one that suspended, this many are not observed, for that costs a little too.
 UNSEEN = 16
 
 
 class Eagerness:
-    """Whether the next coroutine of one kind is worth a step by hand."""
+    """Predicts whether the next coroutine of one kind finishes in its first step."""
 
     __slots__ = ("_streak", "_unseen")
 
@@ -35,29 +36,29 @@ class Eagerness:
         return self._streak >= 0
 
     def look(self) -> bool:
-        """Whether to make the first step of the next one by hand inside its task, to see."""
+        """Return whether to observe the next one: run its first step directly inside its task."""
         if self._unseen:
             self._unseen -= 1
             return False
         return True
 
     def finished(self) -> None:
-        """One has finished in its first step, inside a task."""
+        """Note one that finished in its first step, inside a task."""
         self._streak += 1
 
     def waited(self) -> None:
-        """One has waited, inside a task."""
+        """Note one that suspended, inside a task."""
         self._streak = min(self._streak, -AFTER)
         self._unseen = UNSEEN
 
     def disappointed(self) -> None:
-        """A step by hand was for nothing."""
+        """Note one that suspended although it was run without a task."""
         self._streak = -SETBACK
 
 
 @types.coroutine
 def resume(coroutine: Any, future: Any) -> Generator[Any, Any, None]:
-    """Go on with a coroutine whose last step yielded ``future``."""
+    """Continue a coroutine whose last step yielded ``future``."""
     while True:
         try:
             value = yield future

@@ -1,15 +1,15 @@
-"""Tasks of our own, on loops whose tasks belong to everybody.
+"""Internal tasks, on loops where any code can cancel any task.
 
 Two things that a coroutine's author does not expect happen to tasks:
 
-- Somebody cancels one before its first step, as `asyncio.run` does at its end with all there are.
+- A task is cancelled before its first step, as `asyncio.run` does at its end with all there are.
   Nothing of its coroutine runs then, no ``except`` and no ``finally`` either.
-- The loop's task factory begins them at once (`asyncio.eager_task_factory`), so that they run, and
-  may end, before whoever makes one has noted it.
+- The loop's task factory starts tasks eagerly (`asyncio.eager_task_factory`), so that one runs, and
+  may end, before its creator has stored it.
 
-`begin` makes a task for which the first is told, and the second does not happen. It makes the first
-step of its coroutine by hand, up to where that awaits `FIRST_TURN`: what is thrown into the task
-from then on is thrown there.
+`begin` makes a task that reports the first and is not subject to the second. It runs the first step
+of the coroutine itself, up to where that awaits `FIRST_TURN`: what is thrown into the task from
+then on is thrown there.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _FirstTurn:
 
 
 _ONCE = (None,)
-#: What a coroutine for `begin_coroutine` awaits before anything else, and nobody else does.
+#: A coroutine for `begin_coroutine` awaits this before anything else; no other coroutine may.
 #: Raises CancelledError if the task is cancelled before it has begun. With an eager task factory
 #: it returns before `begin_coroutine` does.
 FIRST_TURN = cast("Awaitable[None]", _FirstTurn())
@@ -40,7 +40,7 @@ FIRST_TURN = cast("Awaitable[None]", _FirstTurn())
 def begin_coroutine(
     coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop, name: str | None = None
 ) -> asyncio.Task[T]:
-    """A task for a coroutine that awaits `FIRST_TURN` first. On the thread of ``loop``."""
+    """Create a task for a coroutine that awaits `FIRST_TURN` first. On the thread of ``loop``."""
     coroutine.send(None)
     try:
         return loop.create_task(coroutine, name=name)
@@ -56,11 +56,16 @@ def begin(
     loop: asyncio.AbstractEventLoop | None = None,
     name: str | None = None,
 ) -> asyncio.Task[T]:
-    """A task that runs the coroutine function ``function``, after the caller has had its turn.
+    """Create a task that runs ``function``, not before the caller has returned to the loop.
 
-    ``lost`` is called, before the callbacks of the task, when it was cancelled before ``function``
-    was called: it does what that would have done in its ``finally``. On the loop's thread; ``loop``
-    is the running one by default.
+    To be called on the loop's thread.
+
+    Args:
+        function: The coroutine function.
+        lost: Called, before the callbacks of the task, if that was cancelled before ``function``
+            was called: it does what ``function`` would have done in its ``finally``.
+        loop: The loop; the running one by default.
+        name: The task's name.
     """
     made = False
 
@@ -87,8 +92,15 @@ def begin_surely(
     loop: asyncio.AbstractEventLoop | None = None,
     name: str | None = None,
 ) -> None:
-    """`begin` it again for as often as it was cancelled before ``function`` was called: for what
-    nobody would do otherwise. ``made`` is told each task, from which on it is the caller's to keep.
+    """Run `begin` again each time the task is cancelled before ``function`` was called.
+
+    For clean-up that would otherwise not happen. To be called on the loop's thread.
+
+    Args:
+        function: The coroutine function.
+        made: Called with each task; the caller has to keep a reference to it.
+        loop: The loop; the running one by default.
+        name: The tasks' name.
     """
 
     def again() -> None:

@@ -1,4 +1,4 @@
-"""What people see on a terminal, and nobody elsewhere: colours and progress bars, by rich."""
+"""Colours and progress bars on terminals, by rich; nothing where the stream is no terminal."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any, TextIO, TypeAlias
 
 __all__ = ["Progress", "console_for", "progress", "reporting"]
 
-#: Who is told of progress: a function of the bytes done and of all, a bar (True), or nobody.
+#: How to report progress: a function of the bytes done and in total, True for a bar, else not.
 Progress: TypeAlias = Callable[[int, int], object] | bool | None
 
 
 def console_for(stream: TextIO) -> Any:
-    """A rich console on ``stream``; None if rich is missing or nobody would see its colours."""
+    """Return a rich console on ``stream``; None without rich or if it is no terminal."""
     if not stream.isatty():
         return None
     try:
@@ -27,8 +27,16 @@ def console_for(stream: TextIO) -> Any:
 
 @contextmanager
 def progress(what: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error for somebody who watches; gives a function that takes the
-    number of bytes that were added."""
+    """Show a progress bar on standard error if that is a terminal.
+
+    Args:
+        what: The bar's label.
+        total: The end of the bar, in bytes.
+        quiet: Show nothing.
+
+    Yields:
+        A function that takes the number of bytes done since its last call.
+    """
     console = None if quiet else console_for(sys.stderr)
     if console is None:
         yield lambda _count: None
@@ -51,10 +59,16 @@ def progress(what: str, total: int, *, quiet: bool = False) -> Iterator[Callable
 def reporting(
     wanted: Progress, what: str, total: int
 ) -> Iterator[Callable[[int, int], object] | None]:
-    """Turn what a caller gave as ``progress=`` into a function of the bytes done and of all.
+    """Turn a ``progress=`` argument into a function of the bytes done and of the total.
 
-    True is a bar for ``what`` with its rate and the time left, where standard error is a terminal
-    and rich is installed, and nothing elsewhere.
+    Args:
+        wanted: The argument. True shows a bar with rate and time left, where standard error is a
+            terminal and rich is installed, and nothing elsewhere.
+        what: The bar's label.
+        total: The end of the bar, in bytes.
+
+    Yields:
+        The function, or None.
     """
     if wanted is not True:
         yield wanted or None

@@ -1,7 +1,8 @@
-"""Unix sockets by name: listening at a path, and knowing who listens there.
+"""Unix sockets by path: binding them, and authenticating the user that listens on one.
 
-Whoever connects to a path meets whoever has put a socket there. The kernel says which user that is
-(SO_PEERCRED: the one who called listen(2), see unix(7)), and that is asked before a word is said.
+Any user who can create a socket at a path receives the connections to it. The kernel reports which
+user that is (SO_PEERCRED: the one that called listen(2), see
+https://man7.org/linux/man-pages/man7/unix.7.html), and it is checked before anything is sent.
 """
 
 from __future__ import annotations
@@ -33,8 +34,10 @@ _CREDENTIALS = struct.Struct("3i")
 
 
 def credentials(connection: socket.socket) -> tuple[int, int, int]:
-    """Pid, uid and gid of the other end of a connected Unix socket: those that it had when it
-    connected, or began to listen. Raises OSError."""
+    """Return pid, uid and gid of the peer of a connected Unix socket.
+
+    They are those of the time when the peer called connect(2) or listen(2). Raises OSError.
+    """
     size = _CREDENTIALS.size
     raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
     pid, uid, gid = _CREDENTIALS.unpack(raw)
@@ -42,27 +45,45 @@ def credentials(connection: socket.socket) -> tuple[int, int, int]:
 
 
 def check_server(connection: socket.socket, path: str, user: int | None = None) -> None:
-    """Raise Unsafe unless who listens at ``path`` is root, this user, or the user ``user`` (-1:
-    anybody)."""
+    """Check which user listens at the other end of ``connection``.
+
+    Args:
+        connection: A connected Unix socket.
+        path: Its path, for the message.
+        user: The id of a user to accept besides root and this user; -1 accepts any.
+
+    Raises:
+        Unsafe: If it is another user.
+    """
     _, uid, _ = credentials(connection)
     if not is_trusted(uid) and user not in (uid, -1):
-        raise Unsafe(f"the user {uid} listens on this socket, who may be anybody", path)
+        raise Unsafe(f"the user {uid} listens on this socket, who is not trusted", path)
 
 
 # ------------------------------------------------------------------ listening
 
 
 def identity_of(path: str | os.PathLike[str]) -> Identity:
-    """Of whatever has that name, a symbolic link itself. Raises OSError."""
+    """Return the identity of what ``path`` names, without following a symbolic link.
+
+    Raises OSError.
+    """
     found = os.lstat(path)
     return found.st_dev, found.st_ino
 
 
 def bind_at(path: str | os.PathLike[str], mode: int) -> tuple[socket.socket, Identity]:
-    """A socket with the name ``path`` and exactly these permissions, which never had wider ones.
-    It does not listen yet; until it does others take it for one that was left behind.
+    """Bind a stream socket to ``path`` with exactly these permissions, and never with wider ones.
 
-    A socket of that name that nobody listens on is replaced. Raises OSError with the path.
+    A socket at ``path`` that no process listens on is replaced. The new one does not listen yet;
+    until it does, another call takes it for a stale one in the same way.
+
+    Args:
+        path: The path.
+        mode: The permissions, such as 0o600.
+
+    Raises:
+        OSError: With the path as its ``filename``.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -83,13 +104,13 @@ def bind_at(path: str | os.PathLike[str], mode: int) -> tuple[socket.socket, Ide
 
 
 def _set_mode(path: str | os.PathLike[str], mode: int) -> Identity:
-    """Give back what the umask took, to our socket and to nothing that was put in its place."""
+    """Set the permission bits that the umask cleared, on our socket and not on a replacement."""
     fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         found = os.fstat(fd)
         ours = stat.S_ISSOCK(found.st_mode) and found.st_uid == os.geteuid() and found.st_nlink == 1
         if not ours:
-            raise Unsafe("somebody has put something else in the place of the socket", path)
+            raise Unsafe("the socket was replaced by another user", path)
         if stat.S_IMODE(found.st_mode) != mode:
             os.chmod(f"/proc/self/fd/{fd}", mode)
         return found.st_dev, found.st_ino
@@ -98,14 +119,14 @@ def _set_mode(path: str | os.PathLike[str], mode: int) -> Identity:
 
 
 def unlink_own(path: str | os.PathLike[str], identity: Identity | None) -> None:
-    """Remove the name of a socket, unless it is somebody else's by now."""
+    """Remove the path of a socket, unless it names something else by now."""
     with contextlib.suppress(OSError):
         if identity_of(path) == identity:
             os.unlink(path)
 
 
 def _remove_dead(path: str | os.PathLike[str]) -> bool:
-    """Remove a socket that a dead server has left; anything else stays. Whether it is gone."""
+    """Remove a socket that no process listens on, nothing else; return whether it is gone."""
     found = os.lstat(path)
     if not stat.S_ISSOCK(found.st_mode):
         return False
@@ -126,11 +147,16 @@ def _remove_dead(path: str | os.PathLike[str]) -> bool:
 
 
 def connect_to_own(path: str | os.PathLike[str]) -> tuple[socket.socket, Identity]:
-    """A connection (non-blocking) with whoever listens at ``path``, who is root or this user for
-    certain: they have put the socket there themselves, in a directory that is theirs alone.
+    """Connect, non-blocking, to a socket that only root or this user can have created.
 
-    Raises FileNotFoundError, ConnectionRefusedError, BlockingIOError if too many wait there,
-    Unsafe, and other OSErrors. Nothing was sent yet.
+    The directory, the socket's owner and the listening process are checked; nothing is sent.
+
+    Raises:
+        Unsafe: If another user could have created the socket.
+        FileNotFoundError: If there is none.
+        ConnectionRefusedError: If no process listens on it.
+        BlockingIOError: If its backlog is full.
+        OSError: For other reasons.
     """
     name = os.fspath(path)
     fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)

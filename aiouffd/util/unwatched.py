@@ -1,9 +1,10 @@
-"""Asynchronous generators that are closed by whoever iterates over them, and by nobody else.
+"""Asynchronous generators that only their consumer closes.
 
-An event loop notes each generator that begins on it, and `shutdown_asyncgens`, which `asyncio.run`
+An event loop notes each generator that starts on it, and `shutdown_asyncgens`, which `asyncio.run`
 calls at its end, closes all of them at once. One that a task is in the middle of cannot be closed
-("asynchronous generator is already running"), and the loop's exception handler is told of that,
-though the task will close it in order. Streams of sources are always closed by their readers.
+("asynchronous generator is already running"), and the loop's exception handler gets that error,
+though the task will close it in order. Streams of sources are always closed by their readers. See
+https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.shutdown_asyncgens.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ T = TypeVar("T")
 
 
 class Unwatched(Generic[T]):
-    """Iterates over ``iterable``, of which the loop is not told. To be closed by who made it."""
+    """Iterates over ``iterable`` without registering it with the loop; its creator closes it."""
 
     __slots__ = ("_begun", "_iterator")
 
@@ -32,7 +33,7 @@ class Unwatched(Generic[T]):
     def __anext__(self) -> Awaitable[T]:
         if self._begun:
             return self._iterator.__anext__()
-        # Hooks are taken note of in this call: see sys.set_asyncgen_hooks.
+        # A generator reads the hooks at its first iteration: see sys.set_asyncgen_hooks.
         self._begun = True
         hooks = sys.get_asyncgen_hooks()
         sys.set_asyncgen_hooks(None, None)

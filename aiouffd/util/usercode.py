@@ -1,8 +1,8 @@
-"""Calling code that is not ours: callbacks, handlers and sources may raise anything.
+"""Calling user code: callbacks, handlers and sources may raise anything.
 
-Whatever they raise is the end of one request and of nothing else. Two questions come up wherever
-they are called, and are answered here: whether an exception is theirs at all (`is_ours`), and whom
-to tell where nobody waits for the outcome (`tell_loop`, `Complaints`).
+Whatever they raise ends one request and nothing else. Two questions come up at every such call and
+are answered here: whether an exception came from the user's code at all (`is_ours`), and where to
+report it if no caller waits for the outcome (`tell_loop`, `Complaints`).
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ from .once import cancelled_from_outside
 
 __all__ = ["Complaints", "describe", "ends_the_program", "is_ours", "tell_loop"]
 
-#: Kinds of complaint that are remembered, so that each is made once. Further ones are not made.
+#: Kinds of errors that are remembered, so that each is reported once. Further ones are dropped.
 MOST = 100
 
 
 def is_ours(error: BaseException, task: asyncio.Task[Any] | None) -> bool:
-    """Whether an exception that came out of an await in ``task`` is meant for whoever awaits.
+    """Return whether an exception from an await in ``task`` is aimed at the awaiting code itself.
 
     That is a CancelledError if the task was cancelled, a GeneratorExit if its coroutine is being
     closed, which happens when it does not run, and a KeyboardInterrupt or SystemExit on the main
-    thread, where they end the program. Anything else was raised by the code that was called, also
-    a CancelledError that nobody asked for. Take ``task`` before the await, from
-    `asyncio.current_task`.
+    thread, where they end the program. Anything else was raised by the code that was called,
+    including a CancelledError without a cancellation.
+
+    Args:
+        error: The exception.
+        task: The running task, taken from `asyncio.current_task` before the await.
     """
     if isinstance(error, Exception):
         return False
@@ -40,13 +43,13 @@ def is_ours(error: BaseException, task: asyncio.Task[Any] | None) -> bool:
 
 
 def ends_the_program(error: BaseException) -> bool:
-    """Whether it is a KeyboardInterrupt or SystemExit, on the main thread."""
+    """Return whether ``error`` is a KeyboardInterrupt or SystemExit, on the main thread."""
     ends = isinstance(error, KeyboardInterrupt | SystemExit)
     return ends and threading.current_thread() is threading.main_thread()
 
 
 def describe(error: BaseException) -> str:
-    """An exception in one line. Never raises, though its ``__str__`` may."""
+    """Format an exception in one line. Never raises, even if its ``__str__`` does."""
     name = type(error).__name__
     try:
         text = str(error)
@@ -58,8 +61,15 @@ def describe(error: BaseException) -> str:
 def tell_loop(
     loop: asyncio.AbstractEventLoop, message: str, error: BaseException, **more: Any
 ) -> None:
-    """Call the loop's exception handler, which is code of the user's as well: nothing comes out of
-    here. What ends the program is raised from the loop instead. From the loop's thread.
+    """Call the loop's exception handler, which is user code too: nothing is raised from here.
+
+    KeyboardInterrupt and SystemExit are raised from the loop instead. On the loop's thread.
+
+    Args:
+        loop: The loop.
+        message: The text for the handler's context.
+        error: The exception for the context.
+        **more: Further members of the context.
     """
     if not ends_the_program(error):
         try:
@@ -67,7 +77,7 @@ def tell_loop(
             return
         except BaseException as another:  # of those that a loop lets pass, such as SystemExit
             error = another
-    with contextlib.suppress(RuntimeError):  # it is closed, and so has ended
+    with contextlib.suppress(RuntimeError):  # the loop is closed
         loop.call_soon(_raise, error)
 
 
@@ -76,14 +86,14 @@ def _raise(error: BaseException) -> None:
 
 
 class Complaints:
-    """Tells the loop what callbacks have raised: once per callback, class of error, and place."""
+    """Reports exceptions of callbacks to the loop, once per callback, class of error, and place."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._made: set[tuple[str, type[BaseException], str]] = set()
 
     def make(self, what: str, error: BaseException) -> None:
-        """``what`` has raised ``error``. From the loop's thread."""
+        """Report that ``what`` raised ``error``. On the loop's thread."""
         place = _place(error)
         kind = (what, type(error), place)
         if not ends_the_program(error):
@@ -92,7 +102,7 @@ class Complaints:
             self._made.add(kind)
         tell_loop(
             self._loop,
-            f"{what} raised {type(error).__name__}{place}, which is told once",
+            f"{what} raised {type(error).__name__}{place}; further ones like it are not reported",
             error,
         )
 

@@ -1,4 +1,4 @@
-"""Waiting for what others finish: small pieces that several parts share."""
+"""Small helpers for waiting: countdowns, other loops, threads."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ Done: TypeAlias = Callable[[BaseException | None], None]
 
 
 def countdown(count: int) -> tuple[asyncio.Future[None], Done]:
-    """A future, and what to call at each of ``count`` ends: it has its result at the last one, or
-    the first error at once. It may be cancelled meanwhile. On the running loop."""
+    """Return a future and a function to call as each of ``count`` operations ends.
+
+    The future is done at the last call, or fails at the first call with an error. It may be
+    cancelled meanwhile. On the running loop.
+    """
     future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     left = count
 
@@ -38,8 +41,10 @@ def countdown(count: int) -> tuple[asyncio.Future[None], Done]:
 def call_soon_at(
     loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *args: Any
 ) -> bool:
-    """``loop.call_soon_threadsafe``, from any thread. False if the loop is closed, which it may
-    become between a look and the call: so there is no look before."""
+    """Call ``loop.call_soon_threadsafe``, from any thread; return False if the loop is closed.
+
+    The loop may be closed between a check and the call, so there is no check first.
+    """
     try:
         loop.call_soon_threadsafe(callback, *args)
     except RuntimeError:
@@ -48,14 +53,20 @@ def call_soon_at(
 
 
 def retrieve(task: asyncio.Future[Any]) -> None:
-    """As a callback of a task whose error somebody else has heard of: asyncio need not complain."""
+    """Mark a task's exception as retrieved; a done callback for one that is reported elsewhere."""
     if not task.cancelled():
         task.exception()
 
 
 def in_thread(function: Callable[[], T], name: str) -> asyncio.Future[T]:
-    """Run it in a thread of its own, called ``name``: those of the loop's executor may all wait for
-    pages. On the running loop. It goes on when the future is cancelled, and ends with the process.
+    """Run ``function`` in a daemon thread of its own; its outcome is the future's.
+
+    The threads of the loop's executor may all be blocked in page faults. Cancelling the future does
+    not stop the thread. On the running loop.
+
+    Args:
+        function: Called once, in the thread.
+        name: The thread's name.
     """
     result: concurrent.futures.Future[T] = concurrent.futures.Future()
 
