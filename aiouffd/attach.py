@@ -86,27 +86,28 @@ def attach(
     """Memory that the server at ``path`` fills, for ``with`` or ``async with``; or open it with
     `Attachment.open` or ``await``.
 
-    :param path: of the server's Unix socket. It must belong to another process.
-    :param object: the name of the object, if the server has several.
-    :param offset: where in the object to begin, in bytes, a multiple of the page size.
-    :param length: bytes; up to the object's end if None.
-    :param writable: the memory may be written to. The object is never changed.
-    :param kind: ``"hugetlb"`` for pages of 2 MiB, of which there must be free ones, and which the
-        server must serve: blocks of that size, an object of whole ones.
-    :param background: have the server bring everything, behind what is touched.
-    :param user_mode_only: True: system calls on missing pages fail with EFAULT; False: they
-        wait, PermissionError if this user may not have that; None: the better one there is.
-    :param timeout: seconds to wait for a server that is not there yet; None: for ever. One that
-        listens and does not answer is waited for 30 seconds (TimeoutError).
-    :param lost_timeout: seconds to wait for a server to come back; None: for ever. An outage of
-        more than a second is told on stderr.
-    :param on_lost: what comes then: ``"poison"``, an error for whoever touches what is missing, or
-        ``"abort"``.
-    :param server_user: whose server may be believed besides root's and this user's own: a name, or
-        an id (-1: anybody's). Whoever may write to the socket's directory can listen there, and who
-        is given the userfaultfd decides what is in this process's memory.
-
     Raises UsageError.
+
+    Args:
+        path: Of the server's Unix socket. It must belong to another process.
+        object: The name of the object, if the server has several.
+        offset: Where in the object to begin, in bytes, a multiple of the page size.
+        length: Bytes; up to the object's end if None.
+        writable: The memory may be written to. The object is never changed.
+        kind: ``"hugetlb"`` for pages of 2 MiB, of which there must be free ones, and which the
+            server must serve: blocks of that size, an object of whole ones.
+        background: Have the server bring everything, behind what is touched.
+        user_mode_only: True: system calls on missing pages fail with EFAULT; False: they wait,
+            PermissionError if this user may not have that; None: the better one there is.
+        timeout: Seconds to wait for a server that is not there yet; None: for ever. One that
+            listens and does not answer is waited for 30 seconds (TimeoutError).
+        lost_timeout: Seconds to wait for a server to come back; None: for ever. An outage of more
+            than a second is told on stderr.
+        on_lost: What comes then: ``"poison"``, an error for whoever touches what is missing, or
+            ``"abort"``.
+        server_user: Whose server may be believed besides root's and this user's own: a name, or an
+            id (-1: anybody's). Whoever may write to the socket's directory can listen there, and
+            who is given the userfaultfd decides what is in this process's memory.
     """
     return Attachment(
         path,

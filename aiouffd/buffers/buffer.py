@@ -115,36 +115,37 @@ def open(
 ) -> LazyBuffer:
     """A lazy buffer over ``source``; use it with ``async with``, or ``await`` it and `aclose`.
 
-    :param source: a URL (``http://``, ``s3://``, ``nbd://``, ...), a path, bytes, or a `Source`.
-    :param block_size: bytes fetched at a time when access is random: a power of two, at
-        least one page (64 KiB by default; 2 MiB for huge pages). Sizes may be text: "64K".
-    :param readahead: how much to keep under way ahead of sequential or strided access, in bytes
-        (8 MiB by default); 0 switches it off.
-    :param errors: when the source fails: ``"hard"`` retries for ever while touchers wait;
-        ``"soft"`` gives up after ``deadline`` or an error that is not transient: SIGBUS for raw
-        touches, `SourceError` from the methods.
-    :param deadline: seconds for ``errors="soft"``, from the touch on. Without one, errors that may
-        pass (a server that cannot be reached) are retried for ever, as with ``"hard"``; the log
-        says after 10 seconds that somebody waits.
-    :param strict: a touch from the event loop's own thread ends the process with a traceback
-        instead of a `BlockingTouchWarning`.
-    :param writable: allow the program to write. What it writes stays in this memory.
-    :param kind: the memory: see `Pager.map`.
-    :param fork: what forked children have of it: ``"drop"``, nothing; ``"serve"``, the same
-        memory, which this process goes on to fill. They have a copy as of the fork, or with
-        ``kind="memfd"`` and ``"hugetlb-memfd"`` share it. The source has to be one that can be
-        cloned. In a child `view`, ``buf[...]`` and `find` work, coroutines do not.
-    :param user_mode_only: see `Pager`.
-    :param cache: keep what is fetched on disk, for the next time: in this directory, or in
-        the usual one if True. More settings: `aiouffd.sources.cache.CachedSource`.
-    :param prefetch: a working set, or the file of one, that is brought in the background from
-        the start on. It is left alone, with a warning in the log, if it is of another version.
-    :param prefetch_version: ``"any"`` takes it for a copy of the object too, which has another
-        version elsewhere; the size has to be the same.
-    :param trace: called on the loop with a `FlightEvent` for each finished fetch.
-    :param options: the rest goes to the source (``headers=`` for HTTP, ...).
-
     Raises UsageError for arguments that cannot be; everything else shows when it is opened.
+
+    Args:
+        source: A URL (``http://``, ``s3://``, ``nbd://``, ...), a path, bytes, or a `Source`.
+        block_size: Bytes fetched at a time when access is random: a power of two, at least one page
+            (64 KiB by default; 2 MiB for huge pages). Sizes may be text: "64K".
+        readahead: How much to keep under way ahead of sequential or strided access, in bytes (8 MiB
+            by default); 0 switches it off.
+        errors: When the source fails: ``"hard"`` retries for ever while touchers wait; ``"soft"``
+            gives up after ``deadline`` or an error that is not transient: SIGBUS for raw touches,
+            `SourceError` from the methods.
+        deadline: Seconds for ``errors="soft"``, from the touch on. Without one, errors that may
+            pass (a server that cannot be reached) are retried for ever, as with ``"hard"``; the log
+            says after 10 seconds that somebody waits.
+        strict: A touch from the event loop's own thread ends the process with a traceback instead
+            of a `BlockingTouchWarning`.
+        writable: Allow the program to write. What it writes stays in this memory.
+        kind: The memory: see `Pager.map`.
+        fork: What forked children have of it: ``"drop"``, nothing; ``"serve"``, the same memory,
+            which this process goes on to fill. They have a copy as of the fork, or with
+            ``kind="memfd"`` and ``"hugetlb-memfd"`` share it. The source has to be one that can be
+            cloned. In a child `view`, ``buf[...]`` and `find` work, coroutines do not.
+        user_mode_only: See `Pager`.
+        cache: Keep what is fetched on disk, for the next time: in this directory, or in the usual
+            one if True. More settings: `aiouffd.sources.cache.CachedSource`.
+        prefetch: A working set, or the file of one, that is brought in the background from the
+            start on. It is left alone, with a warning in the log, if it is of another version.
+        prefetch_version: ``"any"`` takes it for a copy of the object too, which has another version
+            elsewhere; the size has to be the same.
+        trace: Called on the loop with a `FlightEvent` for each finished fetch.
+        options: The rest goes to the source (``headers=`` for HTTP, ...).
     """
     return LazyBuffer(
         source,

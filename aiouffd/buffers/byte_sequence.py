@@ -143,13 +143,14 @@ class ByteSequence(Exporter):
         It holds the memory, as a view does; it is read-only unless the memory is writable, and need
         not be aligned. Any thread.
 
-        :param dtype: a dtype or its name, those of ml_dtypes as well ("bfloat16"); in any byte
-            order (">f4"), structured ones too.
-        :param shape: a length or lengths; all that there is by default.
-        :param order: which axis is the quickest to walk along: the last ("C") or the first ("F").
-        :param strides: instead of that, the bytes from one element to the next along each axis;
-            0 and negative ones too.
-
         Raises UsageError for what does not fit, UnsupportedError without NumPy.
+
+        Args:
+            dtype: A dtype or its name, those of ml_dtypes as well ("bfloat16"); in any byte order
+                (">f4"), structured ones too.
+            shape: A length or lengths; all that there is by default.
+            order: Which axis is the quickest to walk along: the last ("C") or the first ("F").
+            strides: Instead of that, the bytes from one element to the next along each axis; 0 and
+                negative ones too.
         """
         return array_over(self.view, dtype, shape, offset, order, strides)

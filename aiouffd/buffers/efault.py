@@ -38,9 +38,10 @@ def explain(
     """Add a note to ``error``, an exception or none, if it, or one in its group, or what it was
     raised from, may be this EFAULT.
 
-    :param failed: why some bytes could not be had, or None if none of them.
-    :param fetch: what brings them.
-    :param save: what writes a file.
+    Args:
+        failed: Why some bytes could not be had, or None if none of them.
+        fetch: What brings them.
+        save: What writes a file.
     """
     if not isinstance(error, BaseException) or not _is_efault(error, set()):
         return

@@ -180,11 +180,12 @@ class Destination(Protocol[G]):
 class Flights(Generic[F]):
     """The flights to one destination. One loop, the running one; not thread-safe.
 
-    :param closed: what those get to read who wait when it is stopped.
-    :param most: flights that run at a time; ``background``: those of them that nobody waits for.
-    :param begin: starts a flight of one block without a task, or returns None; `landed` is to be
-        called at its end.
-    :param retry: whether a failure may be tried again at all.
+    Args:
+        closed: What those get to read who wait when it is stopped.
+        most: Flights that run at a time; ``background``: those of them that nobody waits for.
+        begin: Starts a flight of one block without a task, or returns None; `landed` is to be
+            called at its end.
+        retry: Whether a failure may be tried again at all.
     """
 
     def __init__(

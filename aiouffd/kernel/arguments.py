@@ -29,7 +29,8 @@ def address_of(buffer: Buffer) -> int:
     The buffer is not kept alive and not locked: see to it that it stays. An
     mmap must not be resized while its address is in use.
 
-    :raises UsageError: if it has no contiguous memory.
+    Raises:
+        UsageError: If it has no contiguous memory.
     """
     with pinned(buffer) as view:
         return view_address(view)

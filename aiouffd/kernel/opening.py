@@ -183,7 +183,8 @@ def kernel_features(path: Path | None = None) -> Feature:
     ``path`` is as in `Userfaultfd`. A descriptor for user mode suffices, so this
     needs no privileges on Linux 5.11 or later. Any thread may call it.
 
-    :raises CreationError: if no userfaultfd can be made at all.
+    Raises:
+        CreationError: If no userfaultfd can be made at all.
     """
     try:
         fd, _ = open_descriptor(path, user_mode_only=True)
@@ -228,7 +229,8 @@ def _handshake_error(code: int, wanted: Feature, path: Path | None) -> Exception
 def adopt(number: int) -> tuple[Feature, Ioctl]:
     """Makes a userfaultfd from elsewhere fit for a loop: what is switched on, and its ioctls.
 
-    :raises UsageError: if it is not a userfaultfd, or has not shaken hands.
+    Raises:
+        UsageError: If it is not a userfaultfd, or has not shaken hands.
     """
     try:
         target = os.readlink(f"/proc/self/fd/{number}")

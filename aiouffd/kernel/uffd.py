@@ -147,12 +147,13 @@ class Userfaultfd:
         "syscall", "device" (/dev/userfaultfd), or an open descriptor of that device,
         which stays the caller's; None tries the first two in turn.
 
-        :raises CreationPermissionError: if this user may not; it is a PermissionError,
-            and ``attempts`` tells what was tried.
-        :raises CreationError: if it fails for another reason.
-        :raises UnsupportedError: if the kernel lacks a feature asked for.
-
         Linux 4.11 at least; 5.11 for user_mode_only, 6.1 for the device.
+
+        Raises:
+            CreationPermissionError: If this user may not; it is a PermissionError, and ``attempts``
+                tells what was tried.
+            CreationError: If it fails for another reason.
+            UnsupportedError: If the kernel lacks a feature asked for.
         """
         self._descriptor = Descriptor(type(self).__name__)  # closed, should this fail
         if path is not None and path not in ("syscall", "device"):
@@ -204,10 +205,11 @@ class Userfaultfd:
         ``own=False`` it is not closed by ``close``. Features are read from the
         kernel; ``user_mode_only`` cannot be known, and is None.
 
-        :raises UsageError: if it is not a userfaultfd, or has not shaken hands. The
-            descriptor then stays the caller's.
-
         Any thread may call it. Linux 4.3 at least.
+
+        Raises:
+            UsageError: If it is not a userfaultfd, or has not shaken hands. The descriptor then
+                stays the caller's.
         """
         number = check_number("from_fd", "fd", fd)
         features, ioctls = adopt(number)
@@ -233,7 +235,8 @@ class Userfaultfd:
 
         For a descriptor from elsewhere they are asked on a throw-away one.
 
-        :raises CreationError: if that cannot be made.
+        Raises:
+            CreationError: If that cannot be made.
         """
         if self._available is None:
             self._available = kernel_features()
@@ -257,7 +260,8 @@ class Userfaultfd:
     def fileno(self) -> int:
         """The descriptor.
 
-        :raises ClosedError: after ``close``.
+        Raises:
+            ClosedError: After ``close``.
         """
         if self._descriptor.closed:
             raise self._descriptor.closed_error("fileno")
@@ -318,15 +322,16 @@ class Userfaultfd:
         registered; ordinary files only for Mode.WP with Feature.WP_ASYNC. For shared memory use
         MISSING and MINOR together. `Mode.RWP` needs Feature.RWP at creation, and no WP.
 
-        :raises UsageError: if the range is not whole pages, or ``mode`` is empty, unknown, or RWP
-            without its feature.
-        :raises UnsupportedError: if this kernel lacks what the mode may need.
-        :raises KernelError: EINVAL for memory that cannot be registered so, EBUSY if another
-            userfaultfd has it, EPERM for a shared mapping of an unwritable file,
-            ENOMEM if the owner is gone.
-
         Linux 4.3; WP 5.7 (shared memory and hugetlb 5.19), MINOR 5.13 (shared memory 5.14), RWP
         7.3.
+
+        Raises:
+            UsageError: If the range is not whole pages, or ``mode`` is empty, unknown, or RWP
+                without its feature.
+            UnsupportedError: If this kernel lacks what the mode may need.
+            KernelError: EINVAL for memory that cannot be registered so, EBUSY if another
+                userfaultfd has it, EPERM for a shared mapping of an unwritable file, ENOMEM if the
+                owner is gone.
         """
         start, length = check_range("register", start, length)
         bits = check_number("register", "mode", mode)
@@ -371,11 +376,12 @@ class Userfaultfd:
         Missing pages become ordinary ones: **zeros**, or what the page cache has.
         Write protection is lifted. On hugetlb the range is whole huge pages.
 
-        :raises UsageError: if the range is not whole pages.
-        :raises KernelError: EINVAL if nothing is mapped there or another userfaultfd
-            has it, ENOMEM if the owner is gone.
-
         Linux 4.3.
+
+        Raises:
+            UsageError: If the range is not whole pages.
+            KernelError: EINVAL if nothing is mapped there or another userfaultfd has it, ENOMEM if
+                the owner is gone.
         """
         start, length = check_range("unregister", start, length)
         fd = self._descriptor.enter("unregister")
@@ -447,14 +453,14 @@ class Userfaultfd:
         where it would else raise EAGAIN with ``done`` > 0. Protection is ignored; poison
         and guard regions are overwritten.
 
-        :raises UsageError: if the range is not whole pages or longer than the source.
-        :raises KernelError: EEXIST if a page is there already, EAGAIN if it stopped
-            midway or mappings are changing, ENOENT if the range is not inside one registered
-            mapping, ESRCH if the owner is gone, EFAULT if the source is
-            unreadable, EINVAL for ``wp`` without Mode.WP, ENOMEM. ``done`` tells how many
-            bytes are in place.
-
         Linux 4.3; wp 5.7.
+
+        Raises:
+            UsageError: If the range is not whole pages or longer than the source.
+            KernelError: EEXIST if a page is there already, EAGAIN if it stopped midway or mappings
+                are changing, ENOENT if the range is not inside one registered mapping, ESRCH if the
+                owner is gone, EFAULT if the source is unreadable, EINVAL for ``wp`` without
+                Mode.WP, ENOMEM. ``done`` tells how many bytes are in place.
         """
         mode = (lib.AU_COPY_MODE_WP if wp else 0) | (0 if wake else lib.AU_COPY_MODE_DONTWAKE)
         if isinstance(source, int):
@@ -489,10 +495,11 @@ class Userfaultfd:
 
         ``wake``, ``partial`` and the result are as in ``copy``. Not for hugetlb.
 
-        :raises UsageError: if the range is not whole pages.
-        :raises KernelError: as ``copy``; EEXIST also over poison; EINVAL on hugetlb.
-
         Linux 4.3.
+
+        Raises:
+            UsageError: If the range is not whole pages.
+            KernelError: As ``copy``; EEXIST also over poison; EINVAL on hugetlb.
         """
         start, length = check_range("zeropage", start, length)
         mode = 0 if wake else lib.AU_ZEROPAGE_MODE_DONTWAKE
@@ -515,11 +522,12 @@ class Userfaultfd:
         through another mapping or pwrite(2). Shared memory and hugetlb only.
         ``wp``, ``wake``, ``partial`` and the result are as in ``copy``.
 
-        :raises UsageError: if the range is not whole pages.
-        :raises KernelError: EFAULT if the page cache has no page, EEXIST if it is mapped
-            already, EINVAL on anonymous memory; others as ``copy``.
-
         Linux 5.13; wp 6.4.
+
+        Raises:
+            UsageError: If the range is not whole pages.
+            KernelError: EFAULT if the page cache has no page, EEXIST if it is mapped already,
+                EINVAL on anonymous memory; others as ``copy``.
         """
         start, length = check_range("continue_", start, length)
         mode = (lib.AU_CONTINUE_MODE_WP if wp else 0) | (
@@ -546,12 +554,13 @@ class Userfaultfd:
         ``allow_holes``, which counts it as moved and leaves its destination missing.
         ``wake``, ``partial`` and the result are as in ``copy``.
 
-        :raises UsageError: if a range is not whole pages.
-        :raises KernelError: ENOENT for a hole, EEXIST if a destination is there already,
-            EBUSY if a page is shared with a forked child or pinned, EINVAL for
-            other kinds of memory or another process; others as ``copy``.
-
         Linux 6.8.
+
+        Raises:
+            UsageError: If a range is not whole pages.
+            KernelError: ENOENT for a hole, EEXIST if a destination is there already, EBUSY if a
+                page is shared with a forked child or pinned, EINVAL for other kinds of memory or
+                another process; others as ``copy``.
         """
         start, length = check_range("move", start, length)
         source, _ = check_range("move", source, length)
@@ -569,11 +578,12 @@ class Userfaultfd:
         unless ``wake=False``; protecting wakes nobody. Untouched anonymous pages are
         skipped unless Feature.WP_UNPOPULATED is on. The range may span several mappings.
 
-        :raises UsageError: if the range is not whole pages.
-        :raises KernelError: ENOENT if part is not registered with Mode.WP (what came before it
-            is done), EAGAIN if mappings are changing, ESRCH if the owner is gone.
-
         Linux 5.7; shared memory and hugetlb 5.19.
+
+        Raises:
+            UsageError: If the range is not whole pages.
+            KernelError: ENOENT if part is not registered with Mode.WP (what came before it is
+                done), EAGAIN if mappings are changing, ESRCH if the owner is gone.
         """
         start, length = check_range("writeprotect", start, length)
         if protect:
@@ -590,12 +600,13 @@ class Userfaultfd:
         are in use. ``protect=False`` is the answer to such a fault, and wakes waiters unless
         ``wake=False``; protecting wakes nobody. A huge page is protected and accessed as a whole.
 
-        :raises UsageError: if the range is not whole pages.
-        :raises UnsupportedError: before Linux 7.3.
-        :raises KernelError: ENOENT if part is not registered with Mode.RWP, EAGAIN if mappings are
-            changing, ESRCH if the owner is gone.
-
         Linux 7.3.
+
+        Raises:
+            UsageError: If the range is not whole pages.
+            UnsupportedError: Before Linux 7.3.
+            KernelError: ENOENT if part is not registered with Mode.RWP, EAGAIN if mappings are
+                changing, ESRCH if the owner is gone.
         """
         start, length = check_range("rwprotect", start, length)
         if protect:
@@ -615,11 +626,12 @@ class Userfaultfd:
         ``features`` tells the new state. Switched off, accesses to protected pages are told by
         messages from then on.
 
-        :raises UsageError: if a feature is in both.
-        :raises UnsupportedError: before Linux 7.3.
-        :raises KernelError: EINVAL for any other feature, or without Feature.RWP.
-
         Any thread may call it. Linux 7.3.
+
+        Raises:
+            UsageError: If a feature is in both.
+            UnsupportedError: Before Linux 7.3.
+            KernelError: EINVAL for any other feature, or without Feature.RWP.
         """
         on = check_number("set_mode", "enable", enable)
         off = check_number("set_mode", "disable", disable)
@@ -643,10 +655,11 @@ class Userfaultfd:
         them or madvise(MADV_DONTNEED) heals them; ``close`` does not.
         ``wake``, ``partial`` and the result are as in ``copy``.
 
-        :raises UsageError: if the range is not whole pages.
-        :raises KernelError: EEXIST if a page is there or poisoned already; others as ``copy``.
-
         Linux 6.6.
+
+        Raises:
+            UsageError: If the range is not whole pages.
+            KernelError: EEXIST if a page is there or poisoned already; others as ``copy``.
         """
         start, length = check_range("poison", start, length)
         mode = 0 if wake else lib.AU_POISON_MODE_DONTWAKE
@@ -659,10 +672,11 @@ class Userfaultfd:
 
         Needed after ``wake=False``, after EEXIST, and after the range was unmapped.
 
-        :raises UsageError: if the range is not whole pages.
-        :raises KernelError: hardly ever; it succeeds on unmapped ranges too.
-
         Linux 4.3.
+
+        Raises:
+            UsageError: If the range is not whole pages.
+            KernelError: Hardly ever; it succeeds on unmapped ranges too.
         """
         start, length = check_range("wake", start, length)
         fd = self._descriptor.enter("wake")
@@ -688,10 +702,11 @@ class Userfaultfd:
         now on. Any thread may call it; it takes messages that ``receive`` would
         have given.
 
-        :raises UsageError: if ``max`` is not positive.
-        :raises KernelError: EMFILE if there is no descriptor free for a `Fork`, which
-            stays in the queue.
-        :raises ClosedError: after ``close``.
+        Raises:
+            UsageError: If ``max`` is not positive.
+            KernelError: EMFILE if there is no descriptor free for a `Fork`, which stays in the
+                queue.
+            ClosedError: After ``close``.
         """
         limit = check_number("read", "max", max)
         if limit == 0:
@@ -704,9 +719,10 @@ class Userfaultfd:
         A cancelled call takes no message. Several tasks of one loop may wait; each
         message goes to one of them.
 
-        :raises ClosedError: if it is closed, before or meanwhile.
-        :raises UsageError: if a task on another loop waits already.
-        :raises KernelError: as ``read``.
+        Raises:
+            ClosedError: If it is closed, before or meanwhile.
+            UsageError: If a task on another loop waits already.
+            KernelError: As ``read``.
         """
         return await self._messages.receive()
 
@@ -750,11 +766,12 @@ class Userfaultfd:
         The pages are this process's, unless ``pagemap`` is an open descriptor of another
         one's /proc/PID/pagemap.
 
-        :raises UsageError: if the range is not whole pages.
-        :raises KernelError: EPERM if ``protect`` and part of the range does not track writes so.
-        :raises UnsupportedError: before Linux 6.7.
-
         Any thread may call it. Works for unprivileged users.
+
+        Raises:
+            UsageError: If the range is not whole pages.
+            KernelError: EPERM if ``protect`` and part of the range does not track writes so.
+            UnsupportedError: Before Linux 6.7.
         """
         start, length = check_range("scan", start, length)
         self._descriptor.enter("scan")

@@ -73,21 +73,22 @@ class Pager:
             async def serve(fault: aiouffd.Fault) -> None:
                 fault.copy(await fetch(fault.offset, fault.length))
 
-    :param user_mode_only: True makes a descriptor that sees faults of user mode only, which
-        needs no privilege; system calls on missing pages then fail with EFAULT. None (the
-        default) tries to see all faults and falls back to that. See `user_mode_only`.
-    :param max_in_flight: handlers that run at a time, per region.
-    :param grace: seconds that the sentry leaves a waiting thread alone.
-    :param patience: seconds without an answer after which a loop counts as stuck, and its
-        faults go to the rescue loop.
-    :param stall: seconds without any progress after which a toucher gets an error.
-    :param rescue_deadline: seconds after which a touch that only a stuck loop could serve
-        gets an error.
-    :param strict: a touch from the loop's own thread ends the process with a traceback
-        instead of being served by the rescue loop.
-
     Not thread-safe but for `Region` methods that say so. One loop; several pagers per loop and
     several loops per process are fine.
+
+    Args:
+        user_mode_only: True makes a descriptor that sees faults of user mode only, which needs no
+            privilege; system calls on missing pages then fail with EFAULT. None (the default) tries
+            to see all faults and falls back to that. See `user_mode_only`.
+        max_in_flight: Handlers that run at a time, per region.
+        grace: Seconds that the sentry leaves a waiting thread alone.
+        patience: Seconds without an answer after which a loop counts as stuck, and its faults go to
+            the rescue loop.
+        stall: Seconds without any progress after which a toucher gets an error.
+        rescue_deadline: Seconds after which a touch that only a stuck loop could serve gets an
+            error.
+        strict: A touch from the loop's own thread ends the process with a traceback instead of
+            being served by the rescue loop.
     """
 
     def __init__(
@@ -245,15 +246,16 @@ class Pager:
     ) -> Region:
         """A new region of ``length`` bytes whose pages are missing. Sizes may be text: "1 GiB".
 
-        :param kind: "anonymous" (private), "memfd" (shared memory with a descriptor), "hugetlb"
-            or "hugetlb-memfd" (2 MiB pages, which must be reserved).
-        :param block_size: bytes per fault, a power of two and at least a page (the default).
-        :param writable: whether the program may write; what it writes stays in this memory.
-        :param errors: "hard": a handler that fails is called again, for ever; "soft": the block
-            is poisoned.
-        :param deadline: seconds that a handler may take.
-
         Raises UsageError, KernelError (ENOMEM: no huge pages), ClosedError. Loop thread.
+
+        Args:
+            kind: "anonymous" (private), "memfd" (shared memory with a descriptor), "hugetlb" or
+                "hugetlb-memfd" (2 MiB pages, which must be reserved).
+            block_size: Bytes per fault, a power of two and at least a page (the default).
+            writable: Whether the program may write; what it writes stays in this memory.
+            errors: "hard": a handler that fails is called again, for ever; "soft": the block is
+                poisoned.
+            deadline: Seconds that a handler may take.
         """
         self._open_uffd()
         if errors not in ("hard", "soft"):
