@@ -24,6 +24,7 @@ COPIED += (
     "include",
     "aiouffd_command.py",
     "setup.py",
+    "MANIFEST.in",
     "Makefile",
     "pyproject.toml",
     "LICENSE",
