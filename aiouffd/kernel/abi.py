@@ -1,7 +1,9 @@
-"""The words of the userfaultfd ABI: features, modes, ioctls and messages, complete to Linux 7.3.
+"""The userfaultfd ABI: features, modes, ioctls and messages, complete up to Linux 7.3.
 
-Plain values without any behaviour. The numbers are the kernel's; tests compare them with the
-compiled ones. A bit that a newer kernel knows and this module does not is kept as it is.
+Plain values without behaviour. The numbers are the kernel's; tests compare them with the compiled
+ones. A bit that a newer kernel knows and this module does not is kept. See
+https://man7.org/linux/man-pages/man2/ioctl_userfaultfd.2.html and
+https://docs.kernel.org/admin-guide/mm/userfaultfd.html.
 """
 
 from __future__ import annotations
@@ -30,10 +32,11 @@ __all__ = [
 
 
 class Feature(IntFlag):
-    """What a userfaultfd can do. Some must be asked for at creation.
+    """What a userfaultfd can do. Some features must be requested at creation.
 
-    The comment gives the first kernel with the feature. Those marked "always on" work whether or
-    not they were asked for; asking for one the kernel lacks fails.
+    The comment gives the first kernel with the feature. Those marked "always on" need not be
+    requested; requesting one that the kernel lacks fails. See
+    https://man7.org/linux/man-pages/man2/UFFDIO_API.2const.html.
     """
 
     PAGEFAULT_FLAG_WP = 1 << 0  #: Write protection of anonymous memory. 5.7, always on.
@@ -127,7 +130,7 @@ class FaultFlag(IntFlag):
 
 
 class PageCategory(IntFlag):
-    """What `Userfaultfd.scan` can tell about a page. 6.7."""
+    """What `Userfaultfd.scan` reports about a page. 6.7."""
 
     WPALLOWED = 1 << 0  #: Its range tracks writes asynchronously.
     WRITTEN = 1 << 1  #: Written since it was last protected, or never protected.
@@ -151,10 +154,9 @@ CATEGORY_SINCE: dict[PageCategory, str] = {
 
 @dataclass(frozen=True, slots=True)
 class PageFault:
-    """A thread waits for a page.
+    """A thread is blocked on a page.
 
-    It may be told again for the same page and thread (a signal arrived), and
-    once for each thread: fold them by page.
+    There is one message per thread, and another one if a signal interrupted it: fold them by page.
     """
 
     flags: FaultFlag
@@ -167,31 +169,30 @@ class PageFault:
 
     @property
     def is_write(self) -> bool:
-        """The access was a write."""
+        """Whether the access was a write."""
         return bool(self.flags & FaultFlag.WRITE)
 
     @property
     def is_wp(self) -> bool:
-        """The page is there and write-protected: answer with ``writeprotect(protect=False)``."""
+        """Whether the page is write-protected: resolve with ``writeprotect(protect=False)``."""
         return bool(self.flags & FaultFlag.WP)
 
     @property
     def is_minor(self) -> bool:
-        """The page is in the page cache: answer with ``continue_``."""
+        """Whether the page is in the page cache and not mapped: resolve with ``continue_``."""
         return bool(self.flags & FaultFlag.MINOR)
 
     @property
     def is_rwp(self) -> bool:
-        """The page is there and protected from any access: answer with
-        ``rwprotect(protect=False)``."""
+        """Whether the page is protected from all access: use ``rwprotect(protect=False)``."""
         return bool(self.flags & FaultFlag.RWP)
 
     @property
     def is_missing(self) -> bool:
-        """There is no page: answer with ``copy``, ``zeropage``, ``move`` or ``poison``.
+        """Whether there is no page: resolve with ``copy``, ``zeropage``, ``move`` or ``poison``.
 
-        Not with a flag that has no name here, for all but WRITE have been reasons so far; a
-        descriptor gets none that it did not ask for.
+        False with a flag that has no name here: all but WRITE have been reasons so far, and a
+        descriptor gets none that it did not request.
         """
         return not int(self.flags) & ~int(FaultFlag.WRITE)
 
@@ -200,8 +201,8 @@ class PageFault:
 class Fork:
     """The owner of the memory forked. The child's faults come to ``fd``, and only there.
 
-    The descriptor belongs to whoever received the message: give it to
-    ``Userfaultfd.from_fd``, or close it, after which the child reads zeros.
+    The receiver of the message owns the descriptor: pass it to ``Userfaultfd.from_fd``, or close
+    it, after which the child reads zeros.
     """
 
     fd: int
@@ -226,13 +227,13 @@ class Remove:
 
 @dataclass(frozen=True, slots=True)
 class Unmap:
-    """[start, end) was unmapped, and is registered no more."""
+    """[start, end) was unmapped and is no longer registered."""
 
     start: int
     end: int
 
 
-#: What `Userfaultfd.read` gives.
+#: What `Userfaultfd.read` returns.
 Message: TypeAlias = PageFault | Fork | Remap | Remove | Unmap
 
 

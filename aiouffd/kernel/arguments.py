@@ -1,4 +1,4 @@
-"""Arguments, looked at before the kernel sees them: addresses, sizes, ranges and buffers.
+"""Checks of arguments before the kernel sees them: addresses, sizes, ranges and buffers.
 
 The kernel answers EINVAL without saying which argument was wrong.
 """
@@ -24,10 +24,10 @@ __all__ = ["Buffer", "address_of", "check_number", "check_range", "pinned", "vie
 
 
 def address_of(buffer: Buffer) -> int:
-    """Address of the first byte of ``buffer`` (an mmap, a memoryview, an array).
+    """Return the address of the first byte of ``buffer`` (an mmap, a memoryview, an array).
 
-    The buffer is not kept alive and not locked: see to it that it stays. An
-    mmap must not be resized while its address is in use.
+    The caller has to keep the buffer alive and in place: an mmap must not be resized while its
+    address is in use.
 
     Raises:
         UsageError: If it has no contiguous memory.
@@ -37,7 +37,11 @@ def address_of(buffer: Buffer) -> int:
 
 
 def pinned(buffer: Buffer) -> Bytes:
-    """A view that keeps the buffer where it is until it is released."""
+    """Return a view that keeps ``buffer`` in place until it is released.
+
+    Raises:
+        UsageError: If it has no contiguous memory.
+    """
     try:
         return ffi.from_buffer(buffer)
     except (TypeError, ValueError, BufferError) as error:
@@ -48,11 +52,18 @@ def pinned(buffer: Buffer) -> Bytes:
 
 
 def view_address(view: Any) -> int:
+    """Return the address that a cffi view or array starts at."""
     return int(ffi.cast("uintptr_t", view))
 
 
 def check_number(name: str, what: str, value: object) -> int:
-    """``value`` as an argument of ``name`` that fits the kernel's 64 bits."""
+    """Return ``value`` as an integer of 64 bits; UsageError for anything else.
+
+    Args:
+        name: The method, for the message.
+        what: The argument, for the message.
+        value: The value.
+    """
     try:
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -66,7 +77,7 @@ def check_number(name: str, what: str, value: object) -> int:
 
 
 def check_range(name: str, start: object, length: object) -> tuple[int, int]:
-    """(start, length) of at least one page, and of whole pages."""
+    """Return start and length in bytes; UsageError unless they are one or more whole pages."""
     first = check_number(name, "start", start)
     size = check_number(name, "length", length)
     if first % PAGE_SIZE:

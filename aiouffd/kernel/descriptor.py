@@ -1,14 +1,14 @@
-"""What a userfaultfd holds open, kept as long as anybody uses it.
+"""Reference-counted lifetime of a userfaultfd and what belongs to it.
 
-**Close means zeros.** When the last copy of the descriptor closes, everything is unregistered and
-all waiters go on as if nothing had been: missing pages read as zeros, protected ones become
-writable. "Last" counts dup()s, children made by fork, and a thread that sits in poll() on it.
-Poison stays. So before ``close``: resolve or poison what is missing, or unmap it.
+**Closing makes zeros.** When the last copy of the descriptor is closed, all ranges are unregistered
+and all waiters continue: missing pages read as zeros, protected ones become writable. Copies are
+dup()s, those of forked children, and a thread that is in poll() on it. Poison stays. So before
+``close``: resolve or poison missing pages, or unmap them.
 
 **Fork.** Without Feature.EVENT_FORK the child has the memory without the registration and reads
-zeros for what was missing; with shared memory it even writes them for everybody. Use
-MADV_DONTFORK. The child also inherits the descriptor, and what it does with it happens to the
-parent; it is closed there.
+zeros for missing pages; in shared memory it even installs them for all processes. Use
+MADV_DONTFORK (https://man7.org/linux/man-pages/man2/madvise.2.html). The child also inherits the
+descriptor, whose ioctls change the parent's memory; it is closed in the child.
 """
 
 from __future__ import annotations
@@ -30,17 +30,21 @@ __all__ = ["Descriptor"]
 
 
 class Descriptor:
-    """A userfaultfd and what belongs to it, released together by the last who uses them.
+    """A userfaultfd and its native engine, released together by their last user.
 
-    Users are calls under way, in any thread, and the reader of an event loop. Only between
-    ``enter`` and ``leave`` are ``fd`` and ``engine`` sure to stay.
+    Users are calls under way, in any thread, and the reader of an event loop. ``fd`` and ``engine``
+    are valid only between ``enter`` and ``leave``. Thread-safe.
+
+    Args:
+        owner: The class name for error messages.
+        fd: The descriptor; negative for a closed one.
+        own: Whether the last user closes ``fd``.
     """
 
     #: Those for this process's own memory, to be dropped in a forked child.
     own_memory: ClassVar[weakref.WeakSet[Descriptor]] = weakref.WeakSet()
 
     def __init__(self, owner: str, fd: int = -1, *, own: bool = True) -> None:
-        """``owner`` is the name of the class that errors speak of. Without ``fd``: closed."""
         self._owner = owner
         self._own = own
         self.fd = fd
@@ -48,18 +52,26 @@ class Descriptor:
         self.lock = threading.Lock()
         self.users = 0
         self._pagemap = -1
-        #: Made with the first `receive`: reads without the GIL, and asks touchers for theirs.
+        #: Created by the first `receive`: reads without the GIL, and makes touchers release it.
         self.engine: EnginePtr | None = None
         #: A native engine closes the descriptor in a forked child.
         self.fork_handled = False
-        #: Messages that were read and not yet given out.
+        #: Messages that were read and not yet returned.
         self.pending: deque[Message] = deque()
 
     def closed_error(self, name: str) -> ClosedError:
+        """Make the error of calling ``name`` after ``close``."""
         return ClosedError(f"cannot call {name}(): this {self._owner} is closed")
 
     def enter(self, name: str) -> int:
-        """The descriptor, which will not be released before ``leave``."""
+        """Return the descriptor, which stays open until ``leave``.
+
+        Args:
+            name: The calling method, for the message.
+
+        Raises:
+            ClosedError: After ``close``.
+        """
         with self.lock:
             if self.closed:
                 raise self.closed_error(name)
@@ -67,6 +79,7 @@ class Descriptor:
             return self.fd
 
     def leave(self) -> None:
+        """End a use; the last one after ``close`` releases everything."""
         with self.lock:
             self.users -= 1
             if self.users or not self.closed:
@@ -86,7 +99,7 @@ class Descriptor:
                 os.close(message.fd)
 
     def close(self) -> bool:
-        """Lets nobody in any more. True the first time; the caller is then a user itself."""
+        """Refuse further users; return True the first time, when the caller becomes a user."""
         if self.closed:
             return False
         with self.lock:
@@ -98,14 +111,14 @@ class Descriptor:
         return True
 
     def own_pagemap(self) -> int:
-        """/proc/self/pagemap, opened when it is first asked for."""
+        """Return a descriptor of /proc/self/pagemap, opened at the first call."""
         with self.lock:
             if self._pagemap < 0:
                 self._pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
             return self._pagemap
 
     def _abandon_in_child(self) -> None:
-        """In a forked child: an ioctl on this descriptor would change the parent's memory."""
+        """Close in a forked child, where ioctls would change the parent's memory."""
         self.lock = threading.Lock()
         if self.closed:
             return
@@ -116,7 +129,7 @@ class Descriptor:
             if each >= 0:
                 try:
                     os.close(each)
-                except OSError:  # somebody else's hook was faster
+                except OSError:  # another at-fork hook has closed it
                     pass
 
 

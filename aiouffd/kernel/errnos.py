@@ -1,4 +1,8 @@
-"""What the kernel means by an errno: a `KernelError` that says what to do."""
+"""Errnos of userfaultfd's ioctls as `KernelError` with a hint what to do.
+
+What each errno means is in the ERRORS sections of the man pages that
+https://man7.org/linux/man-pages/man2/ioctl_userfaultfd.2.html lists.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +65,7 @@ _HINTS_OF: dict[tuple[str, int], str] = {
 
 
 def kernel_error(name: str, code: int, what: str, done: int = 0) -> KernelError:
-    """The error of calling ``name`` on ``what``, which had done so many bytes before."""
+    """Make the error of calling ``name`` on ``what``, which had completed ``done`` bytes."""
     if code == errno.EAGAIN and done:
         hint = "that part is in place: call again for the rest to learn the reason"
     else:
@@ -78,9 +82,9 @@ def kernel_error(name: str, code: int, what: str, done: int = 0) -> KernelError:
 def lacking_error(
     name: str, needed: Feature, available: Feature, hint: str | None = None
 ) -> UnsupportedError | None:
-    """The error of calling ``name``, if this kernel lacks some of the features that it needs.
+    """Make the error of calling ``name`` if this kernel lacks a feature it needs, else None.
 
-    The kernel says EINVAL to a call that it does not know, as to one with a wrong argument.
+    The kernel answers EINVAL to a call that it does not know, as it does to a wrong argument.
     """
     # As numbers, because inverting a flag forgets the bits that it has no name for.
     bits = [1 << bit for bit in range(64) if int(needed) & ~int(available) & 1 << bit]
@@ -95,15 +99,15 @@ def _with_version(feature: Feature) -> str:
 
 
 def unsupported(name: str, what: str, hint: str | None = None) -> UnsupportedError:
-    """The error of calling ``name`` for ``what``, which this kernel does not have."""
+    """Make the error of calling ``name`` for ``what``, which this kernel does not have."""
     return UnsupportedError(
         f"{name}: Linux {os.uname().release} does not have: {what}",
         errno=errno.EINVAL,
         hint=hint
-        or "leave it out, or run a newer kernel; `aiouffd doctor` tells what this one offers",
+        or "leave it out, or run a newer kernel; `aiouffd doctor` shows what this one offers",
     )
 
 
 def describe(start: int, length: int) -> str:
-    """A range, as the messages of errors name it."""
+    """Format a range of addresses for an error message."""
     return f"[{start:#x}, {start + length:#x})"

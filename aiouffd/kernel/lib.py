@@ -1,4 +1,4 @@
-"""The native module and the page size: what calls C takes ``ffi`` and ``lib`` from here."""
+"""The native module and the page size: code that calls C takes ``ffi`` and ``lib`` from here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def in_main_interpreter() -> bool:
-    """Whether this is the interpreter that the process began with."""
+    """Return whether this is the main interpreter of the process."""
     known = getattr(_thread, "_is_main_interpreter", None)  # from 3.13 on
     if known is not None:
         return bool(known())
@@ -35,7 +35,7 @@ _NO_GIL = (
 
 
 def _why(error: ImportError) -> str:
-    """What to do where the native module cannot be loaded."""
+    """Return why the native module cannot be loaded, and what to do."""
     package = FOLDER.resolve()
     text = f"aiouffd's native module could not be loaded: {error}. "
     if sys.platform != "linux" or sys.implementation.name != "cpython":
@@ -45,7 +45,7 @@ def _why(error: ImportError) -> str:
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     text += (
         f"Python found the sources in {package.parent}, where it has not been compiled for Python"
-        f" {version}: `pip install -e .` there does that, with a C compiler at hand"
+        f" {version}: `pip install -e .` there does that; it needs a C compiler"
     )
     for place in map(Path, sys.path):
         other = (place / "aiouffd").resolve()
@@ -61,7 +61,7 @@ if not getattr(sys, "_is_gil_enabled", lambda: True)():
 try:
     _native = importlib.import_module("aiouffd._native")
 except ImportError as error:
-    # Not light, and only asked where something is wrong already.
+    # Slow to import, so only after a failure.
     import sysconfig
 
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
@@ -85,13 +85,15 @@ PAGE_SIZE: int = pages.PAGE_SIZE
 
 
 def pin(data: Any) -> tuple[Bytes, memoryview]:
-    """A pointer to the bytes of ``data``, and a view that keeps them in place for as long as it is
-    referred to and not released.
+    """Return a pointer to the bytes of ``data``, and a view that keeps them in place.
 
-    For pointers that stay. What ``ffi.from_buffer`` returns is a user of a memoryview, and CPython
+    The pointer is valid while the view is referenced and not released.
+
+    For pointers that are stored. What ``ffi.from_buffer`` returns exports a memoryview, and CPython
     before 3.12.7 crashes when it collects both as parts of one cycle, the view first
-    (python/cpython#77894). So it must not outlive the call that it is made for, be it in an
-    attribute or in the traceback of an exception. The view here has no user.
+    (https://github.com/python/cpython/issues/77894). So it must not outlive the call that it is
+    made for, be it in an attribute or in the traceback of an exception. The view here has no
+    exports.
     """
     view = memoryview(data)
     with ffi.from_buffer("uint8_t[]", view) as lent:

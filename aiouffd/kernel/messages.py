@@ -1,24 +1,27 @@
 """The messages of a userfaultfd: reading them, and waiting for them on an event loop.
 
-**Readable does not mean that a read will find something.** The fault may have been resolved in
-between, and the read says EAGAIN.
+**Readable does not mean that a read returns a message.** The fault may have been resolved in
+between, and the read fails with EAGAIN.
 
-**Messages are not one per fault.** N threads on one page are N messages. A thread that a signal
-interrupts while it waits goes back to its instruction and sends another. In system calls a
-pending signal makes the thread repeat the fault as fast as it is read. Fold them by page, and
-pause when a whole batch is about pages already being fetched. Page faults are given out before
-events, even before older ones.
+**There is more than one message per fault.** N threads on one page make N messages. A signal
+interrupts a blocked thread, which then repeats its instruction and sends another message. In
+system calls a pending signal makes the thread repeat the fault as fast as it is read. Fold them by
+page, and pause when a whole batch is about pages already being fetched. The kernel returns page
+faults before events, even before older ones.
 
-**Events block their maker.** With the EVENT features, fork, munmap, mremap and madvise sleep
-until their message is read. A thread must not make those calls if it is the one that reads, nor
-hold anything the reader needs: CPython holds the GIL in ``os.fork``, ``mmap.madvise`` and
-``mmap.resize``, and fork holds malloc's locks, so that until its event is read other threads must
-not allocate: ``read`` and ``receive`` do not, as far as it is in their hands.
+**Events block their originator.** With the EVENT features, fork, munmap, mremap and madvise sleep
+until their message is read. The thread that reads must not make those calls, and a thread that
+makes them must not hold anything the reader needs: CPython holds the GIL in ``os.fork``,
+``mmap.madvise`` and ``mmap.resize``, and fork holds malloc's locks, so until its event is read
+other threads must not allocate: ``read`` and ``receive`` avoid it as far as they can.
 
 **A thread that touches a missing page from Python holds the GIL**, and no Python code can then
-answer. Until a loop has begun to ``receive``, touch from calls that release it (``os.write``,
-ctypes, NumPy's larger copies), or from another process; from then on a native reader makes threads
-of this process release it.
+resolve the fault. Until a loop has begun to ``receive``, touch from calls that release it
+(``os.write``, ctypes, NumPy's larger copies), or from another process; from then on a native
+reader makes threads of this process release it.
+
+See "Reading from the userfaultfd structure" in
+https://man7.org/linux/man-pages/man2/userfaultfd.2.html.
 """
 
 from __future__ import annotations
@@ -55,7 +58,7 @@ class Messages:
     """The messages of one descriptor, and the event loop that waits for them.
 
     The loop's reader is a user of the descriptor, as a call under way is: the descriptor stays
-    open until the loop has let go of it.
+    open until the reader has been removed. Thread-safe; one loop at a time.
     """
 
     def __init__(self, descriptor: Descriptor) -> None:
@@ -63,14 +66,14 @@ class Messages:
         self._pending = descriptor.pending
         self._read_lock = threading.Lock()
         self._read_buffer = ffi.new("struct au_uffd_msg[]", _READ_MESSAGES)
-        self._entries: Any = None  # the same, for what the native reader gives
+        self._entries: Any = None  # the same, for messages of the native reader
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiters: deque[asyncio.Future[None]] = deque()
-        # Which loop watches and who waits there, of which several threads may be in doubt.
+        # Guards the watching loop and its waiters, which several threads may change.
         self._lock = threading.RLock()
 
     def read(self, limit: int) -> list[Message]:
-        """As `Userfaultfd.read`, for a positive ``limit``."""
+        """Do `Userfaultfd.read`, for a positive ``limit``."""
         messages: list[Message] = []
         while len(messages) < limit:
             try:
@@ -85,7 +88,7 @@ class Messages:
                 got = self._read_kernel(want)
             except KernelError:
                 if messages:
-                    break  # it will be said by the next call, and nothing is lost
+                    break  # the next call raises it, and nothing is lost
                 raise
             messages += got
             if len(got) < want:
@@ -93,8 +96,8 @@ class Messages:
         return messages
 
     def _read_kernel(self, limit: int) -> list[Message]:
-        # Between here and the read nothing may be allocated from malloc, whose locks a
-        # thread holds that waits in fork for its event to be read.
+        # Between here and the read nothing may be allocated from malloc: a thread in fork holds
+        # its locks until its event is read.
         fd = self._descriptor.enter("read")
         try:
             engine = self._descriptor.engine
@@ -104,7 +107,7 @@ class Messages:
                     decoded = [_decode(self._read_buffer[i]) for i in range(count)]
                 else:
                     count = lib.au_engine_drain(engine, self._entries, limit, lib.AU_DRAIN_LOOP)
-                    # Who waits since before does not hold the GIL: we do. (FREE-THREADING)
+                    # No thread blocked before this holds the GIL: we do. (FREE-THREADING)
                     lib.au_shared.proof = lib.au_shared.sequence
                     decoded = [_decode(self._entries[i].message) for i in range(count)]
         finally:
@@ -114,7 +117,7 @@ class Messages:
         return [message for message in decoded if message is not None]
 
     async def receive(self) -> Message:
-        """As `Userfaultfd.receive`."""
+        """Do `Userfaultfd.receive`."""
         while True:
             if self._descriptor.closed:
                 raise self._descriptor.closed_error("receive")
@@ -125,10 +128,10 @@ class Messages:
             await self._readable()
 
     async def _readable(self) -> None:
-        """Waits until the loop has read messages. It does not say for whom they are."""
+        """Wait until the loop has read messages, which other waiters may take first."""
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[None] = loop.create_future()
-        with self._lock:  # another loop either sees who waits here, or comes first
+        with self._lock:  # another loop either sees this waiter, or was first
             self._attach(loop)
             self._waiters.append(waiter)
         try:
@@ -141,10 +144,10 @@ class Messages:
                         self._detach(loop)
 
     def _attach(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Lets ``loop`` watch the descriptor. With the lock held.
+        """Let ``loop`` watch the descriptor. With the lock held.
 
-        It goes on watching while messages are given out one by one, and stops when one
-        comes that nobody waits for.
+        It goes on watching while messages are returned one by one, and stops when one arrives
+        without a waiter.
         """
         old = self._loop
         if old is loop:
@@ -173,7 +176,7 @@ class Messages:
             self._loop = loop
             fd = descriptor.fd
         try:
-            # The loop must not keep an object alive that everybody else has dropped.
+            # The loop must not hold the last reference to this object.
             self._start_engine()
             loop.add_reader(fd, _on_readable, weakref.ref(self), loop, fd)
             if descriptor.engine is not None:
@@ -185,10 +188,10 @@ class Messages:
             raise
 
     def _start_engine(self) -> None:
-        """A native reader beside the loop, for memory of this process.
+        """Start a native reader beside the loop, for memory of this process.
 
-        It reads messages when the loop cannot (somebody waits for a page or an event and holds
-        the GIL), and makes threads that wait release the GIL.
+        It reads messages when the loop cannot (a thread blocked on a page or an event holds the
+        GIL), and makes blocked threads release the GIL.
         """
         descriptor = self._descriptor
         if descriptor.engine is not None or descriptor not in Descriptor.own_memory:
@@ -216,19 +219,19 @@ class Messages:
         self._descriptor.leave()
 
     def _hand_over(self, old: asyncio.AbstractEventLoop) -> None:
-        """Runs in ``old``, from which another loop has taken over."""
+        """Remove the readers of ``old``, on its thread, after another loop has taken over."""
         with self._lock:
             if self._loop is not old:  # else it has taken it back already
                 self._remove_readers(old)
         self._descriptor.leave()
 
     def _detached(self) -> None:
-        """The loop was closed, and the reader has gone with it."""
+        """Note that the loop was closed, and its readers with it."""
         self._loop = None
         self._descriptor.leave()
 
     def end(self) -> None:
-        """Calls the loop off and lets those who wait go on, once the descriptor is closed."""
+        """Remove the loop's readers and wake the waiters, once the descriptor is closed."""
         loop = self._loop
         if loop is None:
             return
@@ -271,7 +274,7 @@ class Messages:
             try:
                 self._pending.extend(self._read_kernel(_READ_MESSAGES))
             except ClosedError:
-                return  # close() has called us off already
+                return  # close() is removing this reader
             except Exception as error:
                 self._wake_waiters(error)
                 return
@@ -282,7 +285,7 @@ class Messages:
 def _on_readable(
     reference: weakref.ref[Messages], loop: asyncio.AbstractEventLoop, fd: int
 ) -> None:
-    """What the loop calls when the descriptor is readable."""
+    """Read messages: the loop's callback for a readable descriptor."""
     self = reference()
     if self is None:
         loop.remove_reader(fd)
@@ -312,13 +315,15 @@ def _decode(raw: UffdMsgPtr) -> Message | None:
         case Event.UNMAP:
             return Unmap(arg.remove.start, arg.remove.end)
         case unknown:
-            logger.warning("a userfaultfd message of the unknown kind %#x was ignored", unknown)
+            logger.warning("ignored a userfaultfd message of unknown kind %#x", unknown)
             return None
 
 
 class EngineEnd:
-    """Destructor of a native engine, which runs when nobody refers to it any more, its last region
-    included; not in a forked child, where it does not exist."""
+    """Destructor of a native engine, run when the last reference, a region's included, is gone.
+
+    It does nothing in a forked child, where the engine does not exist.
+    """
 
     __slots__ = ("_pid",)
 
@@ -326,5 +331,6 @@ class EngineEnd:
         self._pid = os.getpid()
 
     def __call__(self, engine: EnginePtr, lib: Lib = lib, getpid: Any = os.getpid) -> None:
+        """Free ``engine``. What it needs is bound early, for calls at the interpreter's exit."""
         if getpid() == self._pid:
             lib.au_engine_free(engine)

@@ -1,17 +1,20 @@
 """Opening a userfaultfd: creating it in one of several ways, the handshake, or adopting one.
 
-**The handshake works once.** The features wanted are switched on by the first UFFDIO_API, and
-there is no second, so a program that wants to know first what there is must ask on another
-descriptor and throw that away. (An early failure leaves the descriptor usable.) Many features
-need not be asked for: `Feature` marks them "told".
+**The handshake works once.** The first UFFDIO_API enables the requested features, and there is no
+second, so a program that wants to know first what is available must ask on a throw-away
+descriptor. (An early failure leaves the descriptor usable.) Many features need not be requested:
+`Feature` marks them "always on".
 
-**Who may.** Without privileges a process may create a descriptor that handles faults from user
+**Permissions.** Without privileges a process may create a descriptor that handles faults from user
 mode only: a fault inside a system call, say write(2) from such memory, then fails with EFAULT.
 Handling those too needs CAP_SYS_PTRACE, or sysctl vm.unprivileged_userfaultfd=1, or permission to
-open /dev/userfaultfd, or an open descriptor of that device that somebody passed on.
+open /dev/userfaultfd, or an open descriptor of that device passed on by another process. See
+https://docs.kernel.org/admin-guide/mm/userfaultfd.html.
 
-**The descriptor must be non-blocking.** poll and epoll on a blocking one report an error for
-ever, which makes an event loop spin. Everything here sets O_NONBLOCK.
+**The descriptor must be non-blocking.** poll and epoll report EPOLLERR on a blocking one
+permanently, which makes an event loop spin. Everything here sets O_NONBLOCK. See
+https://man7.org/linux/man-pages/man2/userfaultfd.2.html and
+https://man7.org/linux/man-pages/man2/UFFDIO_API.2const.html.
 """
 
 from __future__ import annotations
@@ -61,7 +64,7 @@ class Attempt:
 
 
 class CreationError(UnsupportedError):
-    """No userfaultfd could be made. ``attempts`` tells what was tried and why each failed."""
+    """No userfaultfd could be created. ``attempts`` has each way tried, and why it failed."""
 
     def __init__(
         self,
@@ -76,11 +79,11 @@ class CreationError(UnsupportedError):
 
 
 class CreationPermissionError(CreationError, PermissionError):
-    """This user may not make such a userfaultfd on this system."""
+    """This user may not create such a userfaultfd on this system."""
 
 
 def name_of(path: Path) -> str:
-    """A way of creation, as people know it."""
+    """Return the usual name of a way of creation."""
     if path == "syscall":
         return "userfaultfd(2)"
     if path == "device":
@@ -89,7 +92,7 @@ def name_of(path: Path) -> str:
 
 
 def _try_open(path: Path, flags: int) -> int:
-    """A new descriptor, or a negated errno."""
+    """Return a new descriptor, or a negated errno."""
     if path == "syscall":
         return lib.au_abi_open(flags, lib.AU_VIA_SYSCALL, -1)
     if path == "device":
@@ -121,7 +124,7 @@ def _reason(path: Path, code: int, user_mode_only: bool) -> str:
 
 
 def open_descriptor(path: Path | None, user_mode_only: bool) -> tuple[int, Path]:
-    """Tries the creation paths in turn: the descriptor and the path that gave it."""
+    """Try the ways of creation in turn; return the descriptor and the way that worked."""
     flags = lib.AU_USER_MODE_ONLY if user_mode_only else 0
     paths: tuple[Path, ...] = ("syscall", "device") if path is None else (path,)
     attempts: list[Attempt] = []
@@ -145,9 +148,9 @@ def open_descriptor(path: Path | None, user_mode_only: bool) -> tuple[int, Path]
     message = f"no {kind} could be created: " + "; ".join(map(str, attempts))
     denied = next((code for code in codes if code in (errno.EPERM, errno.EACCES)), None)
     if denied is None:
-        hint = "`aiouffd doctor` tells what this system offers"
+        hint = "`aiouffd doctor` shows what this system offers"
         if user_mode_only and codes[0] == errno.EINVAL:
-            # There everything takes privileges.
+            # Before Linux 5.11 every way needs privileges.
             hint = (
                 f"this is Linux {os.uname().release}: as root `sysctl -w"
                 " vm.unprivileged_userfaultfd=1`, run with CAP_SYS_PTRACE, or on a newer kernel"
@@ -170,7 +173,7 @@ def open_descriptor(path: Path | None, user_mode_only: bool) -> tuple[int, Path]
 
 
 def _handshake(fd: int, features: int) -> tuple[int, int, int]:
-    """(0 or errno, features offered, ioctls)."""
+    """Run UFFDIO_API; return 0 or an errno, the features offered, and the ioctls."""
     offered = ffi.new("uint64_t *")
     ioctls = ffi.new("uint64_t *")
     rc = lib.au_abi_api(fd, features, offered, ioctls)
@@ -178,13 +181,16 @@ def _handshake(fd: int, features: int) -> tuple[int, int, int]:
 
 
 def kernel_features(path: Path | None = None) -> Feature:
-    """All features of this kernel, asked on a throw-away descriptor.
+    """Return all features of this kernel, queried on a throw-away descriptor.
 
-    ``path`` is as in `Userfaultfd`. A descriptor for user mode suffices, so this
-    needs no privileges on Linux 5.11 or later. Any thread may call it.
+    A user-mode-only descriptor suffices, so this needs no privileges on Linux 5.11 or later. Any
+    thread may call it.
+
+    Args:
+        path: As in `Userfaultfd`.
 
     Raises:
-        CreationError: If no userfaultfd can be made at all.
+        CreationError: If no userfaultfd can be created at all.
     """
     try:
         fd, _ = open_descriptor(path, user_mode_only=True)
@@ -202,9 +208,17 @@ def kernel_features(path: Path | None = None) -> Feature:
 
 
 def handshake(fd: int, wanted: Feature, path: Path | None) -> tuple[Feature, Ioctl]:
-    """Switches ``wanted`` on: all features that the kernel offers, and its ioctls.
+    """Enable the features ``wanted``; return all that the kernel offers, and its ioctls.
 
-    ``path`` is where the descriptor comes from, in case the kernel must be asked what it lacks.
+    Args:
+        fd: A new userfaultfd.
+        wanted: The features.
+        path: How the descriptor was created, for another one that finds out what is missing.
+
+    Raises:
+        CreationPermissionError: If Feature.EVENT_FORK is not allowed.
+        UnsupportedError: If the kernel lacks a feature.
+        KernelError: For other errnos.
     """
     code, offered, ioctls = _handshake(fd, wanted)
     if code:
@@ -227,10 +241,12 @@ def _handshake_error(code: int, wanted: Feature, path: Path | None) -> Exception
 
 
 def adopt(number: int) -> tuple[Feature, Ioctl]:
-    """Makes a userfaultfd from elsewhere fit for a loop: what is switched on, and its ioctls.
+    """Prepare a userfaultfd from elsewhere for a loop; return its enabled features and ioctls.
+
+    Sets O_NONBLOCK and FD_CLOEXEC. Features come from /proc/self/fdinfo.
 
     Raises:
-        UsageError: If it is not a userfaultfd, or has not shaken hands.
+        UsageError: If it is not a userfaultfd, or its handshake was not done.
     """
     try:
         target = os.readlink(f"/proc/self/fd/{number}")
@@ -253,7 +269,7 @@ def adopt(number: int) -> tuple[Feature, Ioctl]:
 
 
 def single_bits(features: Feature) -> list[Feature]:
-    """Also those that have no name yet."""
+    """Return the bits of ``features`` one by one, also those without a name."""
     return [Feature(1 << bit) for bit in range(64) if features & (1 << bit)]
 
 

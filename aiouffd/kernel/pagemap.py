@@ -1,8 +1,10 @@
-"""Pages by category, which /proc/PID/pagemap tells: what was written, what is present.
+"""Pages by category, from /proc/PID/pagemap: which were written, which are present.
 
-PAGEMAP_SCAN is an ioctl of that file, and looking needs no userfaultfd. Protecting in the same
-step does: the pages must be registered with one that has Feature.WP_ASYNC, for only there a write
-lifts the protection without a message, and is seen by the next scan.
+PAGEMAP_SCAN (https://man7.org/linux/man-pages/man2/PAGEMAP_SCAN.2const.html,
+https://docs.kernel.org/admin-guide/mm/pagemap.html) is an ioctl of that file, and scanning needs
+no userfaultfd. Protecting in the same step does: the pages must be registered with one that has
+Feature.WP_ASYNC, because only there a write lifts the protection without a message and shows up in
+the next scan.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ def scan_pages(
     report: PageCategory | None,
     protect: bool,
 ) -> list[PageRegion]:
-    """`Userfaultfd.scan`, of the process that ``pagemap`` belongs to."""
+    """Do `Userfaultfd.scan` on the process whose open ``/proc/PID/pagemap`` is ``pagemap``."""
     end = start + length
     regions: list[PageRegion] = []
     vector = ffi.new("struct au_page_region[]", _SCAN_REGIONS)
@@ -72,7 +74,7 @@ def scan_pages(
 
 
 def _unknown_categories(pagemap: int, failed: PmScanArgPtr) -> str:
-    """Which categories of a scan that failed this kernel does not know, and their versions."""
+    """Return the categories of a failed scan that this kernel does not know, and their versions."""
     used = failed.category_mask | failed.category_anyof_mask | failed.return_mask
     unknown = []
     for category, since in CATEGORY_SINCE.items():

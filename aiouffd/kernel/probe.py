@@ -1,6 +1,6 @@
-"""What this kernel and this user may do with userfaultfd: for ``aiouffd doctor`` and for tests.
+"""What this kernel offers to this user: for ``aiouffd doctor`` and for tests.
 
-Nothing is changed by asking. Features are probed on a throw-away descriptor, because the handshake
+Probing changes nothing. Features are queried on a throw-away descriptor, because the handshake
 works only once.
 """
 
@@ -33,7 +33,7 @@ class CreationPath:
 
     @property
     def ok(self) -> bool:
-        """It works."""
+        """Whether it works."""
         return self.errno == 0
 
     def __str__(self) -> str:
@@ -57,7 +57,7 @@ class HugePages:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Limits that programs with much lazy memory run into. None: not known."""
+    """Limits that programs with much lazy memory run into. None where one is unknown."""
 
     #: RLIMIT_NOFILE, soft and hard; -1 is no limit.
     open_files: tuple[int, int]
@@ -77,9 +77,9 @@ class Probe:
     machine: str
     page_size: int
     paths: tuple[CreationPath, ...]
-    #: All features of the kernel; empty if no userfaultfd can be made.
+    #: All features of the kernel; empty if no userfaultfd can be created.
     features: Feature
-    #: Feature.EVENT_FORK may be asked for; it needs CAP_SYS_PTRACE.
+    #: Feature.EVENT_FORK may be requested; it needs CAP_SYS_PTRACE.
     fork_events: bool
     #: sysctl vm.unprivileged_userfaultfd; None if there is none.
     unprivileged_sysctl: int | None
@@ -97,24 +97,24 @@ class Probe:
 
     @property
     def available(self) -> bool:
-        """Some userfaultfd can be made."""
+        """Whether any userfaultfd can be created."""
         return any(path.ok for path in self.paths)
 
     @property
     def user_mode_only(self) -> bool:
-        """A userfaultfd for faults from user mode can be made."""
+        """Whether a user-mode-only userfaultfd can be created."""
         return any(path.ok for path in self.paths if path.user_mode_only)
 
     @property
     def kernel_mode_faults(self) -> bool:
-        """One can be made that also handles faults inside system calls."""
+        """Whether one can be created that also handles faults inside system calls."""
         return any(path.ok for path in self.paths if not path.user_mode_only)
 
 
 def probe() -> Probe:
-    """Asks the running system what it offers to this process. Takes some milliseconds.
+    """Probe what the running system offers to this process. Takes some milliseconds.
 
-    Any thread may call it. Never raises for what is missing: it says so in the result.
+    Any thread may call it. Missing features are reported in the result and raise nothing.
     """
     paths = tuple(
         _try(path, user_mode_only)
@@ -203,7 +203,7 @@ def _integer(path: Path) -> int | None:
 
 
 def _choice(path: Path) -> str | None:
-    """The word in brackets: "always [madvise] never"."""
+    """Return the word in brackets of a sysfs choice such as "always [madvise] never"."""
     words = (_text(path) or "").split()
     return next((word[1:-1] for word in words if word[:1] == "["), None)
 

@@ -1,39 +1,41 @@
-"""The kernel's userfaultfd, typed: one method for each ioctl, and messages on an event loop.
+"""The kernel's userfaultfd, typed: one method per ioctl, and messages on an event loop.
 
 Some facts about userfaultfd
 ============================
 
-This is why the code below, and any code that uses it, must be the way it is. All of it was tried
-on Linux 6.18; where an older kernel differs in a documented way, that is said. Read on at the top
-of ``opening.py`` (the handshake, and who may), ``messages.py`` (what a thread that reads must not
-do) and ``descriptor.py`` (closing makes zeros; fork).
+These facts determine the code below and any code that uses it. All were observed on Linux 6.18;
+documented differences of older kernels are mentioned. The man page of all ioctls is
+https://man7.org/linux/man-pages/man2/ioctl_userfaultfd.2.html, the kernel's own document
+https://docs.kernel.org/admin-guide/mm/userfaultfd.html. There is more at the top of ``opening.py``
+(handshake and permissions), ``messages.py`` (what a reading thread must not do) and
+``descriptor.py`` (closing makes zeros; fork).
 
-**What it is.** A descriptor that stands for an address space: that of the process which created
-it, whoever holds it now. A range is registered with it; a thread that touches a page there for
-which the kernel has no answer sleeps, and a message is queued on the descriptor. Somebody reads
-the message, gives the kernel a page with an ioctl, and the thread goes on. The ioctl names the
-page by its address in the owner's memory; the bytes come from the caller's memory.
+**What it is.** A descriptor of an address space: that of the process which created it, whichever
+process holds it now. A range is registered with it; a thread that touches a page there which the
+kernel cannot supply sleeps, and a message is queued on the descriptor. A reader takes the message
+and supplies the page with an ioctl, and the thread continues. The ioctl names the page by its
+address in the owner's memory; the bytes come from the caller's memory.
 
 **EAGAIN means two things.** With bytes done above 0: that part is in place and its waiters are
-awake, and only the next call, for the rest, tells what was in the way. With nothing done:
-mappings are changing, because a fork, mremap, munmap or madvise waits for its event to be read,
-or has been let go and not yet run. Read all messages, then try again after a pause; spinning
-keeps the other thread from running.
+awake, and only the next call, for the rest, reports the reason. With nothing done: mappings are
+changing, because a fork, mremap, munmap or madvise waits for its event to be read, or its event
+was read and it has not run yet. Read all messages, then try again after a pause; spinning keeps
+the other thread from running.
 
-**EEXIST does not wake.** A page that is already there is no error in most programs, but a thread
-may sleep on it still, if whoever installed it said not to wake. After EEXIST, call ``wake``. On
-hugetlb the same number also means that the pool of huge pages is empty; look before waking.
+**EEXIST does not wake.** A page that is already present is no error in most programs, but a thread
+may still sleep on it, if it was installed without waking. After EEXIST, call ``wake``. On hugetlb
+EEXIST also means that the pool of huge pages is empty; check before waking.
 
-**Waking.** COPY, ZEROPAGE, CONTINUE, MOVE, POISON and unprotecting wake those who wait in the
-range, also those whose message is not read yet. UNREGISTER wakes only where missing pages were
-registered; munmap, mremap and madvise wake nobody. So ``unregister`` here wakes afterwards. A
+**Waking.** COPY, ZEROPAGE, CONTINUE, MOVE, POISON and unprotecting wake all waiters in the range,
+also those whose message has not been read. UNREGISTER wakes only where missing pages were
+registered; munmap, mremap and madvise wake no waiters. So ``unregister`` here wakes afterwards. A
 wake without a page is harmless: the thread faults again.
 
 **Death is silent.** When the owner of the memory exits or execs, the descriptor never becomes
-readable. COPY and its like say ESRCH; WAKE still succeeds. Watch a pidfd.
+readable. COPY and its like fail with ESRCH; WAKE still succeeds. Watch a pidfd.
 
-**Sources of COPY** must be plain memory of one's own. If it is memory that faults to oneself, the
-call waits for itself.
+**The source of COPY** must not be memory whose faults the calling thread has to resolve: the call
+would wait for itself.
 """
 
 from __future__ import annotations
@@ -90,17 +92,17 @@ _ENGINE_OPS: dict[str, int] = {
 
 
 def _writeprotect(fd: int, start: int, length: int, mode: int, _done: Int64s) -> int:
-    """Adapts UFFDIO_WRITEPROTECT, which has no byte count, to the signature of the other ioctls."""
+    """Adapt UFFDIO_WRITEPROTECT, which has no byte count, to the signature of the other ioctls."""
     return lib.au_abi_writeprotect(fd, start, length, mode)
 
 
 def _rwprotect(fd: int, start: int, length: int, mode: int, _done: Int64s) -> int:
-    """UFFDIO_RWPROTECT, in the same shape."""
+    """Adapt UFFDIO_RWPROTECT, which has no byte count either."""
     return lib.au_abi_rwprotect(fd, start, length, mode)
 
 
-#: The features without which a call, or a mode of ``register``, may be refused; all that some kind
-#: of memory needs, for the kernel does not say which it was.
+#: The features without which a call, or a mode of ``register``, may be refused: all that any kind
+#: of memory needs, because the kernel does not report which was missing.
 _NEEDED: dict[str, Feature] = {
     "continue_": Feature.MINOR_HUGETLBFS | Feature.MINOR_SHMEM,
     "move": Feature.MOVE,
@@ -123,8 +125,8 @@ class Userfaultfd:
     memory, which is the one that created the descriptor. Ranges start at a page
     and hold whole pages (whole huge pages on hugetlb).
 
-    Nothing is retried here, and nothing is remembered about pages: that is the
-    work of `Pager`. Read the essay at the top of this module first.
+    It retries nothing and keeps no state of pages: that is the work of `Pager`. Read the essay at
+    the top of this module first.
 
     Threads: every method may be called by any thread, also ``close`` while others
     are inside calls; the descriptor is released when the last of them has
@@ -139,19 +141,21 @@ class Userfaultfd:
         user_mode_only: bool | None = False,
         path: Path | None = None,
     ) -> None:
-        """Creates one for the memory of this process, O_CLOEXEC and O_NONBLOCK.
+        """Create one for the memory of this process, O_CLOEXEC and O_NONBLOCK.
 
-        ``features`` are those to switch on. ``user_mode_only=True`` makes faults
-        inside system calls fail with EFAULT and needs no privileges; None means
-        False if this user may, else True. ``path`` forces one way of creation:
-        "syscall", "device" (/dev/userfaultfd), or an open descriptor of that device,
-        which stays the caller's; None tries the first two in turn.
+        Linux 4.11 at least; 5.11 for user_mode_only, 6.1 for the device. See
+        https://man7.org/linux/man-pages/man2/userfaultfd.2.html.
 
-        Linux 4.11 at least; 5.11 for user_mode_only, 6.1 for the device.
+        Args:
+            features: The features to enable.
+            user_mode_only: True makes faults inside system calls fail with EFAULT and needs no
+                privileges; None means False if this user may, else True.
+            path: The way of creation: "syscall", "device" (/dev/userfaultfd), or an open descriptor
+                of that device, which the caller still owns; None tries the first two in turn.
 
         Raises:
             CreationPermissionError: If this user may not; it is a PermissionError, and ``attempts``
-                tells what was tried.
+                has what was tried.
             CreationError: If it fails for another reason.
             UnsupportedError: If the kernel lacks a feature asked for.
         """
@@ -163,7 +167,8 @@ class Userfaultfd:
                     hint='use "syscall", "device" or an open descriptor of /dev/userfaultfd',
                 )
             path = cast("Path", check_number("Userfaultfd", "path", path))
-        # The engine has to know who waits; without it nobody who holds the GIL can be served.
+        # The engine needs the ids of blocked threads; without them it cannot make a thread that
+        # holds the GIL release it.
         wanted = Feature(check_number("Userfaultfd", "features", features)) | Feature.THREAD_ID
         if wanted & Feature.WP_ASYNC:
             wanted |= Feature.WP_UNPOPULATED
@@ -199,17 +204,18 @@ class Userfaultfd:
 
     @classmethod
     def from_fd(cls, fd: int, *, own: bool = True) -> Userfaultfd:
-        """Adopts a userfaultfd that came from elsewhere: another process, or a `Fork` message.
+        """Adopt a userfaultfd that came from elsewhere: another process, or a `Fork` message.
 
-        It is set O_NONBLOCK, which all its copies share, and CLOEXEC. With
-        ``own=False`` it is not closed by ``close``. Features are read from the
-        kernel; ``user_mode_only`` cannot be known, and is None.
+        It is set O_NONBLOCK, which all its copies share, and FD_CLOEXEC. Features are read from the
+        kernel; ``user_mode_only`` is unknown, and None. Any thread may call it. Linux 4.3 at least.
 
-        Any thread may call it. Linux 4.3 at least.
+        Args:
+            fd: The descriptor.
+            own: Whether ``close`` closes it.
 
         Raises:
-            UsageError: If it is not a userfaultfd, or has not shaken hands. The descriptor then
-                stays the caller's.
+            UsageError: If it is not a userfaultfd, or its handshake was not done. The caller then
+                still owns the descriptor.
         """
         number = check_number("from_fd", "fd", fd)
         features, ioctls = adopt(number)
@@ -226,17 +232,17 @@ class Userfaultfd:
 
     @property
     def features(self) -> Feature:
-        """The features that are switched on."""
+        """The features that are enabled."""
         return self._features
 
     @property
     def available(self) -> Feature:
-        """All features of this kernel, those that are always on among them.
+        """All features of this kernel, including those that are always on.
 
-        For a descriptor from elsewhere they are asked on a throw-away one.
+        For a descriptor from elsewhere they are queried on a throw-away one.
 
         Raises:
-            CreationError: If that cannot be made.
+            CreationError: If that cannot be created.
         """
         if self._available is None:
             self._available = kernel_features()
@@ -244,12 +250,12 @@ class Userfaultfd:
 
     @property
     def ioctls(self) -> Ioctl:
-        """What the handshake said. Which ioctls a range supports, ``register`` tells."""
+        """The ioctls that the handshake reported. ``register`` returns those of a range."""
         return self._ioctls
 
     @property
     def user_mode_only(self) -> bool | None:
-        """Whether faults inside system calls fail with EFAULT; None if it is not known."""
+        """Whether faults inside system calls fail with EFAULT; None if unknown."""
         return self._user_mode_only
 
     @property
@@ -258,7 +264,7 @@ class Userfaultfd:
         return self._descriptor.closed
 
     def fileno(self) -> int:
-        """The descriptor.
+        """Return the descriptor.
 
         Raises:
             ClosedError: After ``close``.
@@ -277,13 +283,13 @@ class Userfaultfd:
     # -- lifetime --
 
     def close(self) -> None:
-        """Closes the descriptor. Closing twice is fine.
+        """Close the descriptor. Closing twice is fine.
 
-        If it is the last copy, every range is unregistered, **missing pages become
-        zeros** and whoever waits for them goes on with those: resolve, poison or
-        unmap them before. An iteration that waits for messages ends, ``receive`` raises
-        ClosedError, messages not yet given out are dropped (a `Fork` is closed). Calls
-        under way in other threads finish first; the last of them releases the descriptor.
+        If it is the last copy, every range is unregistered, **missing pages become zeros** and
+        their waiters continue with those: resolve, poison or unmap them before. An iteration that
+        waits for messages ends, ``receive`` raises ClosedError, and messages not yet returned are
+        dropped (a `Fork` is closed). Calls under way in other threads finish first; the last of
+        them releases the descriptor.
 
         Never raises. Any thread may call it.
         """
@@ -297,7 +303,7 @@ class Userfaultfd:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    #: Whether somebody else sees to it that it is closed, and complains if not.
+    #: Whether another object closes it, and warns if it was not closed.
     _owned = False
 
     def __del__(self) -> None:
@@ -313,17 +319,23 @@ class Userfaultfd:
     # -- ranges --
 
     def register(self, start: int, length: int, mode: Mode) -> Ioctl:
-        """Reports faults of [start, start + length) from now on; pages there stay.
+        """Report faults of [start, start + length) from now on; pages there stay.
 
-        Returns the ioctls that the kernel reports for the range; some fail on some kinds of
-        memory. Holes in the range are skipped. Registering again sets the
-        new mode unless it is a part of the present one, which changes nothing: to
-        take modes away, unregister first. Anonymous, shared and hugetlb memory can be
-        registered; ordinary files only for Mode.WP with Feature.WP_ASYNC. For shared memory use
-        MISSING and MINOR together. `Mode.RWP` needs Feature.RWP at creation, and no WP.
+        Holes in the range are skipped. Registering again sets the new mode unless it is a subset of
+        the present one, which changes nothing: to remove modes, unregister first. Anonymous, shared
+        and hugetlb memory can be registered; ordinary files only for Mode.WP with Feature.WP_ASYNC.
+        For shared memory use MISSING and MINOR together.
 
         Linux 4.3; WP 5.7 (shared memory and hugetlb 5.19), MINOR 5.13 (shared memory 5.14), RWP
-        7.3.
+        7.3. See https://man7.org/linux/man-pages/man2/UFFDIO_REGISTER.2const.html.
+
+        Args:
+            start: The address, a multiple of the page size.
+            length: In bytes, one or more whole pages.
+            mode: The kinds of faults. `Mode.RWP` needs Feature.RWP at creation, and no WP.
+
+        Returns:
+            The ioctls that the kernel reports; some fail on some kinds of memory.
 
         Raises:
             UsageError: If the range is not whole pages, or ``mode`` is empty, unknown, or RWP
@@ -364,19 +376,19 @@ class Userfaultfd:
     def _error(
         self, name: str, code: int, needed: Feature, what: str, done: int = 0
     ) -> KernelError | UnsupportedError:
-        """The error of an ioctl that may need some features."""
+        """Make the error of an ioctl that may need the features ``needed``."""
         lacking = None
         if code == errno.EINVAL and needed:
             lacking = lacking_error(name, needed, self.available)
         return lacking or kernel_error(name, code, what, done)
 
     def unregister(self, start: int, length: int) -> None:
-        """Reports nothing more of [start, start + length), and wakes all who wait there.
+        """Stop reporting faults of [start, start + length), and wake all waiters there.
 
-        Missing pages become ordinary ones: **zeros**, or what the page cache has.
-        Write protection is lifted. On hugetlb the range is whole huge pages.
+        Missing pages become ordinary ones: **zeros**, or what the page cache has. Write protection
+        is lifted. On hugetlb the range is whole huge pages.
 
-        Linux 4.3.
+        Linux 4.3. See https://man7.org/linux/man-pages/man2/UFFDIO_UNREGISTER.2const.html.
 
         Raises:
             UsageError: If the range is not whole pages.
@@ -388,7 +400,7 @@ class Userfaultfd:
         try:
             rc = lib.au_abi_unregister(fd, start, length)
             if rc == 0:
-                # The kernel itself wakes only those who wait for missing pages.
+                # The kernel itself wakes only waiters for missing pages.
                 lib.au_abi_wake(fd, start, length)
         finally:
             self._descriptor.leave()
@@ -406,10 +418,10 @@ class Userfaultfd:
         *args: int,
         partial: bool = False,
     ) -> int:
-        """Calls ``fn(fd, *args, done)``, the ioctl that resolves [start, start + length).
+        """Call ``fn(fd, *args, done)``, the ioctl that resolves [start, start + length).
 
-        Everything that gives the kernel pages comes through here, so that a variant
-        which also tells the native engine can replace it.
+        All calls that supply pages go through here, so that the native engine, if there is one,
+        learns of each.
         """
         done = ffi.new("int64_t *")
         fd = self._descriptor.enter(name)
@@ -418,7 +430,7 @@ class Userfaultfd:
             if engine is None:
                 rc = fn(fd, *args, done)
             else:
-                # One native call for the ioctl and for those who gave the GIL away for it.
+                # One native call for the ioctl and for the threads that yielded the GIL for it.
                 op = _ENGINE_OPS[name]
                 source = args[1] if name in ("copy", "move") else 0
                 rc = lib.au_engine_resolve(engine, op, start, source, length, args[-1], done)
@@ -442,25 +454,31 @@ class Userfaultfd:
         wake: bool = True,
         partial: bool = False,
     ) -> int:
-        """Installs a copy of ``source`` at ``start``, atomically for each page, and wakes waiters.
+        """Install a copy of ``source`` at ``start``, atomically for each page, and wake waiters.
 
-        ``source`` is a buffer, from whose beginning ``length`` bytes are taken (default: all), or
-        an address, aligned or not, in the memory of this process. It must not be
-        memory whose faults wait for this thread. ``wp=True`` installs the pages
-        write-protected. ``wake=False`` leaves waiters asleep until ``wake``.
+        Protection is ignored; poison and guard regions are overwritten.
 
-        Gives the bytes installed: ``length``, or with ``partial=True`` possibly less,
-        where it would else raise EAGAIN with ``done`` > 0. Protection is ignored; poison
-        and guard regions are overwritten.
+        Linux 4.3; wp 5.7. See https://man7.org/linux/man-pages/man2/UFFDIO_COPY.2const.html.
 
-        Linux 4.3; wp 5.7.
+        Args:
+            start: The address, a multiple of the page size.
+            source: A buffer, or an address, aligned or not, in the memory of this process. It must
+                not be memory whose faults wait for this thread.
+            length: In bytes, whole pages, from the beginning of ``source``; default: all of it.
+            wp: Install the pages write-protected.
+            wake: False leaves waiters asleep until ``wake``.
+            partial: Return less than ``length`` where it would otherwise raise EAGAIN with
+                ``done`` > 0.
+
+        Returns:
+            The bytes installed.
 
         Raises:
             UsageError: If the range is not whole pages or longer than the source.
             KernelError: EEXIST if a page is there already, EAGAIN if it stopped midway or mappings
                 are changing, ENOENT if the range is not inside one registered mapping, ESRCH if the
                 owner is gone, EFAULT if the source is unreadable, EINVAL for ``wp`` without
-                Mode.WP, ENOMEM. ``done`` tells how many bytes are in place.
+                Mode.WP, ENOMEM. ``done`` is the number of bytes in place.
         """
         mode = (lib.AU_COPY_MODE_WP if wp else 0) | (0 if wake else lib.AU_COPY_MODE_DONTWAKE)
         if isinstance(source, int):
@@ -472,7 +490,7 @@ class Userfaultfd:
                 length = len(view)
             elif check_number("copy", "length", length) > len(view):
                 raise UsageError(
-                    f"copy: {length} bytes were asked for, and the source has {len(view)}"
+                    f"copy: {length} bytes were requested, and the source has {len(view)}"
                 )
             return self._copy(start, length, view_address(view), mode, partial)
 
@@ -491,11 +509,11 @@ class Userfaultfd:
         )
 
     def zeropage(self, start: int, length: int, *, wake: bool = True, partial: bool = False) -> int:
-        """Installs zeros in [start, start + length), and wakes waiters.
+        """Install zeros in [start, start + length), and wake waiters.
 
         ``wake``, ``partial`` and the result are as in ``copy``. Not for hugetlb.
 
-        Linux 4.3.
+        Linux 4.3. See https://man7.org/linux/man-pages/man2/UFFDIO_ZEROPAGE.2const.html.
 
         Raises:
             UsageError: If the range is not whole pages.
@@ -516,13 +534,13 @@ class Userfaultfd:
         wake: bool = True,
         partial: bool = False,
     ) -> int:
-        """Maps the pages that the page cache has for [start, start + length), and wakes waiters.
+        """Map the pages that the page cache has for [start, start + length), and wake waiters.
 
         The answer to a minor fault, and to a missing one once the page was written
         through another mapping or pwrite(2). Shared memory and hugetlb only.
         ``wp``, ``wake``, ``partial`` and the result are as in ``copy``.
 
-        Linux 5.13; wp 6.4.
+        Linux 5.13; wp 6.4. See https://man7.org/linux/man-pages/man2/UFFDIO_CONTINUE.2const.html.
 
         Raises:
             UsageError: If the range is not whole pages.
@@ -547,14 +565,14 @@ class Userfaultfd:
         wake: bool = True,
         partial: bool = False,
     ) -> int:
-        """Moves the pages at address ``source`` to ``start`` without copying, and wakes waiters.
+        """Move the pages at address ``source`` to ``start`` without copying, and wake waiters.
 
         The source is left as a hole. Both are private anonymous memory of this process, writable,
         page-aligned, with the same protection. A hole in the source is an error unless
         ``allow_holes``, which counts it as moved and leaves its destination missing.
         ``wake``, ``partial`` and the result are as in ``copy``.
 
-        Linux 6.8.
+        Linux 6.8. See https://man7.org/linux/man-pages/man2/UFFDIO_MOVE.2const.html.
 
         Raises:
             UsageError: If a range is not whole pages.
@@ -572,13 +590,14 @@ class Userfaultfd:
         )
 
     def writeprotect(self, start: int, length: int, *, protect: bool, wake: bool = True) -> None:
-        """Protects the pages of [start, start + length) from writes, or lets them be written.
+        """Protect the pages of [start, start + length) from writes, or lift the protection.
 
-        ``protect=False`` is the answer to a write-protect fault, and wakes waiters
-        unless ``wake=False``; protecting wakes nobody. Untouched anonymous pages are
-        skipped unless Feature.WP_UNPOPULATED is on. The range may span several mappings.
+        ``protect=False`` resolves a write-protect fault, and wakes waiters unless ``wake=False``;
+        protecting wakes no waiters. Untouched anonymous pages are skipped unless
+        Feature.WP_UNPOPULATED is on. The range may span several mappings.
 
-        Linux 5.7; shared memory and hugetlb 5.19.
+        Linux 5.7; shared memory and hugetlb 5.19. See
+        https://man7.org/linux/man-pages/man2/UFFDIO_WRITEPROTECT.2const.html.
 
         Raises:
             UsageError: If the range is not whole pages.
@@ -593,14 +612,14 @@ class Userfaultfd:
         self._resolve("writeprotect", _writeprotect, start, length, start, length, mode)
 
     def rwprotect(self, start: int, length: int, *, protect: bool, wake: bool = True) -> None:
-        """Protects the pages of [start, start + length) from any access, or lets them be used.
+        """Protect the pages of [start, start + length) from any access, or lift the protection.
 
-        An access to a protected page is a fault with `PageFault.is_rwp`, or with Feature.RWP_ASYNC
-        only makes it `PageCategory.ACCESSED` for ``scan``: so a program learns which of its pages
-        are in use. ``protect=False`` is the answer to such a fault, and wakes waiters unless
-        ``wake=False``; protecting wakes nobody. A huge page is protected and accessed as a whole.
+        An access to a protected page is a fault with `PageFault.is_rwp`; with Feature.RWP_ASYNC it
+        only makes the page `PageCategory.ACCESSED` for ``scan``, which shows the pages in use.
+        ``protect=False`` resolves such a fault, and wakes waiters unless ``wake=False``; protecting
+        wakes no waiters. A huge page is protected and accessed as a whole.
 
-        Linux 7.3.
+        Linux 7.3. See https://docs.kernel.org/admin-guide/mm/userfaultfd.html.
 
         Raises:
             UsageError: If the range is not whole pages.
@@ -621,10 +640,10 @@ class Userfaultfd:
         enable: Feature = Feature(0),  # noqa: B008
         disable: Feature = Feature(0),  # noqa: B008
     ) -> None:
-        """Switches features on and off while the descriptor is in use: Feature.RWP_ASYNC alone.
+        """Enable and disable features while the descriptor is in use: only Feature.RWP_ASYNC.
 
-        ``features`` tells the new state. Switched off, accesses to protected pages are told by
-        messages from then on.
+        ``features`` has the new state. While it is disabled, accesses to protected pages are
+        reported by messages.
 
         Any thread may call it. Linux 7.3.
 
@@ -649,13 +668,13 @@ class Userfaultfd:
             raise self._error("set_mode", -rc, _NEEDED["set_mode"], what)
 
     def poison(self, start: int, length: int, *, wake: bool = True, partial: bool = False) -> int:
-        """Makes the missing pages of [start, start + length) unusable, and wakes waiters.
+        """Make the missing pages of [start, start + length) error pages, and wake waiters.
 
         Touching them raises SIGBUS; system calls given them fail with EFAULT. ``copy`` over
         them or madvise(MADV_DONTNEED) heals them; ``close`` does not.
         ``wake``, ``partial`` and the result are as in ``copy``.
 
-        Linux 6.6.
+        Linux 6.6. See https://man7.org/linux/man-pages/man2/UFFDIO_POISON.2const.html.
 
         Raises:
             UsageError: If the range is not whole pages.
@@ -668,15 +687,16 @@ class Userfaultfd:
         )
 
     def wake(self, start: int, length: int) -> None:
-        """Wakes all who wait in [start, start + length); without a page they fault again.
+        """Wake all waiters in [start, start + length); without a page they fault again.
 
-        Needed after ``wake=False``, after EEXIST, and after the range was unmapped.
+        Needed after ``wake=False``, after EEXIST, and after the range was unmapped. It succeeds on
+        unmapped ranges too.
 
-        Linux 4.3.
+        Linux 4.3. See https://man7.org/linux/man-pages/man2/UFFDIO_WAKE.2const.html.
 
         Raises:
             UsageError: If the range is not whole pages.
-            KernelError: Hardly ever; it succeeds on unmapped ranges too.
+            KernelError: For other errnos, which are not expected.
         """
         start, length = check_range("wake", start, length)
         fd = self._descriptor.enter("wake")
@@ -685,7 +705,7 @@ class Userfaultfd:
             if engine is None:
                 rc = lib.au_abi_wake(fd, start, length)
             else:
-                # Who waits asks again, and that is to be told again.
+                # Waiters fault again, and the engine must report that again.
                 done = ffi.new("int64_t *")
                 rc = lib.au_engine_resolve(engine, lib.AU_OP_WAKE, start, 0, length, 0, done)
         finally:
@@ -696,11 +716,10 @@ class Userfaultfd:
     # -- messages --
 
     def read(self, max: int = 64) -> list[Message]:
-        """Up to ``max`` messages that are waiting, without blocking; possibly none.
+        """Return up to ``max`` queued messages, without blocking; possibly none.
 
-        Page faults come before events. A `Fork` carries a descriptor which is the caller's from
-        now on. Any thread may call it; it takes messages that ``receive`` would
-        have given.
+        Page faults come before events. The caller owns the descriptor that a `Fork` carries. Any
+        thread may call it; it takes messages that ``receive`` would have returned.
 
         Raises:
             UsageError: If ``max`` is not positive.
@@ -714,20 +733,20 @@ class Userfaultfd:
         return self._messages.read(limit)
 
     async def receive(self) -> Message:
-        """The next message, waiting for it on the running event loop.
+        """Wait on the running event loop for the next message, and return it.
 
-        A cancelled call takes no message. Several tasks of one loop may wait; each
-        message goes to one of them.
+        A cancelled call takes no message. Several tasks of one loop may wait; each message goes to
+        one of them.
 
         Raises:
             ClosedError: If it is closed, before or meanwhile.
-            UsageError: If a task on another loop waits already.
+            UsageError: If a task on another loop is waiting.
             KernelError: As ``read``.
         """
         return await self._messages.receive()
 
     def __aiter__(self) -> Userfaultfd:
-        """All messages from now on, until it is closed; otherwise as ``receive``."""
+        """Iterate over all messages from now on, until it is closed; otherwise as ``receive``."""
         return self
 
     async def __anext__(self) -> Message:
@@ -750,23 +769,32 @@ class Userfaultfd:
         protect: bool = False,
         pagemap: int | None = None,
     ) -> list[PageRegion]:
-        """Pages of [start, start + length) in certain categories; by default those written.
+        """Find pages of [start, start + length) by category; by default those written.
 
-        A page is in the result if it has every category of ``all_of``, one of ``any_of``
-        (unless that is empty) and none of ``none_of``. ``report`` are the categories told
-        in the result (default: those asked for). Regions are in ascending order;
-        neighbours with equal categories are one.
+        A page matches if it has every category of ``all_of``, one of ``any_of`` (unless that is
+        empty) and none of ``none_of``.
 
-        ``protect=True`` write-protects the found pages in the same step, so that no
-        write between two scans is lost: with Feature.WP_ASYNC and a range registered with
-        Mode.WP alone, that is dirty tracking. The first such scan finds everything, for what was
-        never protected counts as written. Writes through another mapping or the file are
-        not seen.
+        With ``protect`` on a range registered with Mode.WP alone, on a userfaultfd with
+        Feature.WP_ASYNC, this is dirty tracking. The first such scan finds everything, because a
+        page that was never protected counts as written. Writes through another mapping or the file
+        are not seen.
 
-        The pages are this process's, unless ``pagemap`` is an open descriptor of another
-        one's /proc/PID/pagemap.
+        Any thread may call it. Works for unprivileged users. See
+        https://man7.org/linux/man-pages/man2/PAGEMAP_SCAN.2const.html.
 
-        Any thread may call it. Works for unprivileged users.
+        Args:
+            start: The address, a multiple of the page size.
+            length: In bytes, one or more whole pages.
+            all_of: Categories that a page must have.
+            any_of: Categories of which a page must have one.
+            none_of: Categories that a page must not have.
+            report: The categories in the result; default: those of ``all_of`` and ``any_of``.
+            protect: Write-protect the matching pages in the same step, so that no write between two
+                scans is missed.
+            pagemap: An open descriptor of another process's /proc/PID/pagemap, to scan that one.
+
+        Returns:
+            Regions in ascending order; neighbours with equal categories are merged.
 
         Raises:
             UsageError: If the range is not whole pages.
