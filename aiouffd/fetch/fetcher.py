@@ -72,7 +72,6 @@ class Fetcher:
         trace: Callable[[FlightEvent], None] | None = None,
     ) -> None:
         self._region = region
-        self._policy = policy
         self._tally = tally
         self._failures = failures
         self._readahead = readahead
